@@ -1,0 +1,218 @@
+// tilewise._native: a thin shell over the C core. Arrays arrive as addresses with strides in elements; the Python side
+// (kernels/native) has checked shapes and types and keeps the arrays alive for the call.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bind/xla_ffi.h"
+#include "core/dispatch.h"
+#include "core/threads.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+// The numbers of a tuple, in order.
+class Fields {
+  public:
+    explicit Fields(nb::handle tuple) : tuple_(nb::cast<nb::tuple>(tuple)) {}
+    int64_t next() { return nb::cast<int64_t>(tuple_[at_++]); }
+    uint64_t next_unsigned() { return nb::cast<uint64_t>(tuple_[at_++]); }
+    double next_number() { return nb::cast<double>(tuple_[at_++]); }
+    template <class P> P pointer() { return reinterpret_cast<P>(nb::cast<uintptr_t>(tuple_[at_++])); }
+
+  private:
+    nb::tuple tuple_;
+    size_t at_ = 0;
+};
+
+tw_tensor tensor_of(nb::handle tuple) {
+    Fields f(tuple);
+    void *data = f.pointer<void *>();
+    int64_t b = f.next(), h = f.next(), s = f.next();
+    return {data, b, h, s};
+}
+
+[[noreturn]] void raise(int status, const char *message) {
+    if (status == TW_INVALID) throw nb::value_error(message);
+    if (status == TW_OUT_OF_MEMORY) {
+        PyErr_SetString(PyExc_MemoryError, message);
+        throw nb::python_error();
+    }
+    throw std::runtime_error(message);
+}
+
+void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
+             uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
+             nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout) {
+    tw_problem p = {};
+    p.dtype = dtype;
+    p.threads = threads;
+    Fields size(sizes), row(rows);
+    for (int64_t *field : {&p.batch, &p.q_heads, &p.kv_heads, &p.q_len, &p.k_len, &p.head_dim, &p.value_dim}) *field = size.next();
+    p.row_begin = row.next();
+    p.row_end = row.next();
+    p.q = tensor_of(q);
+    p.k = tensor_of(k);
+    p.v = tensor_of(v);
+    p.out = tensor_of(out);
+    p.lse = reinterpret_cast<void *>(lse);
+    p.scale = scale;
+    p.softcap = softcap;
+    if (!ranges.is_none()) {
+        Fields f(ranges);
+        p.ranges.starts = f.pointer<const void *>();
+        p.ranges.stops = f.pointer<const void *>();
+        p.ranges.wide = int32_t(f.next());
+        p.ranges.count = int32_t(f.next());
+        p.ranges.stride_b = f.next();
+        p.ranges.stride_h = f.next();
+    }
+    if (!labels.is_none()) {
+        Fields f(labels);
+        p.labels.q = f.pointer<const int32_t *>();
+        p.labels.k = f.pointer<const int32_t *>();
+        for (int64_t *field : {&p.labels.q_stride_b, &p.labels.q_stride_h, &p.labels.k_stride_b, &p.labels.k_stride_h}) *field = f.next();
+    }
+    if (!mask.is_none()) {
+        Fields f(mask);
+        p.mask.data = f.pointer<const uint8_t *>();
+        for (int64_t *field : {&p.mask.stride_b, &p.mask.stride_h, &p.mask.stride_i, &p.mask.stride_j}) *field = f.next();
+    }
+    if (!bits.is_none()) {
+        Fields f(bits);
+        p.bits.index = f.pointer<const int32_t *>();
+        p.bits.words = f.pointer<const uint64_t *>();
+        for (int64_t *field : {&p.bits.stride_b, &p.bits.stride_h, &p.bits.tiles_q, &p.bits.tiles_k, &p.bits.q_offset}) *field = f.next();
+    }
+    if (nb::len(biases) > TW_MAX_BIASES) throw nb::value_error("bias: at most 4 dense biases");
+    for (nb::handle bias : biases) {
+        Fields f(bias);
+        tw_bias &own = p.bias[p.bias_count++];
+        own.data = f.pointer<const void *>();
+        own.dtype = int32_t(f.next());
+        for (int64_t *field : {&own.stride_b, &own.stride_h, &own.stride_i, &own.stride_j}) *field = f.next();
+    }
+    if (!table.is_none()) {
+        Fields f(table);
+        p.table.data = f.pointer<const void *>();
+        p.table.stride_b = f.next();
+        p.table.stride_h = f.next();
+    }
+    p.sinks = reinterpret_cast<const void *>(sinks);
+    if (!dropout.is_none()) {
+        Fields f(dropout);
+        p.dropout.enabled = 1;
+        p.dropout.threshold = f.next_unsigned();
+        p.dropout.inverse_keep = f.next_number();
+        p.dropout.seed = f.next_unsigned();
+        p.dropout.stream = f.next_unsigned();
+    }
+    const char *message = nullptr;
+    int status;
+    {
+        nb::gil_scoped_release unlocked;
+        status = tw_forward(&p, &message);
+    }
+    if (status != TW_OK) raise(status, message);
+}
+
+const tw_kernel_table *page() {
+    const char *message = nullptr;
+    const tw_kernel_table *table = tilewise::page_in_use(&message);
+    if (!table) throw std::runtime_error(message);
+    return table;
+}
+
+uint32_t philox_word(uint64_t seed, uint64_t stream, uint64_t index) {
+    uint32_t word;
+    page()->philox(seed, stream, &index, 1, &word);
+    return word;
+}
+
+nb::tuple dtypes() {
+    static const char *names[TW_DTYPES] = {"float32", "float64", "float16", "bfloat16"};
+    nb::list list;
+    for (int t = 0; t < TW_DTYPES; ++t)
+        if (page()->kernels[t].tile_rows) list.append(names[t]);
+    return nb::tuple(list);
+}
+
+nb::dict build_info() {
+    nb::list compiled, supported;
+    int count;
+    const tilewise::Page *list = tilewise::pages(&count);
+    for (int i = 0; i < count; ++i) {
+        compiled.append(list[i].table->name);
+        if (list[i].host_runs) supported.append(list[i].table->name);
+    }
+    nb::dict info;
+#if defined(__clang__)
+    info["compiler"] = "clang " __clang_version__;
+#else
+    info["compiler"] = "gcc " __VERSION__;
+#endif
+    info["pages"] = nb::tuple(compiled);
+    info["supported_pages"] = nb::tuple(supported);
+    info["xla_ffi_version"] = nb::make_tuple(0, 1);
+    return info;
+}
+
+// float32 GFLOP/s that `threads` threads reach together on multiply-adds in registers: the yardstick of benchmarks.
+double peak_gflops(int threads, double seconds) {
+    struct Probe {
+        const tw_kernel_table *table;
+        double seconds;
+        std::vector<double> rates;
+    } probe{page(), seconds, {}};
+    if (threads <= 0) threads = tilewise::default_threads();
+    probe.rates.assign(size_t(threads), 0.0);
+    nb::gil_scoped_release unlocked;
+    tilewise::parallel_for(
+        threads, threads,
+        [](void *context, int64_t index, int) {
+            Probe &own = *static_cast<Probe *>(context);
+            const auto begin = std::chrono::steady_clock::now();
+            double operations = 0, passed = 0;
+            float sink;
+            do {
+                operations += own.table->peak_probe(100000, &sink);
+                passed = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+            } while (passed < own.seconds);
+            own.rates[size_t(index)] = operations / passed / 1e9;
+        },
+        &probe);
+    double total = 0;
+    for (double rate : probe.rates) total += rate;
+    return total;
+}
+
+void set_num_threads(int threads) {
+    if (threads < 0) throw nb::value_error("threads: must be positive, or 0 for the default");
+    tilewise::set_default_threads(threads);
+}
+
+} // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "The compiled kernels of tilewise. Internal: call tilewise.attention.";
+    m.def("forward", &forward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
+          "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
+          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(),
+          "One forward pass. Tuples of addresses and strides in elements, in the order of native/core/problem.h; "
+          "None (0 for sinks): absent. The GIL is released.");
+    m.def("isa", [] { return std::string(page()->name); }, "Name of the kernel page in use (TILEWISE_ISA chooses).");
+    m.def("dtypes", &dtypes, "Names of the element types that the page in use computes.");
+    m.def("build_info", &build_info, "compiler, pages (compiled in, best first), supported_pages, xla_ffi_version.");
+    m.def("num_threads", &tilewise::default_threads, "Threads a call uses where it does not say.");
+    m.def("set_num_threads", &set_num_threads, "threads"_a, "Set that number for the process; 0 returns to the default.");
+    m.def("peak_gflops", &peak_gflops, "threads"_a = 0, "seconds"_a = 0.05, "Measured float32 multiply-add peak, GFLOP/s.");
+    m.def("philox_word", &philox_word, "seed"_a, "stream"_a, "index"_a,
+          "First word of Philox4x32-10 for counter (index, stream), as the page in use draws it.");
+    m.def("xla_handler", [] { return nb::capsule(reinterpret_cast<void *>(&tw_xla_forward)); }, "Capsule for jax.ffi.");
+}

@@ -1,0 +1,327 @@
+// The XLA FFI handler "tilewise_forward", on hand-declared structs of XLA's C interface.
+//
+// The structs are declared here because building against newer headers would report a newer version, which older XLA
+// refuses; version 0.1 is taken by all since jaxlib 0.4.31. tests/native compares them with jaxlib's own headers.
+//
+// Operands, in this order; those whose bit of `present` is 0 are left out. Primed sizes are 1 (broadcast) or full.
+//   always  q, k, v           layout 0: (B,Hq,Sq,D) (B,Hkv,Sk,D) (B,Hkv,Sk,Dv); 1: (B,Sq,Hq,D) (B,Sk,Hkv,D) (B,Sk,Hkv,Dv)
+//   1       starts, stops     (b',h',Sq,R), both s32 or both s64
+//   2       q_labels, k_labels (b',h',Sq), (b',h',Sk) s32
+//   4       mask              (b',h',i',j') pred
+//   8       index, words      (b',h',nq,nk) s32; (n,64) u64 or (n,64,2) u32 as (low, high)
+//   -       bias_count biases (b',h',i',j') f32, f64, f16 or bf16
+//   16      table             (b',h',Sq+Sk-1), accumulator's type
+//   32      sinks             (Hq,), accumulator's type
+//   64      seed              (2,) u32 as (low, high)
+// Attributes, all required: present, bias_count, layout, bits_q_offset, dropout_threshold, dropout_stream, threads (i64);
+//   scale, softcap, dropout_inverse_keep (f64).
+// Results: out as q with Dv for D; lse (B,Hq,Sq), accumulator's type.
+#include "bind/xla_ffi.h"
+
+#include <stdint.h>
+#include <string.h>
+
+#include "core/problem.h"
+
+namespace {
+
+// XLA's structs, as far as they are used here. Every one begins with its size and a list of extensions.
+struct Extension {
+    size_t struct_size;
+    int type;
+    Extension *next;
+};
+struct Head {
+    size_t struct_size;
+    Extension *extensions;
+};
+struct Buffer {
+    Head head;
+    int dtype;
+    void *data;
+    int64_t rank;
+    int64_t *dims;
+};
+struct Span {
+    const char *text;
+    size_t length;
+};
+struct Scalar {
+    int dtype;
+    void *value;
+};
+struct Buffers {
+    Head head;
+    int64_t size;
+    int *types;
+    Buffer **items;
+};
+struct Attributes {
+    Head head;
+    int64_t size;
+    int *types;
+    Span **names;
+    void **items;
+};
+struct ErrorRequest {
+    Head head;
+    const char *message;
+    int code;
+};
+struct Version {
+    Head head;
+    int major, minor;
+};
+struct Metadata {
+    size_t struct_size;
+    Version version;
+    uint32_t traits;
+};
+struct MetadataExtension {
+    Extension base;
+    Metadata *metadata;
+};
+struct Api {
+    Head head;
+    Version version;
+    const void *internal;
+    void *(*create_error)(ErrorRequest *);
+};
+
+enum { ARGUMENT_BUFFER = 1, ATTRIBUTE_SCALAR = 3, STAGE_EXECUTE = 3, EXTENSION_METADATA = 1 };
+enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, UNIMPLEMENTED = 12 };
+enum { PRED = 1, S32 = 4, S64 = 5, U32 = 8, U64 = 9, F16 = 10, F32 = 11, F64 = 12, BF16 = 16 };
+enum { RANGES = 1, LABELS = 2, MASK = 4, BITS = 8, TABLE = 16, SINKS = 32, DROPOUT = 64 };
+
+} // namespace
+
+struct tw_xla_call_frame {
+    Head head;
+    const Api *api;
+    void *context;
+    int stage;
+    Buffers arguments, results;
+    Attributes attributes;
+};
+
+namespace {
+
+// Reads a frame field by field and keeps the first complaint.
+class Reader {
+  public:
+    explicit Reader(const tw_xla_call_frame &frame) : frame_(frame) {}
+
+    const char *complaint = nullptr;
+
+    bool want(bool holds, const char *otherwise) {
+        if (!holds && !complaint) complaint = otherwise;
+        return !complaint;
+    }
+
+    const Buffer *operand(int64_t rank, const char *otherwise) { return take(frame_.arguments, operands_++, rank, otherwise); }
+    const Buffer *result(int64_t rank, const char *otherwise) { return take(frame_.results, results_++, rank, otherwise); }
+    bool all_read() const { return operands_ == frame_.arguments.size && results_ == frame_.results.size; }
+
+    int64_t integer(const char *name) {
+        const void *value = attribute(name, S64);
+        int64_t number = 0;
+        if (value) memcpy(&number, value, sizeof number);
+        return number;
+    }
+    double number(const char *name) {
+        const void *value = attribute(name, F64);
+        double number = 0;
+        if (value) memcpy(&number, value, sizeof number);
+        return number;
+    }
+
+  private:
+    const Buffer *take(const Buffers &list, int64_t at, int64_t rank, const char *otherwise) {
+        if (!want(at < list.size && list.types[at] == ARGUMENT_BUFFER, otherwise)) return nullptr;
+        const Buffer *buffer = list.items[at];
+        return want(rank < 0 || buffer->rank == rank, otherwise) ? buffer : nullptr; // rank -1: any
+    }
+    const void *attribute(const char *name, int dtype) {
+        const Attributes &all = frame_.attributes;
+        for (int64_t at = 0; at < all.size; ++at)
+            if (all.types[at] == ATTRIBUTE_SCALAR && all.names[at]->length == strlen(name) &&
+                !memcmp(all.names[at]->text, name, all.names[at]->length)) {
+                const Scalar *scalar = static_cast<const Scalar *>(all.items[at]);
+                if (scalar->dtype == dtype) return scalar->value;
+            }
+        want(false, "attributes: one is missing or of the wrong type (see xla_ffi.cpp)");
+        return nullptr;
+    }
+
+    const tw_xla_call_frame &frame_;
+    int64_t operands_ = 0, results_ = 0;
+};
+
+int dtype_of(int xla) {
+    return xla == F32 ? TW_FLOAT32 : xla == F64 ? TW_FLOAT64 : xla == F16 ? TW_FLOAT16 : xla == BF16 ? TW_BFLOAT16 : -1;
+}
+
+bool fits(int64_t got, int64_t full) { return got == full || got == 1; }
+
+// Strides over (b, h) of a row-major buffer with the given elements per (b, h); 0 where an axis is broadcast.
+struct Outer {
+    int64_t b, h;
+};
+Outer outer_of(const Buffer &buffer, int64_t each) {
+    return {buffer.dims[0] > 1 ? buffer.dims[1] * each : 0, buffer.dims[1] > 1 ? each : 0};
+}
+
+tw_tensor tensor_of(const Buffer &buffer, int64_t layout) {
+    const int64_t *n = buffer.dims;
+    return layout ? tw_tensor{buffer.data, n[1] * n[2] * n[3], n[3], n[2] * n[3]}
+                  : tw_tensor{buffer.data, n[1] * n[2] * n[3], n[2] * n[3], n[3]};
+}
+
+void read_mask(Reader &r, int64_t present, tw_problem &p) {
+    if (present & RANGES) {
+        const Buffer *starts = r.operand(4, "starts: expected (b, h, Sq, R)"), *stops = r.operand(4, "stops: expected (b, h, Sq, R)");
+        if (!r.want(starts && stops && (starts->dtype == S32 || starts->dtype == S64) && stops->dtype == starts->dtype &&
+                        !memcmp(starts->dims, stops->dims, 4 * sizeof(int64_t)) && fits(starts->dims[0], p.batch) &&
+                        fits(starts->dims[1], p.q_heads) && starts->dims[2] == p.q_len && starts->dims[3] >= 1,
+                    "starts, stops: expected two s32 or s64 arrays (b, h, Sq, R)"))
+            return;
+        const Outer outer = outer_of(*starts, p.q_len * starts->dims[3]);
+        p.ranges = {starts->data, stops->data, starts->dtype == S64, int32_t(starts->dims[3]), outer.b, outer.h};
+    }
+    if (present & LABELS) {
+        const Buffer *q = r.operand(3, "q_labels: expected (b, h, Sq)"), *k = r.operand(3, "k_labels: expected (b, h, Sk)");
+        if (!r.want(q && k && q->dtype == S32 && k->dtype == S32 && q->dims[2] == p.q_len && k->dims[2] == p.k_len &&
+                        fits(q->dims[0], p.batch) && fits(k->dims[0], p.batch) && fits(q->dims[1], p.q_heads) &&
+                        fits(k->dims[1], p.q_heads),
+                    "q_labels, k_labels: expected s32 arrays (b, h, Sq) and (b, h, Sk)"))
+            return;
+        const Outer of_q = outer_of(*q, p.q_len), of_k = outer_of(*k, p.k_len);
+        p.labels = {static_cast<int32_t *>(q->data), static_cast<int32_t *>(k->data), of_q.b, of_q.h, of_k.b, of_k.h};
+    }
+    if (present & MASK) {
+        const Buffer *mask = r.operand(4, "mask: expected (b, h, i, j)");
+        if (!r.want(mask && mask->dtype == PRED && fits(mask->dims[0], p.batch) && fits(mask->dims[1], p.q_heads) &&
+                        fits(mask->dims[2], p.q_len) && fits(mask->dims[3], p.k_len),
+                    "mask: expected booleans (b, h, i, j)"))
+            return;
+        const int64_t *n = mask->dims;
+        const Outer outer = outer_of(*mask, n[2] * n[3]);
+        p.mask = {static_cast<uint8_t *>(mask->data), outer.b, outer.h, n[2] > 1 ? n[3] : 0, n[3] > 1 ? 1 : 0};
+    }
+    if (present & BITS) {
+        const Buffer *index = r.operand(4, "index: expected (b, h, nq, nk)"), *words = r.operand(-1, "words: missing");
+        if (!r.want(index && words && index->dtype == S32 && fits(index->dims[0], p.batch) && fits(index->dims[1], p.q_heads) &&
+                        index->dims[3] == (p.k_len + TW_BIT_TILE - 1) / TW_BIT_TILE,
+                    "index: expected s32 (b, h, nq, nk)") ||
+            !r.want((words->dtype == U64 && words->rank == 2) || (words->dtype == U32 && words->rank == 3 && words->dims[2] == 2),
+                    "words: expected u64 (n, 64) or u32 (n, 64, 2)") ||
+            !r.want(words->dims[1] == TW_BIT_TILE, "words: expected 64 per tile"))
+            return;
+        const Outer outer = outer_of(*index, index->dims[2] * index->dims[3]);
+        p.bits = {static_cast<int32_t *>(index->data), static_cast<uint64_t *>(words->data), outer.b, outer.h,
+                  index->dims[2], index->dims[3], r.integer("bits_q_offset")};
+    }
+}
+
+void read_additions(Reader &r, int64_t present, int accumulator, tw_problem &p) {
+    const int64_t biases = r.integer("bias_count");
+    if (!r.want(biases >= 0 && biases <= TW_MAX_BIASES, "bias: at most 4 dense biases")) return;
+    for (int64_t t = 0; t < biases; ++t) {
+        const Buffer *bias = r.operand(4, "bias: expected (b, h, i, j)");
+        if (!r.want(bias && dtype_of(bias->dtype) >= 0 && fits(bias->dims[0], p.batch) && fits(bias->dims[1], p.q_heads) &&
+                        fits(bias->dims[2], p.q_len) && fits(bias->dims[3], p.k_len),
+                    "bias: expected floats (b, h, i, j)"))
+            return;
+        const int64_t *n = bias->dims;
+        const Outer outer = outer_of(*bias, n[2] * n[3]);
+        p.bias[p.bias_count++] = {bias->data, dtype_of(bias->dtype), outer.b, outer.h, n[2] > 1 ? n[3] : 0, n[3] > 1 ? 1 : 0};
+    }
+    if (present & TABLE) {
+        const Buffer *table = r.operand(3, "table: expected (b, h, Sq + Sk - 1)");
+        if (!r.want(table && table->dtype == accumulator && fits(table->dims[0], p.batch) && fits(table->dims[1], p.q_heads) &&
+                        table->dims[2] == p.q_len + p.k_len - 1,
+                    "table: expected the accumulator's type, (b, h, Sq + Sk - 1)"))
+            return;
+        const Outer outer = outer_of(*table, table->dims[2]);
+        p.table = {table->data, outer.b, outer.h};
+    }
+    if (present & SINKS) {
+        const Buffer *sinks = r.operand(1, "sinks: expected (Hq,)");
+        if (!r.want(sinks && sinks->dtype == accumulator && sinks->dims[0] == p.q_heads, "sinks: expected the accumulator's type, (Hq,)"))
+            return;
+        p.sinks = sinks->data;
+    }
+    if (present & DROPOUT) {
+        const Buffer *seed = r.operand(1, "seed: expected (2,)");
+        if (!r.want(seed && seed->dtype == U32 && seed->dims[0] == 2, "seed: expected u32 (2,)")) return;
+        const uint32_t *words = static_cast<const uint32_t *>(seed->data);
+        p.dropout = {1, uint64_t(r.integer("dropout_threshold")), uint64_t(words[1]) << 32 | words[0],
+                     uint64_t(r.integer("dropout_stream")), r.number("dropout_inverse_keep")};
+    }
+}
+
+void read_problem(Reader &r, tw_problem &p) {
+    const Buffer *q = r.operand(4, "q: expected 4 axes"), *k = r.operand(4, "k: expected 4 axes"), *v = r.operand(4, "v: expected 4 axes");
+    const Buffer *out = r.result(4, "out: expected 4 axes"), *lse = r.result(3, "lse: expected (B, Hq, Sq)");
+    if (r.complaint) return;
+    const int64_t layout = r.integer("layout"), present = r.integer("present");
+    const int heads = layout ? 2 : 1, positions = layout ? 1 : 2;
+    const int accumulator = q->dtype == F64 ? F64 : F32;
+    p.dtype = dtype_of(q->dtype);
+    p.batch = q->dims[0];
+    p.q_heads = q->dims[heads];
+    p.q_len = p.row_end = q->dims[positions];
+    p.head_dim = q->dims[3];
+    p.kv_heads = k->dims[heads];
+    p.k_len = k->dims[positions];
+    p.value_dim = v->dims[3];
+    if (!r.want(p.dtype >= 0, "q: expected floats") ||
+        !r.want(k->dtype == q->dtype && v->dtype == q->dtype && out->dtype == q->dtype, "k, v, out: expected q's dtype") ||
+        !r.want(k->dims[0] == p.batch && k->dims[3] == p.head_dim, "k: its batch or head size is not q's") ||
+        !r.want(v->dims[0] == p.batch && v->dims[heads] == p.kv_heads && v->dims[positions] == p.k_len, "v: its shape does not fit k's") ||
+        !r.want(out->dims[0] == p.batch && out->dims[heads] == p.q_heads && out->dims[positions] == p.q_len && out->dims[3] == p.value_dim,
+                "out: its shape does not fit q and v") ||
+        !r.want(lse->dtype == accumulator && lse->dims[0] == p.batch && lse->dims[1] == p.q_heads && lse->dims[2] == p.q_len,
+                "lse: expected the accumulator's type, (B, Hq, Sq)"))
+        return;
+    p.q = tensor_of(*q, layout);
+    p.k = tensor_of(*k, layout);
+    p.v = tensor_of(*v, layout);
+    p.out = tensor_of(*out, layout);
+    p.lse = lse->data;
+    p.scale = r.number("scale");
+    p.softcap = r.number("softcap");
+    p.threads = int32_t(r.integer("threads"));
+    read_mask(r, present, p);
+    if (!r.complaint) read_additions(r, present, accumulator, p);
+    r.want(r.all_read(), "operands: more of them than `present` and `bias_count` announce");
+}
+
+void *error(const tw_xla_call_frame &frame, int code, const char *message) {
+    ErrorRequest request = {{sizeof request, nullptr}, message, code};
+    return frame.api->create_error(&request);
+}
+
+} // namespace
+
+void *tw_xla_forward(tw_xla_call_frame *frame) {
+    // A frame with the metadata extension asks for the version and nothing else.
+    if (frame->head.extensions && frame->head.extensions->type == EXTENSION_METADATA) {
+        Metadata *metadata = reinterpret_cast<MetadataExtension *>(frame->head.extensions)->metadata;
+        metadata->version.major = 0;
+        metadata->version.minor = 1;
+        return nullptr;
+    }
+    if (frame->stage != STAGE_EXECUTE) return nullptr;
+    Reader reader(*frame);
+    tw_problem problem = {};
+    read_problem(reader, problem);
+    if (reader.complaint) return error(*frame, INVALID_ARGUMENT, reader.complaint);
+    const char *message = nullptr;
+    switch (tw_forward(&problem, &message)) {
+    case TW_OK: return nullptr;
+    case TW_OUT_OF_MEMORY: return error(*frame, RESOURCE_EXHAUSTED, message);
+    case TW_UNSUPPORTED: return error(*frame, UNIMPLEMENTED, message);
+    default: return error(*frame, INVALID_ARGUMENT, message);
+    }
+}

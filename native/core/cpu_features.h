@@ -1,0 +1,7 @@
+// What this processor can run. Compiled without instruction-set flags, so that asking is always safe.
+#pragma once
+
+namespace tilewise {
+bool host_runs_avx2();   // AVX2, FMA, F16C, BMI: x86-64-v3
+bool host_runs_avx512(); // AVX-512 F, BW, CD, DQ, VL: x86-64-v4
+} // namespace tilewise

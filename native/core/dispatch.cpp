@@ -1,0 +1,41 @@
+#include "core/dispatch.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/cpu_features.h"
+
+namespace tilewise {
+
+const Page *pages(int *count) {
+    static const Page list[] = {
+#ifdef TILEWISE_PAGE_AVX512
+        {&tw_page_avx512, host_runs_avx512()},
+#endif
+#ifdef TILEWISE_PAGE_AVX2
+        {&tw_page_avx2, host_runs_avx2()},
+#endif
+        {&tw_page_scalar, true},
+    };
+    *count = int(sizeof list / sizeof *list);
+    return list;
+}
+
+const tw_kernel_table *page_in_use(const char **message) {
+    int count;
+    const Page *list = pages(&count);
+    const char *wanted = getenv("TILEWISE_ISA");
+    for (int i = 0; i < count; ++i) {
+        if (!wanted || !*wanted) {
+            if (list[i].host_runs) return list[i].table;
+        } else if (!strcmp(list[i].table->name, wanted)) {
+            if (list[i].host_runs) return list[i].table;
+            *message = "TILEWISE_ISA: this processor cannot run the page it names";
+            return nullptr;
+        }
+    }
+    *message = "TILEWISE_ISA: names no compiled page (see tilewise._native.build_info()['pages'])";
+    return nullptr;
+}
+
+} // namespace tilewise

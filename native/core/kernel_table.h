@@ -1,0 +1,40 @@
+// What a kernel page offers: one table of plain functions per instruction set.
+#pragma once
+
+#include "core/problem.h"
+
+extern "C" {
+
+enum { most_tiles_of_item = 16 };
+
+// A piece of work: query rows [row_begin, row_end) of one (batch, kv head), against keys [key_begin, key_end).
+// Rows count through the kv head's whole group of query heads: row = g * (problem rows) + (i - problem.row_begin).
+struct tw_item {
+    int64_t b, kv_head, row_begin, row_end, key_begin, key_end;
+    double cost; // estimated pairs, for the order of work
+    // Where not NULL, the unnormalised state goes here instead of to out and lse: for each row, accumulator's type,
+    // value_dim sums, then the reference exponent (log2), the denominator, and whether any key was seen (0 or 1).
+    void *partial;
+};
+
+// The kernels of one element type.
+struct tw_kernels {
+    int64_t tile_rows; // query rows of one tile; 0: this page has no kernel for the type
+    size_t (*scratch_bytes)(const tw_problem *, int64_t tiles);
+    // Runs an item of at most `tiles` tiles in `scratch` (64-byte aligned, as large as scratch_bytes says).
+    void (*forward)(const tw_problem *, const tw_item *, int64_t tiles, void *scratch);
+    // Merges `splits` partial states of `rows` rows, in key order, and writes out and lse. Item: the rows meant.
+    void (*merge)(const tw_problem *, const tw_item *, void *partials, int64_t splits);
+};
+
+struct tw_kernel_table {
+    const char *name;
+    tw_kernels kernels[TW_DTYPES];
+    // Keeps the multiply-add units busy for `steps` rounds; returns the float32 operations done.
+    double (*peak_probe)(int64_t steps, float *sink);
+    // The first Philox word of `count` counters (index[l], stream): the dropout of the kernels, for tests.
+    void (*philox)(uint64_t seed, uint64_t stream, const uint64_t *index, int count, uint32_t *words);
+};
+
+extern const tw_kernel_table tw_page_scalar, tw_page_avx2, tw_page_avx512;
+}

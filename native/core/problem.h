@@ -1,0 +1,95 @@
+// One attention call as plain data: what every kernel page reads, and nothing of Python.
+//
+// Shapes: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), out (B, Hq, Sq, Dv), lse (B, Hq, Sq).
+// Strides are in elements; the last axis of q, k, v and out has stride 1, lse is contiguous.
+// "Accumulator" is float, or double where the elements are double.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+extern "C" {
+
+enum tw_dtype { TW_FLOAT32 = 0, TW_FLOAT64 = 1, TW_FLOAT16 = 2, TW_BFLOAT16 = 3, TW_DTYPES = 4 };
+
+enum tw_status { TW_OK = 0, TW_INVALID = 1, TW_UNSUPPORTED = 2, TW_OUT_OF_MEMORY = 3 };
+
+enum { TW_MAX_RANGES = 4, TW_MAX_BIASES = 4, TW_BIT_TILE = 64, TW_TILE_EMPTY = -1, TW_TILE_FULL = -2 };
+
+// An array over (b, h, position, last axis); the last axis is contiguous.
+struct tw_tensor {
+    void *data;
+    int64_t stride_b, stride_h, stride_s;
+};
+
+// Row i of (b, h) sees the keys of `count` half-open intervals [start, stop): disjoint, in key order, empty ones last,
+// inside [0, Sk]. Element r of row i stands at b * stride_b + h * stride_h + i * count + r. count = 0: no ranges.
+struct tw_ranges {
+    const void *starts, *stops; // int32, or int64 where `wide`
+    int32_t wide, count;
+    int64_t stride_b, stride_h;
+};
+
+// Query i sees key j iff q[b, h, i] == k[b, h, j]. q = NULL: no labels.
+struct tw_labels {
+    const int32_t *q, *k;
+    int64_t q_stride_b, q_stride_h, k_stride_b, k_stride_h;
+};
+
+// The caller's own bool array (one byte each, nonzero = visible), read through strides that may be 0. NULL: none.
+struct tw_dense_mask {
+    const uint8_t *data;
+    int64_t stride_b, stride_h, stride_i, stride_j;
+};
+
+// Tiles of 64 queries x 64 keys. index[b, h, tq, tk] (contiguous in tq, tk) is TW_TILE_EMPTY, TW_TILE_FULL or the number
+// t of a stored tile; bit q of words[t * 64 + key] says whether query q of the tile sees that key.
+// Tile row 0 begins at query q_offset, a multiple of 64. index = NULL: no bits.
+struct tw_tile_bits {
+    const int32_t *index;
+    const uint64_t *words;
+    int64_t stride_b, stride_h, tiles_q, tiles_k, q_offset;
+};
+
+// An array added to the scores, of any tw_dtype, read through strides that may be 0.
+struct tw_bias {
+    const void *data;
+    int32_t dtype;
+    int64_t stride_b, stride_h, stride_i, stride_j;
+};
+
+// A bias over the distance: table[b, h, j - i + Sq - 1], accumulator's type. NULL: none.
+struct tw_table {
+    const void *data;
+    int64_t stride_b, stride_h;
+};
+
+// Philox4x32-10: pair (b, h, i, j) is kept iff word 0 >= threshold (2^32 drops everything).
+struct tw_dropout {
+    int32_t enabled;
+    uint64_t threshold, seed, stream;
+    double inverse_keep;
+};
+
+// A pair is visible iff ranges, labels, dense mask and tile bits all say so and no bias is -inf there.
+struct tw_problem {
+    int32_t dtype, threads; // tw_dtype; threads <= 0: the default
+    int64_t batch, q_heads, kv_heads, q_len, k_len, head_dim, value_dim;
+    int64_t row_begin, row_end; // only these query rows are computed and written; 0 and q_len: all
+    tw_tensor q, k, v, out;
+    void *lse; // (B, Hq, Sq) in the accumulator's type
+    double scale, softcap; // softcap 0: none
+    tw_ranges ranges;
+    tw_labels labels;
+    tw_dense_mask mask;
+    tw_tile_bits bits;
+    tw_bias bias[TW_MAX_BIASES];
+    int32_t bias_count;
+    tw_table table;
+    const void *sinks; // (Hq,) in the accumulator's type, or NULL
+    tw_dropout dropout;
+};
+
+// Computes out and lse. Returns a tw_status; on failure *message points to static text that begins with the argument.
+int tw_forward(const tw_problem *problem, const char **message);
+}

@@ -1,0 +1,174 @@
+#include "core/threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+namespace tilewise {
+namespace {
+
+constexpr int spins = 2000; // about 20 microseconds: longer than the gap between two calls of one layer
+constexpr int most_workers = 1023;
+
+void pause_briefly() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
+// Workers sleep until a region opens. A region is a task and a counter of indices; every thread takes the next index.
+// The caller waits for workers *inside* the region only: one that the system has not scheduled yet is not waited for,
+// it finds the region closed and goes back to sleep.
+struct Pool {
+    std::mutex owner; // held by the caller whose region is open
+    std::mutex sleep;
+    std::condition_variable wake;
+    std::atomic<uint64_t> epoch{0};
+    std::atomic<int64_t> next{0};
+    std::atomic<int> inside{0};
+    std::atomic<bool> open{false};
+    int64_t count = 0;
+    int workers = 0, invited = 0;
+    Task task = nullptr;
+    void *context = nullptr;
+
+    void run(int worker) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i, worker);
+    }
+
+    void work(int number) {
+        uint64_t seen = 0;
+        for (;;) {
+            for (int i = 0; i < spins && epoch.load(std::memory_order_acquire) == seen; ++i) pause_briefly();
+            if (epoch.load(std::memory_order_acquire) == seen) {
+                std::unique_lock<std::mutex> lock(sleep);
+                wake.wait(lock, [&] { return epoch.load(std::memory_order_acquire) != seen; });
+            }
+            seen = epoch.load(std::memory_order_acquire);
+            inside.fetch_add(1); // before asking whether the region is open: the caller closes it, then counts
+            if (open.load() && number <= invited) run(number);
+            inside.fetch_sub(1);
+        }
+    }
+
+    // Grows the pool to `wanted` workers where the system allows; fewer are no error, only slower.
+    void grow(int wanted) {
+        while (workers < wanted && workers < most_workers) {
+            try {
+                std::thread(&Pool::work, this, workers + 1).detach();
+            } catch (const std::system_error &) {
+                return;
+            }
+            ++workers;
+        }
+    }
+};
+
+// Leaked on purpose: its threads may outlive every destructor of the process. After a fork the child has none of the
+// threads, so it forgets the pool and makes another when it needs one.
+std::atomic<Pool *> the_pool{nullptr};
+
+Pool *pool() {
+    static std::mutex making;
+    if (Pool *made = the_pool.load(std::memory_order_acquire)) return made;
+    std::lock_guard<std::mutex> lock(making);
+    if (Pool *made = the_pool.load(std::memory_order_acquire)) return made;
+    static const int once = pthread_atfork([] { making.lock(); }, [] { making.unlock(); },
+                                           [] {
+                                               making.unlock();
+                                               the_pool.store(nullptr);
+                                           });
+    (void)once;
+    Pool *made = new (std::nothrow) Pool;
+    the_pool.store(made, std::memory_order_release);
+    return made;
+}
+
+std::atomic<int> chosen_threads{0};
+
+int positive_from_environment(const char *name) {
+    const char *text = getenv(name);
+    int value = text ? atoi(text) : 0; // OMP_NUM_THREADS may be a list, "4,2": the outermost number counts
+    return value > 0 ? value : 0;
+}
+
+// Processors that the cgroup's quota amounts to, rounded up; 0 where there is none.
+int processors_of_quota() {
+    double quota = 0, period = 0;
+    if (FILE *v2 = fopen("/sys/fs/cgroup/cpu.max", "r")) {
+        if (fscanf(v2, "%lf %lf", &quota, &period) != 2) quota = 0;
+        fclose(v2);
+    } else {
+        const char *names[] = {"/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"};
+        double *values[] = {&quota, &period};
+        for (int i = 0; i < 2; ++i)
+            if (FILE *v1 = fopen(names[i], "r")) {
+                if (fscanf(v1, "%lf", values[i]) != 1) *values[i] = 0;
+                fclose(v1);
+            }
+    }
+    return quota > 0 && period > 0 ? int((quota + period - 1) / period) : 0;
+}
+
+int processors() {
+    int allowed = 0;
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) allowed = CPU_COUNT(&set);
+#endif
+    if (allowed < 1) allowed = int(std::thread::hardware_concurrency());
+    int quota = processors_of_quota();
+    if (quota && quota < allowed) allowed = quota;
+    return allowed < 1 ? 1 : allowed;
+}
+
+} // namespace
+
+void parallel_for(int64_t count, int threads, Task task, void *context) {
+    Pool *shared = threads > 1 && count > 1 ? pool() : nullptr;
+    std::unique_lock<std::mutex> lock;
+    if (shared) lock = std::unique_lock<std::mutex>(shared->owner, std::try_to_lock);
+    if (!lock.owns_lock()) {
+        for (int64_t i = 0; i < count; ++i) task(context, i, 0);
+        return;
+    }
+    int64_t helpers = threads - 1 < count - 1 ? threads - 1 : count - 1;
+    shared->grow(int(helpers));
+    shared->task = task;
+    shared->context = context;
+    shared->count = count;
+    shared->invited = int(helpers);
+    shared->next.store(0, std::memory_order_relaxed);
+    shared->open.store(true);
+    {
+        std::lock_guard<std::mutex> sleepers(shared->sleep);
+        shared->epoch.fetch_add(1, std::memory_order_release);
+    }
+    shared->wake.notify_all();
+    shared->run(0);
+    shared->open.store(false);
+    for (int i = 0; shared->inside.load() != 0; ++i) i < spins ? pause_briefly() : std::this_thread::yield();
+}
+
+int default_threads() {
+    if (int chosen = chosen_threads.load()) return chosen;
+    if (int own = positive_from_environment("TILEWISE_NUM_THREADS")) return own;
+    if (int openmp = positive_from_environment("OMP_NUM_THREADS")) return openmp;
+    static const int counted = processors();
+    return counted;
+}
+
+void set_default_threads(int threads) { chosen_threads.store(threads); }
+
+} // namespace tilewise

@@ -1,0 +1,79 @@
+// From the state of a row to out and lse, and the merge of states over disjoint keys.
+
+TW_INLINE float logarithm(float x) { return __builtin_logf(x); }
+TW_INLINE double logarithm(double x) { return __builtin_log(x); }
+template <class A> TW_INLINE A power_of_two_of(A x) { return exp2<A>(splat(x))[0]; }
+
+// What a row's sums of values are multiplied by, and its lse.
+template <class A> struct Ending {
+    A factor, lse;
+};
+
+// With a sink, 2^(sink log2 e) joins the denominator; a row that saw nothing stays empty even so.
+template <class A> TW_INLINE Ending<A> ending_of(const tw_problem &p, int64_t h, A shift, A sum, bool seen) {
+    if (!seen) return {0, -A(__builtin_inf())}; // its sums are 0
+    A factor = 1;
+    if (p.sinks) {
+        const A sink = static_cast<const A *>(p.sinks)[h] * A(1.4426950408889634074);
+        const A top = sink > shift ? sink : shift;
+        factor = power_of_two_of(shift - top);
+        sum = sum * factor + power_of_two_of(sink - top);
+        shift = top;
+    }
+    const A keep = p.dropout.enabled ? A(p.dropout.inverse_keep) : A(1);
+    return {factor * keep / sum, shift * A(0.69314718055994530942) + logarithm(sum)};
+}
+
+template <class T, class A> static void write_row(const tw_problem &p, int64_t b, int64_t h, int64_t i, const A *from, int64_t stride, Ending<A> end) {
+    T *out = static_cast<T *>(p.out.data) + b * p.out.stride_b + h * p.out.stride_h + i * p.out.stride_s;
+    for (int64_t d = 0; d < p.value_dim; ++d) out[d] = T(from[d * stride] * end.factor);
+    static_cast<A *>(p.lse)[(b * p.q_heads + h) * p.q_len + i] = end.lse;
+}
+
+// A row has seen a key once its limit has left -inf, or its sum is NaN.
+template <class A> TW_INLINE bool has_seen(const Tile<A> &tile, int l) {
+    return tile.limit[l] > -A(__builtin_inf()) || tile.sum[l] != 0;
+}
+
+template <class T, class A> static void finish(const tw_problem &p, const tw_item &item, const Tile<A> &tile) {
+    for (int l = 0; l < tile.rows; ++l)
+        write_row<T, A>(p, item.b, tile.h[l], tile.i[l], tile.out + l, tile.width,
+                        ending_of<A>(p, tile.h[l], tile.shift[l], tile.sum[l], has_seen(tile, l)));
+}
+
+template <class A> static void finish_partial(const tw_problem &p, const tw_item &item, const Tile<A> &tile, int64_t row) {
+    A *to = static_cast<A *>(item.partial) + row * (p.value_dim + 3);
+    for (int l = 0; l < tile.rows; ++l, to += p.value_dim + 3) {
+        for (int64_t d = 0; d < p.value_dim; ++d) to[d] = tile.out[d * tile.width + l];
+        to[p.value_dim] = tile.shift[l];
+        to[p.value_dim + 1] = tile.sum[l];
+        to[p.value_dim + 2] = has_seen(tile, l);
+    }
+}
+
+// Rows stand together in each split; the splits follow each other in key order. The first split is summed into.
+template <class T, class A> static void merge(const tw_problem *problem, const tw_item *item, void *partials, int64_t splits) {
+    const tw_problem &p = *problem;
+    const int64_t rows = item->row_end - item->row_begin, state = p.value_dim + 3;
+    const int64_t group = p.q_heads / p.kv_heads, per_head = p.row_end - p.row_begin;
+    for (int64_t r = 0; r < rows; ++r) {
+        A *first = static_cast<A *>(partials) + r * state;
+        A top = -A(__builtin_inf());
+        bool seen = false;
+        for (int64_t s = 0; s < splits; ++s) {
+            const A *own = first + s * rows * state + p.value_dim;
+            if (own[2] == 0) continue;
+            seen = true;
+            top = own[0] > top ? own[0] : top;
+        }
+        A sum = 0;
+        for (int64_t s = 0; s < splits; ++s) {
+            const A *own = first + s * rows * state;
+            const A factor = own[p.value_dim + 2] != 0 ? power_of_two_of(own[p.value_dim] - top) : A(0);
+            sum += own[p.value_dim + 1] * factor;
+            for (int64_t d = 0; d < p.value_dim; ++d) first[d] = (s ? first[d] : A(0)) + own[d] * factor;
+        }
+        const int64_t at = item->row_begin + r, h = item->kv_head * group + at / per_head;
+        write_row<T, A>(p, item->b, h, p.row_begin + at % per_head, first, 1, ending_of<A>(p, h, top, sum, seen));
+    }
+}

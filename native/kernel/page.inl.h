@@ -1,0 +1,38 @@
+// The body of every page: compiled once per instruction set, inside an unnamed namespace, without C++ library headers,
+// so that the linker can never hand code of one instruction set to another.
+#include <stddef.h>
+#include <stdint.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "core/kernel_table.h"
+
+namespace {
+// clang-format off: the order is that of use
+#include "kernel/vector.inl.h"
+#include "kernel/exp.inl.h"
+#include "kernel/philox.inl.h"
+#include "kernel/tile.inl.h"
+#include "kernel/tile_mask.inl.h"
+#include "kernel/tile_bias.inl.h"
+#include "kernel/sweep.inl.h"
+#include "kernel/finish.inl.h"
+#include "kernel/forward.inl.h"
+#include "kernel/probe.inl.h"
+// clang-format on
+
+template <class T, class A> constexpr tw_kernels kernels_of() {
+    return {tile_rows<A>, scratch_bytes<A>, forward<T, A>, merge<T, A>};
+}
+
+void philox(uint64_t seed, uint64_t stream, const uint64_t *index, int count, uint32_t *words) {
+    philox_words(seed, stream, index, count, words);
+}
+} // namespace
+
+extern "C" {
+extern const tw_kernel_table TW_PAGE;
+const tw_kernel_table TW_PAGE = {
+    TW_PAGE_NAME, {kernels_of<float, float>(), kernels_of<double, double>(), {}, {}}, peak_probe, philox};
+}

@@ -1,0 +1,93 @@
+// A tile: up to 64 query rows, one per lane, with their running softmax state.
+//
+// Everything is in log2 units: queries come multiplied by scale * log2(e). For each lane, with s the scores so far,
+//   shift  the exponent's reference (0 until a key is seen),   sum = sum of 2^(s - shift),   out = sum of 2^(s - shift) v,
+//   limit  raise the reference once a score exceeds this: shift + slack, or -inf while no key is seen.
+// The reference moves rarely (Milakov, Gimelshein 2018 move it always); a lane decides for itself, so a row's bits never
+// depend on the rows beside it.
+
+enum { most_lanes = 64, block_keys = TW_BIT_TILE, chunk_keys = 128 };
+template <class A> constexpr A slack = A(8); // 2^8 times the first reference is far from overflow and costs no precision
+
+template <class A> struct Tile {
+    A *query; // [D][width]
+    A *out;   // [Dv][width]
+    A shift[most_lanes], limit[most_lanes], sum[most_lanes];
+    int64_t i[most_lanes], h[most_lanes]; // query index and query head; spare lanes repeat the last row
+    int rows, width;                      // rows in use; lanes: one or two vectors
+    int32_t label_low, label_high;
+    bool masked; // whether any lane was ever barred from a key that another saw
+    int spans;   // key intervals that hold everything any lane sees, whole blocks, in order
+    int64_t span_begin[TW_MAX_RANGES], span_end[TW_MAX_RANGES];
+};
+
+TW_INLINE int64_t read_range(const tw_ranges &ranges, const void *side, int64_t at) {
+    return ranges.wide ? static_cast<const int64_t *>(side)[at] : static_cast<const int32_t *>(side)[at];
+}
+
+TW_INLINE int64_t range_row(const tw_ranges &r, int64_t b, int64_t h, int64_t i) {
+    return b * r.stride_b + h * r.stride_h + i * r.count;
+}
+
+template <class A> TW_INLINE void reset(Tile<A> &tile, int64_t value_dim) {
+    for (int l = 0; l < tile.width; ++l) {
+        tile.shift[l] = tile.sum[l] = 0;
+        tile.limit[l] = -A(__builtin_inf());
+    }
+    __builtin_memset(tile.out, 0, size_t(value_dim * tile.width) * sizeof(A));
+    tile.masked = false;
+}
+
+// Spans of the keys in [begin, end) that any lane may see by its ranges.
+template <class A> static void find_spans(const tw_problem &p, int64_t b, int64_t begin, int64_t end, Tile<A> &tile) {
+    tile.spans = 0;
+    if (begin >= end) return;
+    if (!p.ranges.count) {
+        tile.spans = 1;
+        tile.span_begin[0] = begin;
+        tile.span_end[0] = end;
+        return;
+    }
+    for (int r = 0; r < p.ranges.count; ++r) {
+        int64_t low = end, high = begin;
+        for (int l = 0; l < tile.rows; ++l) {
+            int64_t at = range_row(p.ranges, b, tile.h[l], tile.i[l]) + r;
+            int64_t start = read_range(p.ranges, p.ranges.starts, at), stop = read_range(p.ranges, p.ranges.stops, at);
+            if (start >= stop) continue;
+            low = start < low ? start : low;
+            high = stop > high ? stop : high;
+        }
+        low = low < begin ? begin : low;
+        high = high > end ? end : high;
+        if (low >= high) continue;
+        low -= low % block_keys;
+        high += (block_keys - high % block_keys) % block_keys;
+        high = high > end ? end : high;
+        // Insert in order, then swallow what it touches.
+        int at = tile.spans++;
+        for (; at > 0 && tile.span_begin[at - 1] > low; --at) {
+            tile.span_begin[at] = tile.span_begin[at - 1];
+            tile.span_end[at] = tile.span_end[at - 1];
+        }
+        tile.span_begin[at] = low;
+        tile.span_end[at] = high;
+    }
+    int kept = 0;
+    for (int s = 1; s < tile.spans; ++s) {
+        if (tile.span_begin[s] <= tile.span_end[kept]) {
+            if (tile.span_end[s] > tile.span_end[kept]) tile.span_end[kept] = tile.span_end[s];
+        } else {
+            ++kept;
+            tile.span_begin[kept] = tile.span_begin[s];
+            tile.span_end[kept] = tile.span_end[s];
+        }
+    }
+    if (tile.spans) tile.spans = kept + 1;
+}
+
+// The first key at or after `key` that some span holds, or `none`.
+template <class A> TW_INLINE int64_t next_key(const Tile<A> &tile, int64_t key, int64_t none) {
+    for (int s = 0; s < tile.spans; ++s)
+        if (key < tile.span_end[s]) return key > tile.span_begin[s] ? key : tile.span_begin[s];
+    return none;
+}

@@ -1,0 +1,76 @@
+// Biases of a block of keys, added up in log2 units and laid out as the scores are: bias[key][lane].
+
+TW_INLINE float half_to_float(uint16_t h) {
+    // The exponent is rebased by a multiplication, which also makes denormals right.
+    uint32_t sign = uint32_t(h & 0x8000u) << 16, rest = uint32_t(h & 0x7FFFu) << 13;
+    if (rest >= 0x0F800000u) rest |= 0x7F800000u; // infinity and NaN
+    union {
+        uint32_t bits;
+        float value;
+    } number = {rest};
+    if (rest < 0x7F800000u) number.value *= 5.192296858534828e33f; // 2^112
+    number.bits |= sign;
+    return number.value;
+}
+
+TW_INLINE float bfloat_to_float(uint16_t b) {
+    union {
+        uint32_t bits;
+        float value;
+    } number = {uint32_t(b) << 16};
+    return number.value;
+}
+
+template <class A> TW_INLINE A bias_at(const void *data, int32_t dtype, int64_t at) {
+    switch (dtype) {
+    case TW_FLOAT32: return A(static_cast<const float *>(data)[at]);
+    case TW_FLOAT64: return A(static_cast<const double *>(data)[at]);
+    case TW_FLOAT16: return A(half_to_float(static_cast<const uint16_t *>(data)[at]));
+    default: return A(bfloat_to_float(static_cast<const uint16_t *>(data)[at]));
+    }
+}
+
+// Adds `n` keys of one lane's bias row; `row` is the element of the first key.
+template <class A>
+TW_INLINE void add_bias_row(const void *data, int32_t dtype, int64_t row, int64_t stride, int n, int width, A *column) {
+    const A log2_e = A(1.4426950408889634074);
+    if (dtype == (sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64) && stride == 1) {
+        const A *own = static_cast<const A *>(data) + row;
+        for (int j = 0; j < n; ++j) column[j * width] += own[j] * log2_e;
+        return;
+    }
+    for (int j = 0; j < n; ++j) column[j * width] += bias_at<A>(data, dtype, row + j * stride) * log2_e;
+}
+
+template <class A> static void gather_bias(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t key, int n, A *bias) {
+    __builtin_memset(bias, 0, size_t(n) * size_t(tile.width) * sizeof(A));
+    for (int l = 0; l < tile.width; ++l) {
+        const int64_t h = tile.h[l], i = tile.i[l];
+        for (int t = 0; t < p.bias_count; ++t) {
+            const tw_bias &own = p.bias[t];
+            int64_t row = b * own.stride_b + h * own.stride_h + i * own.stride_i + key * own.stride_j;
+            add_bias_row(own.data, own.dtype, row, own.stride_j, n, tile.width, bias + l);
+        }
+        if (p.table.data) {
+            int64_t row = b * p.table.stride_b + h * p.table.stride_h + key - i + p.q_len - 1;
+            add_bias_row(p.table.data, sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64, row, 1, n, tile.width, bias + l);
+        }
+    }
+}
+
+// keep[key]: the lanes whose pair with that key survives dropout.
+template <class A> static void draw_dropout(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t key, int n, uint64_t *keep) {
+    uint64_t index[most_lanes];
+    uint32_t words[most_lanes];
+    for (int l = 0; l < tile.width; ++l)
+        index[l] = uint64_t(((b * p.q_heads + tile.h[l]) * p.q_len + tile.i[l]) * p.k_len + key);
+    for (int j = 0; j < n; ++j) {
+        philox_words(p.dropout.seed, p.dropout.stream, index, tile.width, words);
+        uint64_t kept = 0;
+        for (int l = 0; l < tile.width; ++l) {
+            kept |= uint64_t(words[l] >= p.dropout.threshold) << l;
+            ++index[l];
+        }
+        keep[j] = kept;
+    }
+}

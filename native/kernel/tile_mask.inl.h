@@ -1,0 +1,141 @@
+// Which keys of a block of 64 do the lanes of a tile see? First as a word per row (bit = key), where ranges and dense
+// masks are cheap; then turned into a word per key (bit = lane), where labels and tile bits join and scores are masked.
+
+enum Sight { SEES_NOTHING, SEES_SOME, SEES_ALL };
+
+TW_INLINE uint64_t first_bits(int64_t n) { return n >= 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1; }
+
+// Turns a 64 x 64 square of bits about its diagonal, by swapping ever smaller off-diagonal squares.
+TW_INLINE void transpose_bits(uint64_t *square) {
+    uint64_t mask = 0x00000000FFFFFFFFull;
+    for (int size = 32; size; size >>= 1, mask ^= mask << size) {
+        for (int base = 0; base < 64; base += 2 * size)
+            for (int r = base; r < base + size; ++r) {
+                uint64_t swapped = ((square[r] >> size) ^ square[r + size]) & mask;
+                square[r] ^= swapped << size;
+                square[r + size] ^= swapped;
+            }
+    }
+}
+
+// Bits of the keys [key, key + n) that lie in the row's ranges.
+TW_INLINE uint64_t range_bits(const tw_ranges &ranges, int64_t row, int64_t key, int64_t n) {
+    uint64_t bits = 0;
+    for (int r = 0; r < ranges.count; ++r) {
+        int64_t start = read_range(ranges, ranges.starts, row + r) - key;
+        int64_t stop = read_range(ranges, ranges.stops, row + r) - key;
+        start = start < 0 ? 0 : start;
+        stop = stop > n ? n : stop;
+        if (start < stop) bits |= first_bits(stop) & ~first_bits(start);
+    }
+    return bits;
+}
+
+// Bits of n <= 64 bools.
+TW_INLINE uint64_t bool_bits(const uint8_t *data, int64_t stride, int64_t n) {
+    if (stride == 0) return *data ? first_bits(n) : 0;
+    if (stride == 1 && n == 64) {
+#if defined(__AVX512BW__)
+        __m512i bytes = _mm512_loadu_si512(data);
+        return _mm512_test_epi8_mask(bytes, bytes);
+#elif defined(__AVX2__)
+        const __m256i zero = _mm256_setzero_si256();
+        __m256i low = _mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i *)data), zero);
+        __m256i high = _mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i *)(data + 32)), zero);
+        return ~(uint64_t(uint32_t(_mm256_movemask_epi8(low))) | uint64_t(uint32_t(_mm256_movemask_epi8(high))) << 32);
+#endif
+    }
+    uint64_t bits = 0;
+    for (int64_t j = 0; j < n; ++j) bits |= uint64_t(data[j * stride] != 0) << j;
+    return bits;
+}
+
+// Narrows words[0..n) (bit = lane) by the labels. Disjoint or single labels are seen without comparing pairs.
+template <class A>
+TW_INLINE Sight narrow_by_labels(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t key, int n, uint64_t *words) {
+    const tw_labels &labels = p.labels;
+    const bool per_head = labels.q_stride_h != 0 || labels.k_stride_h != 0;
+    if (!per_head) {
+        const int32_t *k = labels.k + b * labels.k_stride_b + key;
+        int32_t low = k[0], high = k[0];
+        for (int j = 1; j < n; ++j) {
+            low = k[j] < low ? k[j] : low;
+            high = k[j] > high ? k[j] : high;
+        }
+        if (high < tile.label_low || low > tile.label_high) return SEES_NOTHING;
+        if (low == high && tile.label_low == tile.label_high) return SEES_ALL;
+    }
+    for (int l = 0; l < tile.width; ++l) {
+        int32_t own = labels.q[b * labels.q_stride_b + tile.h[l] * labels.q_stride_h + tile.i[l]];
+        const int32_t *k = labels.k + b * labels.k_stride_b + tile.h[l] * labels.k_stride_h + key;
+        for (int j = 0; j < n; ++j) words[j] &= ~(uint64_t(k[j] != own) << l);
+    }
+    return SEES_SOME;
+}
+
+// Narrows words[0..n) by the stored tiles. Lanes that stand beside each other in one stored tile are read together.
+template <class A>
+TW_INLINE Sight narrow_by_bits(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t key, int n, uint64_t *words) {
+    uint64_t seen[block_keys] = {};
+    uint64_t all = 0, none = 0; // lanes whose stored tile is full, or empty
+    for (int l = 0; l < tile.width;) {
+        int64_t row = tile.i[l] - p.bits.q_offset, q_tile = row / TW_BIT_TILE, in_tile = row % TW_BIT_TILE;
+        int run = 1;
+        while (l + run < tile.width && tile.h[l + run] == tile.h[l] && tile.i[l + run] == tile.i[l] + run &&
+               in_tile + run < TW_BIT_TILE)
+            ++run;
+        uint64_t here = first_bits(run) << l;
+        int32_t number = p.bits.index[b * p.bits.stride_b + tile.h[l] * p.bits.stride_h + q_tile * p.bits.tiles_k +
+                                      key / TW_BIT_TILE];
+        if (number == TW_TILE_FULL) all |= here;
+        else if (number == TW_TILE_EMPTY) none |= here;
+        else {
+            const uint64_t *stored = p.bits.words + int64_t(number) * TW_BIT_TILE;
+            for (int j = 0; j < n; ++j) seen[j] |= ((stored[j] >> in_tile) << l) & here;
+        }
+        l += run;
+    }
+    const uint64_t every = first_bits(tile.width);
+    if (all == every) return SEES_ALL;
+    if (none == every) return SEES_NOTHING;
+    for (int j = 0; j < n; ++j) words[j] &= seen[j] | all;
+    return SEES_SOME;
+}
+
+// The words of the n keys from `key` (a multiple of 64); words beyond n are 0. Filled only where some are seen.
+template <class A>
+static Sight look(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t key, int n, uint64_t *words) {
+    const uint64_t every_key = first_bits(n), every_lane = first_bits(tile.width);
+    bool rows_full = true;
+    if (p.ranges.count || p.mask.data) {
+        uint64_t some = 0, all = every_key;
+        for (int l = 0; l < tile.width; ++l) {
+            uint64_t row = every_key;
+            if (p.ranges.count) row &= range_bits(p.ranges, range_row(p.ranges, b, tile.h[l], tile.i[l]), key, n);
+            if (p.mask.data && row) {
+                const uint8_t *data = p.mask.data + b * p.mask.stride_b + tile.h[l] * p.mask.stride_h +
+                                      tile.i[l] * p.mask.stride_i + key * p.mask.stride_j;
+                row &= bool_bits(data, p.mask.stride_j, n);
+            }
+            words[l] = row;
+            some |= row;
+            all &= row;
+        }
+        if (!some) return SEES_NOTHING;
+        rows_full = all == every_key;
+    }
+    if (rows_full) {
+        for (int j = 0; j < block_keys; ++j) words[j] = j < n ? every_lane : 0;
+    } else {
+        for (int l = tile.width; l < most_lanes; ++l) words[l] = 0;
+        transpose_bits(words);
+    }
+    Sight labels = p.labels.q ? narrow_by_labels(p, b, tile, key, n, words) : SEES_ALL;
+    if (labels == SEES_NOTHING) return SEES_NOTHING;
+    Sight bits = p.bits.index ? narrow_by_bits(p, b, tile, key, n, words) : SEES_ALL;
+    if (bits == SEES_NOTHING) return SEES_NOTHING;
+    if (rows_full && labels == SEES_ALL && bits == SEES_ALL) return SEES_ALL;
+    uint64_t some = 0, all = every_lane;
+    for (int j = 0; j < n; ++j) some |= words[j], all &= words[j];
+    return !some ? SEES_NOTHING : all == every_lane ? SEES_ALL : SEES_SOME;
+}

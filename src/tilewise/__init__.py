@@ -1,0 +1,40 @@
+"""tilewise: exact attention for NumPy, PyTorch and JAX; one call, one mask language, any length in linear memory."""
+
+from ._api import attention, explain
+from .contract import Dropout, Plan
+from .errors import KernelRefused, QuadraticMemory, TilewiseError
+from .kernels.state import merge
+from .masks.algebra import Mask
+from .masks.biases import Bias, alibi, relative, t5
+from .masks.draw import draw
+from .masks.materialize import materialize
+from .masks.primitives import blocks, causal, dense, documents, intervals, lengths, predicate, prefix, window
+from .version import __version__
+
+__all__ = [
+    "Bias",
+    "Dropout",
+    "KernelRefused",
+    "Mask",
+    "Plan",
+    "QuadraticMemory",
+    "TilewiseError",
+    "__version__",
+    "alibi",
+    "attention",
+    "blocks",
+    "causal",
+    "dense",
+    "documents",
+    "draw",
+    "explain",
+    "intervals",
+    "lengths",
+    "materialize",
+    "merge",
+    "predicate",
+    "prefix",
+    "relative",
+    "t5",
+    "window",
+]

@@ -1,0 +1,127 @@
+"""Which framework an array belongs to, and the few verbs in which the frameworks differ.
+
+Frameworks are recognised by what is already loaded: an array of a framework can only exist once that framework has
+been imported, so nothing is ever imported here to ask the question.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+Array = Any  # numpy.ndarray, torch.Tensor or jax.Array; no common type exists without importing them
+Family = Literal["numpy", "torch", "jax"]
+
+
+def family_of(value: object) -> Family | None:
+    """The framework `value` is an array of, or None when it is no array of a framework that is loaded."""
+    return _family_of_type(type(value), "torch" in sys.modules, "jax" in sys.modules) or _jax_tracer(value)
+
+
+@lru_cache(maxsize=256)
+def _family_of_type(kind: type, torch_loaded: bool, jax_loaded: bool) -> Family | None:
+    # The two flags are part of the cache key: a type asked about before its framework had loaded is asked again after.
+    if issubclass(kind, np.ndarray | np.generic):
+        return "numpy"
+    if torch_loaded and issubclass(kind, getattr(sys.modules["torch"], "Tensor", ())):
+        return "torch"
+    return None
+
+
+def _jax_tracer(value: object) -> Family | None:
+    # jax.Array answers isinstance() through a metaclass for tracers too, but not issubclass(): ask per value.
+    jax = sys.modules.get("jax")
+    return "jax" if jax is not None and isinstance(value, getattr(jax, "Array", ())) else None
+
+
+def dtype_name(array: Array) -> str:
+    """'float32', 'bfloat16', 'bool', … for an array of any framework."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def device_kind(array: Array) -> str:
+    """'cpu', 'cuda', 'tpu', 'mps', …: the kind of device the array lives on, or will live on when traced."""
+    family = family_of(array)
+    if family == "torch":
+        return str(array.device.type)
+    if family == "jax":
+        return _jax_device_kind(array)
+    return "cpu"
+
+
+def _jax_device_kind(array: Array) -> str:
+    jax = sys.modules["jax"]
+    if isinstance(array, jax.core.Tracer):
+        kind = jax.default_backend()  # a tracer names no device; jit compiles for the default one
+    else:
+        kind = next(iter(array.devices())).platform
+    return "cuda" if kind in ("gpu", "rocm") else str(kind)
+
+
+def is_abstract(value: object) -> bool:
+    """True when the values of an array cannot be looked at: a jax tracer, a torch fake or functorch-wrapped tensor."""
+    family = family_of(value)
+    if family == "jax":
+        return isinstance(value, sys.modules["jax"].core.Tracer)
+    if family == "torch":
+        torch = sys.modules["torch"]
+        plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+        return not plain or value.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return False
+
+
+def is_device_array(value: object) -> bool:
+    """True for arrays whose values NumPy cannot read in place: abstract ones, and torch tensors off the CPU."""
+    return is_abstract(value) or (family_of(value) == "torch" and device_kind(value) != "cpu")
+
+
+def to_numpy(value: Array) -> np.ndarray:
+    """The array as NumPy, in place where its memory is the host's; torch tensors are detached."""
+    if family_of(value) == "torch":
+        return np.asarray(value.detach())
+    return np.asarray(value)
+
+
+def namespace(family: Family, device: object = None) -> Any:
+    """The functions that lowering needs (`arange`, `where`, `minimum`, …), under NumPy's names, for a framework."""
+    if family == "numpy":
+        return np
+    if family == "jax":
+        return sys.modules["jax"].numpy
+    return _TorchNamespace(device)
+
+
+class _TorchNamespace:
+    """NumPy's names for the torch functions used in lowering, on one device."""
+
+    def __init__(self, device: object) -> None:
+        torch = sys.modules["torch"]
+        self._torch, self._device = torch, device
+        self.int32, self.int64, self.bool_ = torch.int32, torch.int64, torch.bool
+        self.float32, self.float64 = torch.float32, torch.float64
+        self.where, self.stack, self.concatenate = torch.where, torch.stack, torch.cat
+        self.broadcast_to, self.take_along_axis = torch.broadcast_to, torch.take_along_dim
+        self.abs, self.log = torch.abs, torch.log
+
+    def asarray(self, value: Array, dtype: object = None) -> Array:
+        return self._torch.as_tensor(value, dtype=dtype, device=self._device)
+
+    def arange(self, *bounds: int, dtype: object = None) -> Array:
+        start, stop = bounds if len(bounds) == 2 else (0, *bounds)
+        # torch raises where NumPy answers with an empty array
+        return self._torch.arange(start, max(start, stop), dtype=dtype, device=self._device)
+
+    def full(self, shape: tuple[int, ...], value: object, dtype: object = None) -> Array:
+        return self._torch.full(shape, value, dtype=dtype, device=self._device)
+
+    def minimum(self, a: Array, b: Array) -> Array:
+        return self._torch.minimum(self.asarray(a), self.asarray(b))
+
+    def maximum(self, a: Array, b: Array) -> Array:
+        return self._torch.maximum(self.asarray(a), self.asarray(b))
+
+    def argsort(self, a: Array, axis: int) -> Array:
+        return self._torch.argsort(a, dim=axis, stable=True)

@@ -1,0 +1,213 @@
+"""What a kernel promises (`KernelCard`), what the planner answers (`Plan`), and what a kernel is handed (`Operands`).
+
+A kernel is a folder `kernels/<name>/` with
+
+- `card.py`: its `KernelCard`, importing no framework and no compiled module;
+- `forward.py`: `forward(plan, operands) -> (out, lse)`;
+- `backward.py`, where it has one: `backward(plan, operands, out, lse, d_out, d_lse) -> Gradients`.
+
+`out` is (B, Hq, Sq, Dv) in q's dtype, strided as the plan's layout says; `lse` is (B, Hq, Sq) in the accumulator's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .problem import AttentionProblem, Gradient
+
+if TYPE_CHECKING:
+    from .masks.lower import LoweredMask
+
+Array = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """Counter-based dropout on the probabilities: Philox4x32-10 (Salmon et al., 2011).
+
+    The pair (b, h, i, j) is kept iff the first word of philox(key=seed, counter=(n, stream)) is at least
+    ceil(p * 2^32), where n = ((b * Hq + h) * Sq + i) * Sk + j; kept probabilities are divided by 1 - p. The same bits
+    result from every kernel and framework.
+
+    Attributes:
+        p: probability to drop, in [0, 1].
+        seed: 64-bit integer, or an integer array of one element (a tracer too), or of two uint32 words (low, high).
+        stream: 64-bit integer that tells apart several uses of one seed (layers, say).
+    """
+
+    p: float
+    seed: Any = 0
+    stream: int = 0
+
+    @property
+    def threshold(self) -> int:
+        """Smallest first word that is kept: ceil(p * 2^32), so 0 keeps all and 2^32 drops all."""
+        return -int(-self.p * 2**32 // 1)
+
+    @property
+    def inverse_keep(self) -> float:
+        """Factor of a kept probability, 1 / (1 - p); 0 where nothing is kept."""
+        return 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operands:
+    """The arrays of one call, all of one framework.
+
+    Attributes:
+        q: (B, Hq, Sq, D); k: (B, Hkv, Sk, D); v: (B, Hkv, Sk, Dv). Views, never copies, whatever the caller's layout.
+        mask: the lowered mask (NumPy arrays where the values could be looked at, else arrays of q's framework).
+        dense: biases added to the scores, each 4-D with every axis either 1 or full.
+        table: (B or 1, Hq or 1, Sq + Sk - 1) added as table[b, h, j - i + Sq - 1], accumulator's dtype, or None.
+        sinks: (Hq,) exponents added to the denominator, accumulator's dtype, or None.
+        dropout: None where p is 0. Its seed is then (low, high): two ints, or an array of two uint32-valued words.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    mask: LoweredMask
+    dense: tuple[Array, ...] = ()
+    table: Array | None = None
+    sinks: Array | None = None
+    dropout: Dropout | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gradients:
+    """Gradients in the shapes and dtypes of the operands they belong to; None where not wanted."""
+
+    q: Array | None = None
+    k: Array | None = None
+    v: Array | None = None
+    dense: tuple[Array | None, ...] = ()
+    table: Array | None = None
+    sinks: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """Why a kernel cannot run in this process at all, and what would cure it."""
+
+    reason: str
+    cure: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Rows of queries and of keys that a kernel handles at once, and the fixed number of keys in one split (0: no split)."""
+
+    queries: int
+    keys: int
+    split: int = 0
+
+
+def _whole(problem: AttentionProblem) -> Tiles:
+    return Tiles(problem.q_len, problem.k_len)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCard:
+    """A kernel's limits as plain data.
+
+    Attributes:
+        name: the name of its folder and of `kernel=`; summary: its role in a few words.
+        families, devices, dtypes: what it runs on; "*" in `devices` is any.
+        traced: whether it runs under jax tracing and torch fake tensors.
+        gradients: operands its own backward differentiates; empty when it has no backward.
+        lazy_bits: whether it evaluates predicates itself, tile by tile.
+        max_dense_biases, max_key_length: largest counts it takes; None is unbounded.
+        linear_memory: whether its memory is linear in Sq + Sk.
+        automatic: whether the planner may choose it unasked.
+        rate: a rough number of operations per second, for ranking only; overhead: seconds per call, likewise.
+        available: asked late, answers None when the kernel can run in this process.
+        tiles: the tile sizes for a problem.
+        workspace: bytes needed beyond inputs and outputs for a problem and its tiles.
+    """
+
+    name: str
+    summary: str
+    families: frozenset[str]
+    devices: frozenset[str]
+    dtypes: frozenset[str]
+    traced: bool = True
+    gradients: frozenset[Gradient] = frozenset()
+    lazy_bits: bool = True
+    max_dense_biases: int | None = None
+    max_key_length: int | None = None
+    linear_memory: bool = True
+    automatic: bool = True
+    rate: float = 1e9
+    overhead: float = 0.0
+    available: Callable[[], Unavailable | None] = field(default=lambda: None, compare=False)
+    tiles: Callable[[AttentionProblem], Tiles] = field(default=_whole, compare=False)
+    workspace: Callable[[AttentionProblem, Tiles], int] = field(default=lambda problem, tiles: 0, compare=False)
+
+    def refuse(self, problem: AttentionProblem) -> tuple[str, ...]:
+        """Every reason, a sentence each, why this kernel cannot compute the forward of `problem`; empty when it can."""
+        return tuple(reason for reason in self._reasons(problem) if reason)
+
+    def _reasons(self, problem: AttentionProblem) -> list[str | None]:
+        missing = self.available()
+        biases = len(problem.bias.dense)
+        return [
+            f"{missing.reason} ({missing.cure})" if missing else None,
+            _outside("arrays", problem.family, self.families),
+            _outside("device", problem.device, self.devices) if "*" not in self.devices else None,
+            _outside("dtype", problem.dtype, self.dtypes),
+            "it needs the arrays' values and these are traced" if problem.traced and not self.traced else None,
+            "it does not evaluate predicates" if problem.mask.bits == "lazy" and not self.lazy_bits else None,
+            f"it adds at most {self.max_dense_biases} dense biases and there are {biases}"
+            if self.max_dense_biases is not None and biases > self.max_dense_biases
+            else None,
+            f"it takes at most {self.max_key_length} keys and there are {problem.k_len}"
+            if self.max_key_length is not None and problem.k_len > self.max_key_length
+            else None,
+        ]
+
+    def refuse_backward(self, problem: AttentionProblem) -> tuple[str, ...]:
+        """Every reason why this kernel cannot compute the gradients that `problem` wants; empty when it can."""
+        if not self.gradients:
+            return (*self.refuse(problem), "it has no backward")
+        missing = sorted(problem.gradients - self.gradients)
+        return self.refuse(problem) + tuple(f"it has no gradient to {name}" for name in missing)
+
+    def cost(self, problem: AttentionProblem) -> float:
+        """Estimated seconds, for ranking kernels against each other; not a promise."""
+        return self.overhead + problem.flops() / self.rate
+
+
+def _outside(what: str, got: str, allowed: frozenset[str]) -> str | None:
+    return None if got in allowed else f"it takes {what} {' or '.join(sorted(allowed))}, not {got}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The planner's answer: which kernel runs the problem, in which tiles, and why no other does.
+
+    Attributes:
+        problem: the question.
+        kernel: name of the kernel of the forward pass.
+        backward: name of the kernel of the backward pass, or None when no gradient is wanted.
+        tiles: tile sizes of the forward kernel.
+        workspace: bytes promised beyond inputs and outputs, forward.
+        refusals: for every other kernel, its reasons.
+        forced: whether the kernel was asked for by name.
+        details: facts that only `explain` looks up, in the order to print them.
+    """
+
+    problem: AttentionProblem
+    kernel: str
+    backward: str | None
+    tiles: Tiles
+    workspace: int
+    refusals: Mapping[str, tuple[str, ...]]
+    forced: bool = False
+    details: Mapping[str, object] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        from .plan.explain import table  # printing is asked for rarely; planning should not pay for it
+
+        return table(self)

@@ -1,0 +1,44 @@
+"""How large the tiles are, how many heads share one, and the bytes that takes."""
+
+from __future__ import annotations
+
+from ...contract import Tiles
+from ...problem import ITEM_BYTES, AttentionProblem
+
+# Scores of one head's tile, over its group of query heads. Large enough that a tile's arithmetic outweighs the
+# interpreter's overhead, small enough that its scores stay in a core's cache between the passes over them.
+_HEAD_SCORES = 1 << 18
+# Scores handled at once, over batch rows and heads.
+_SLAB_SCORES = 1 << 21
+# The same when rows or heads have different masks: a tile is skipped only if nobody in it sees it, so share less.
+_VARIED_SCORES = 1 << 18
+# Arrays of a tile's scores alive at once in the backward pass: scores, probabilities, their gradients, temporaries.
+_LIVE = 6
+
+
+def default_tiles(problem: AttentionProblem) -> Tiles:
+    """About square tiles; where one side is short the other is longer."""
+    scores = max(1, _HEAD_SCORES // max(1, problem.group))
+    queries = max(1, min(problem.q_len, 512, scores))
+    keys = max(1, min(problem.k_len, max(128, scores // queries)))
+    queries = max(1, min(problem.q_len, max(queries, scores // keys)))
+    return Tiles(queries, keys)
+
+
+def slab(problem: AttentionProblem, tiles: Tiles) -> tuple[int, int]:
+    """(batch rows, kv heads) that are handled at once."""
+    limit = _VARIED_SCORES if problem.mask.batch or problem.mask.heads else _SLAB_SCORES
+    together = max(1, limit // max(1, problem.group * tiles.queries * tiles.keys))
+    heads = max(1, min(problem.kv_heads, together))
+    return max(1, min(problem.batch, together // heads)), heads
+
+
+def workspace(problem: AttentionProblem, tiles: Tiles) -> int:
+    """Bytes beyond inputs and outputs, forward and backward alike: some tiles, and the gradients' accumulators."""
+    batch, heads = slab(problem, tiles)
+    queries, keys = min(tiles.queries, problem.q_len), min(tiles.keys, problem.k_len)
+    width = problem.head_dim + problem.value_dim
+    scores = batch * heads * problem.group * queries * keys
+    edges = batch * heads * (problem.group * queries + keys) * width
+    sums = problem.batch * (problem.q_heads * problem.q_len + problem.kv_heads * problem.k_len) * width
+    return ITEM_BYTES[problem.accumulator] * (_LIVE * scores + 3 * edges + (sums if problem.gradients else 0))

@@ -1,0 +1,1 @@
+"""The oracle: the definition, written plainly, dense, in float64."""

@@ -1,0 +1,129 @@
+"""The records that kernels are handed. Triton passes nested named tuples through, and a None or an empty tuple in them
+is known when the kernel is compiled, so that an option that is not there costs nothing."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+Stride = int
+
+
+class View(NamedTuple):
+    """A 4-D array (B', H', rows, columns) through its strides; 0 where an axis is broadcast."""
+
+    ptr: Any
+    b: Stride
+    h: Stride
+    row: Stride
+    column: Stride
+
+
+class Rows(NamedTuple):
+    """A 3-D array (B', H', positions) through its strides; 0 where an axis is broadcast."""
+
+    ptr: Any
+    b: Stride
+    h: Stride
+    row: Stride
+
+
+class Bits(NamedTuple):
+    """Booleans (B', H', rows, keys), 0 or 1 in bytes, of which element [0, 0] belongs to query `query` and key `key`."""
+
+    view: View
+    query: int
+    key: int
+
+
+class Mask(NamedTuple):
+    """The facts of a mask on the device; those that it does not have are None.
+
+    starts, stops: (B', H', Sq, R) int32, with R known to the compiler as `ranges`.
+    """
+
+    ranges: Any
+    starts: View | None
+    stops: View | None
+    q_labels: Rows | None
+    k_labels: Rows | None
+    bits: Bits | None
+
+
+class Dropout(NamedTuple):
+    """words: int64 (4,), the low and high words of the seed and of the stream."""
+
+    words: Any
+    threshold: int
+    inverse_keep: float
+
+
+class Shape(NamedTuple):
+    """Sizes of a call. The widths are known to the compiler: `d` and `dv` as they are, `block_*` as powers of two."""
+
+    q_heads: int
+    group: int
+    q_len: int
+    k_len: int
+    d: Any
+    dv: Any
+    block_d: Any
+    block_dv: Any
+
+
+class Call(NamedTuple):
+    """All that decides a score, apart from q and k; `rising` says whether scale is positive."""
+
+    shape: Shape
+    mask: Mask
+    dense: tuple[View, ...]
+    table: Rows | None
+    dropout: Dropout | None
+    scale: float
+    rising: Any
+    softcap: float | None
+
+
+# In-tile offsets are 32-bit; rows further apart than this would overflow them.
+_FARTHEST_ROWS = 2**31 // 512
+
+
+def view(array: torch.Tensor, full: tuple[int, ...] | None = None) -> View:
+    """A 4-D tensor as an argument. Axes of size 1 where `full` says more get stride 0."""
+    full = full or tuple(array.shape)
+    if array.stride(2) >= _FARTHEST_ROWS:
+        array = array.contiguous()
+    return View(array, *_strides(array, full))
+
+
+def rows(array: torch.Tensor, full: tuple[int, ...] | None = None) -> Rows:
+    """A 3-D tensor as an argument."""
+    return Rows(array, *_strides(array, full or tuple(array.shape)))
+
+
+def _strides(array: torch.Tensor, full: tuple[int, ...]) -> list[int]:
+    broadcast = [size == 1 and want != 1 for size, want in zip(array.shape, full, strict=True)]
+    return [0 if repeated else stride for stride, repeated in zip(array.stride(), broadcast, strict=True)]
+
+
+def shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Shape:
+    """Sizes of q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv)."""
+    d, dv = q.shape[3], v.shape[3]
+    return Shape(
+        q.shape[1],
+        q.shape[1] // k.shape[1],
+        q.shape[2],
+        k.shape[2],
+        tl.constexpr(d),
+        tl.constexpr(dv),
+        tl.constexpr(block_width(d)),
+        tl.constexpr(block_width(dv)),
+    )
+
+
+def block_width(width: int) -> int:
+    """The power of two that a row of `width` elements is padded to by masks; matrix instructions want at least 16."""
+    return max(16, triton.next_power_of_2(width))

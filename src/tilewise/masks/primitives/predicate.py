@@ -1,0 +1,61 @@
+"""A function as a mask."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..._arrays import Array, dtype_name, family_of
+from ..algebra import Mask
+from ..site import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Predicate(Mask):
+    """See `predicate`."""
+
+    function: Callable[..., Any]
+
+    def visible(self, site: Site, b: Array, h: Array, i: Array, j: Array) -> Array:
+        answer = self.function(*(_for_user(site, place) for place in (b, h, i, j)))
+        if family_of(answer) is None:
+            answer = np.asarray(answer)
+        if dtype_name(answer) != "bool":
+            raise TypeError(f"mask: the predicate returned dtype {dtype_name(answer)}, expected bool (True = attend)")
+        full = np.broadcast_shapes(*(tuple(place.shape) for place in (b, h, i, j)))
+        shape = (1,) * (4 - answer.ndim) + tuple(answer.shape)
+        if len(shape) > 4 or any(got not in (1, size) for got, size in zip(shape, full, strict=True)):
+            raise ValueError(f"mask: the predicate returned shape {tuple(answer.shape)}, expected one that broadcasts to {full}")
+        return site.array(answer).reshape(shape)
+
+    def describe(self) -> str:
+        return f"predicate({getattr(self.function, '__name__', '…')})"
+
+
+def predicate(function: Callable[[Array, Array, Array, Array], Array]) -> Mask:
+    """Query i of head h in batch row b sees key j iff function(b, h, i, j).
+
+    The function is evaluated on tiles, at every position at least once, with integer arrays of the call's framework
+    that broadcast against each other in 4-D; it must be written with array operations and return booleans. It may be
+    asked again for the backward pass, so it must not change its mind.
+
+    Raises:
+        TypeError: not callable; at the call: the answer is not boolean.
+    """
+    if not callable(function):
+        raise TypeError(f"function: predicate() got {type(function).__name__}, expected a function of (b, h, i, j)")
+    return Predicate(function)
+
+
+def _for_user(site: Site, place: Array) -> Array:
+    """Positions in the framework of the call, so that the function may index its own arrays with them."""
+    if not site.concrete or site.family == "numpy":
+        return place
+    if site.family == "torch":
+        # torch indexes with 64-bit integers alone.
+        return sys.modules["torch"].as_tensor(np.asarray(place, dtype=np.int64))
+    return sys.modules["jax"].numpy.asarray(place)

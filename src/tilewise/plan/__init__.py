@@ -1,0 +1,1 @@
+"""A problem becomes a plan: pure, cached, explainable."""

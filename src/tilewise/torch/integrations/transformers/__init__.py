@@ -1,0 +1,29 @@
+"""Hugging Face transformers: `attn_implementation="tilewise"` for its models.
+
+    import tilewise.torch.integrations.transformers as integration
+
+    integration.register()
+    model = AutoModel.from_pretrained(name, attn_implementation="tilewise")
+"""
+
+from __future__ import annotations
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from .attention import attention_forward
+from .masks import attention_mask
+
+__all__ = ["attention_forward", "attention_mask", "register"]
+
+
+def register(name: str = "tilewise") -> None:
+    """Make `attn_implementation=name` known to transformers: the attention, and the masks that it is handed.
+
+    Both registrations are needed: to an attention that has no mask function of its own name, transformers hands no mask
+    at all, and padding would be attended without a word. Registering again changes nothing.
+
+    Args:
+        name: the value of `attn_implementation`, of `from_pretrained` or of `model.set_attn_implementation`.
+    """
+    AttentionMaskInterface.register(name, attention_mask)
+    AttentionInterface.register(name, attention_forward)

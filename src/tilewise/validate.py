@@ -1,0 +1,302 @@
+"""Arrays and options become a problem and its operands, or an error that begins with the argument's name.
+
+Everything is checked before any work is done, and nothing the caller owns is changed.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ._arrays import Array, Family, device_kind, dtype_name, family_of, is_abstract, namespace
+from .contract import Dropout, Operands
+from .masks.algebra import Mask
+from .masks.biases import Bias, LoweredBias, as_bias, lower_bias
+from .masks.lower import LoweredMask, lower
+from .masks.primitives import Predicate, dense
+from .masks.site import site_for
+from .problem import ACCUMULATOR, AttentionProblem, BiasFacts, Gradient
+
+# Axis names per layout; letters as in semantics: batch, heads, sequence, (head) dimension, tokens.
+LAYOUTS = {"bhsd": "(B, H, S, D)", "bshd": "(B, S, H, D)", "thd": "(T, H, D)"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """A validated call: the problem, its operands in (B, H, S, D) views, and the layout to give the result back in."""
+
+    problem: AttentionProblem
+    operands: Operands
+
+    def restore(self, out: Array, lse: Array) -> tuple[Array, Array]:
+        """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq) as the caller's layout has them; views, no copies."""
+        layout = self.problem.layout
+        if layout == "bshd":
+            return _swap(out, 1, 2), lse
+        if layout == "thd":
+            return _swap(out[0], 0, 1), lse[0]
+        return out, lse
+
+
+def prepare(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Mask | Array | None,
+    bias: Bias | Array | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Array | float | None,
+    dropout: Dropout | None,
+    layout: str,
+    return_lse: bool,
+) -> Call:
+    """Check every argument of `tilewise.attention` and translate them.
+
+    Raises:
+        ValueError, TypeError: whose first word is the argument, with what was got and what was expected.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
+    family = _family(q, k, v)
+    _check_dtypes(q, k, v)
+    _check_devices(family, q, k, v)
+    q, k, v = (_bhsd(name, array, layout) for name, array in (("q", q), ("k", k), ("v", v)))
+    sizes = _check_shapes(q, k, v)
+    dtype, xp = dtype_name(q), namespace(family, getattr(q, "device", None))
+    accumulator = getattr(xp, ACCUMULATOR[dtype])
+    lowered = _mask(mask, family, q, sizes)
+    biases = _bias(bias, family, q, sizes, xp, accumulator)
+    sink_row = _sinks(sinks, family, q, sizes[1], xp, accumulator)
+    drop = _dropout(dropout, family)
+    operands = Operands(q, k, v, lowered, biases.dense, biases.table, sink_row, drop)
+    traced = any(is_abstract(array) for array in (q, k, v, *mask_operands(lowered)))
+    problem = AttentionProblem(
+        family=family,
+        device=device_kind(q),
+        dtype=dtype,
+        batch=sizes[0],
+        q_heads=sizes[1],
+        kv_heads=k.shape[1],
+        q_len=sizes[2],
+        k_len=sizes[3],
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        layout=layout,
+        scale=_scale(scale, q.shape[3]),
+        mask=lowered.facts,
+        bias=BiasFacts(tuple(_four(array.shape) for array in biases.dense), biases.table is not None),
+        softcap=_softcap(softcap),
+        sinks=sink_row is not None,
+        dropout=drop.p if drop is not None else 0.0,
+        gradients=_wanted(family, operands, traced),
+        return_lse=bool(return_lse),
+        traced=traced,
+    )
+    return Call(problem, operands)
+
+
+def mask_operands(lowered: LoweredMask) -> list[Array]:
+    """The arrays of a lowered mask."""
+    bounds = (lowered.ranges.starts, lowered.ranges.stops) if lowered.ranges else ()
+    return [array for array in (*bounds, lowered.q_labels, lowered.k_labels, lowered.dense) if array is not None]
+
+
+def _family(q: Array, k: Array, v: Array) -> Family:
+    families = {}
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        families[name] = family_of(array)
+        if families[name] is None:
+            raise TypeError(f"{name}: got {type(array).__name__}, expected a NumPy array, a torch tensor or a jax array")
+        if families[name] != families["q"]:
+            raise TypeError(f"{name}: is a {families[name]} array, but q is a {families['q']} array; expected one framework")
+    return families["q"]
+
+
+def _check_dtypes(q: Array, k: Array, v: Array) -> None:
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        dtype = dtype_name(array)
+        if dtype not in ACCUMULATOR:
+            raise TypeError(f"{name}: got dtype {dtype}, expected {', '.join(ACCUMULATOR)}")
+        if dtype != dtype_name(q):
+            raise TypeError(f"{name}: got dtype {dtype}, but q has {dtype_name(q)}; q, k and v must share a dtype")
+
+
+def _check_devices(family: Family, q: Array, k: Array, v: Array) -> None:
+    if family != "torch":
+        return  # NumPy has one device; jax places and reports by itself
+    for name, array in (("k", k), ("v", v)):
+        if array.device != q.device:
+            raise ValueError(f"{name}: is on {array.device}, but q is on {q.device}; expected one device")
+
+
+def _bhsd(name: str, array: Array, layout: str) -> Array:
+    rank = len(LAYOUTS[layout].split(","))
+    if array.ndim != rank:
+        raise ValueError(f"{name}: has shape {tuple(array.shape)}, expected {rank} axes {LAYOUTS[layout]} for layout={layout!r}")
+    if layout == "bhsd":
+        return array
+    return _swap(array, 1, 2) if layout == "bshd" else _swap(array, 0, 1)[None]
+
+
+def _swap(array: Array, a: int, b: int) -> Array:
+    return array.swapaxes(a, b)
+
+
+def _check_shapes(q: Array, k: Array, v: Array) -> tuple[int, int, int, int]:
+    (batch, q_heads, q_len, head_dim), (_, kv_heads, k_len, _) = q.shape, k.shape
+    if head_dim < 1:
+        raise ValueError(f"q: has head dimension {head_dim}, expected at least 1")
+    if v.shape[3] < 1:
+        raise ValueError(f"v: has head dimension {v.shape[3]}, expected at least 1")
+    for name, what, axis, got, expected in (
+        ("k", "batch size", 0, k, batch),
+        ("v", "batch size", 0, v, batch),
+        ("k", "head dimension", 3, k, head_dim),
+        ("v", "heads", 1, v, kv_heads),
+        ("v", "keys", 2, v, k_len),
+    ):
+        if got.shape[axis] != expected:
+            other = "k" if what in ("heads", "keys") else "q"
+            raise ValueError(f"{name}: has {got.shape[axis]} as {what}, expected {expected} as {other} has")
+    if (q_heads % kv_heads) if kv_heads else q_heads:
+        raise ValueError(f"k: has {kv_heads} heads, expected a divisor of q's {q_heads} heads")
+    return batch, q_heads, q_len, k_len
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    return 1.0 / math.sqrt(head_dim) if scale is None else _real("scale", scale)
+
+
+def _softcap(softcap: float | None) -> float | None:
+    if softcap is None:
+        return None
+    value = _real("softcap", softcap)
+    if value <= 0:
+        raise ValueError(f"softcap: got {value}, expected a positive number or None")
+    return value
+
+
+def _real(name: str, value: Any) -> float:
+    """A finite real number; the value is part of the plan, so tracers and arrays that vary cannot be taken."""
+    if is_abstract(value) or isinstance(value, bool) or (getattr(value, "ndim", 0) and np.size(value) != 1):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a real number known at the call")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a real number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {number}, expected a finite number")
+    return number
+
+
+def _mask(mask: Mask | Array | None, family: Family, q: Array, sizes: tuple[int, int, int, int]) -> LoweredMask:
+    if mask is not None and not isinstance(mask, Mask):
+        mask = dense(mask)
+    operands = mask.operands() if mask is not None else []
+    _check_framework("mask", family, operands)
+    if mask is not None and any(isinstance(leaf, Predicate) for leaf in mask.primitives()):
+        operands.append(q)  # a function may close over tracers; it is asked in the call's own world
+    return lower(mask, site_for(family, getattr(q, "device", None), sizes, operands))
+
+
+def _bias(
+    bias: Bias | Array | None, family: Family, q: Array, sizes: tuple[int, int, int, int], xp: Any, accumulator: Any
+) -> LoweredBias:
+    if bias is None:
+        return LoweredBias()
+    bias = as_bias(bias)
+    operands = list(bias.operands())
+    _check_framework("bias", family, operands)
+    _check_same_device("bias", family, q, operands)
+    return lower_bias(bias, site_for(family, getattr(q, "device", None), sizes, []), xp, accumulator)
+
+
+def _sinks(sinks: Array | float | None, family: Family, q: Array, heads: int, xp: Any, accumulator: Any) -> Array | None:
+    if sinks is None:
+        return None
+    if family_of(sinks) is None:
+        return xp.full((heads,), _real("sinks", sinks), dtype=accumulator)
+    _check_framework("sinks", family, [sinks])
+    _check_same_device("sinks", family, q, [sinks])
+    if "float" not in dtype_name(sinks):
+        raise TypeError(f"sinks: got dtype {dtype_name(sinks)}, expected floats")
+    if tuple(sinks.shape) not in ((), (heads,)):
+        raise ValueError(f"sinks: has shape {tuple(sinks.shape)}, expected one per query head, ({heads},), or a number")
+    return xp.broadcast_to(xp.asarray(sinks, dtype=accumulator), (heads,))
+
+
+def _dropout(dropout: Dropout | None, family: Family) -> Dropout | None:
+    if dropout is None:
+        return None
+    if not isinstance(dropout, Dropout):
+        raise TypeError(f"dropout: got {type(dropout).__name__}, expected tilewise.Dropout(p, seed) or None")
+    p = _real("dropout", dropout.p)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout: got p = {p}, expected a probability from 0 to 1")
+    if isinstance(dropout.stream, bool) or not isinstance(dropout.stream, int) or not 0 <= dropout.stream < 2**64:
+        raise ValueError(f"dropout: got stream = {dropout.stream!r}, expected an int from 0 to 2^64 - 1")
+    return Dropout(p, _seed_words(dropout.seed, family), dropout.stream) if p else None
+
+
+def _seed_words(seed: Any, family: Family) -> Any:
+    """The seed as (low, high) 32-bit words: two ints, or an array of two where the seed is an array."""
+    if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"dropout: got seed = {seed}, expected an integer of 64 bits")
+        return int(seed) & 0xFFFFFFFF, (int(seed) >> 32) & 0xFFFFFFFF
+    kind = family_of(seed)
+    if kind is None or (kind != family and kind != "numpy"):
+        raise TypeError(f"dropout: got a seed of type {type(seed).__name__}, expected an int or an integer array of q's framework")
+    if kind == "jax" and str(seed.dtype).startswith("key<"):
+        seed = sys.modules["jax"].random.key_data(seed)
+    if not dtype_name(seed).startswith(("int", "uint")) or math.prod(seed.shape) not in (1, 2):
+        raise TypeError(f"dropout: got a seed of dtype {dtype_name(seed)} and shape {tuple(seed.shape)}, expected 1 or 2 integers")
+    words = seed.reshape(-1)
+    if kind == "numpy":
+        low, *high = (int(word) for word in words)
+        return (low & 0xFFFFFFFF, high[0] & 0xFFFFFFFF) if high else (low & 0xFFFFFFFF, (low >> 32) & 0xFFFFFFFF)
+    xp = namespace(family, getattr(seed, "device", None))
+    if words.shape[0] == 1:
+        narrow = dtype_name(words) in ("int8", "int16", "int32", "uint8", "uint16", "uint32")
+        # A narrow signed seed continues its sign, as the same number does in 64 bits; shifts by 32 need 64 bits.
+        high = words >> 31 if narrow and dtype_name(words).startswith("int") else 0 * words if narrow else words >> 32
+        words = xp.concatenate([words, high], 0)
+    if kind == "jax":
+        return words.astype(xp.uint32)
+    return words.to(xp.int64) & 0xFFFFFFFF
+
+
+def _check_framework(name: str, family: Family, operands: list[Array]) -> None:
+    for operand in operands:
+        kind = family_of(operand)
+        if kind not in (family, "numpy"):
+            raise TypeError(f"{name}: holds a {kind} array, but q is a {family} array; expected a {family} or NumPy array")
+
+
+def _check_same_device(name: str, family: Family, q: Array, operands: list[Array]) -> None:
+    for operand in operands:
+        if family == "torch" and family_of(operand) == "torch" and operand.device != q.device:
+            raise ValueError(f"{name}: is on {operand.device}, but q is on {q.device}; expected one device")
+
+
+def _wanted(family: Family, operands: Operands, traced: bool) -> frozenset[Gradient]:
+    """The operands whose gradient will be asked: torch knows; jax may differentiate whatever it traces."""
+    named: list[tuple[Gradient, Array | None]] = [("q", operands.q), ("k", operands.k), ("v", operands.v)]
+    named += [("bias", array) for array in operands.dense]
+    named += [("table", operands.table), ("sinks", operands.sinks)]
+    if family == "jax":
+        return frozenset(name for name, array in named if array is not None) if traced else frozenset()
+    if family == "torch" and sys.modules["torch"].is_grad_enabled():
+        return frozenset(name for name, array in named if array is not None and array.requires_grad)
+    return frozenset()
+
+
+def _four(shape: Any) -> tuple[int, int, int, int]:
+    a, b, c, d = (int(size) for size in shape)
+    return a, b, c, d
