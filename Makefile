@@ -28,12 +28,14 @@ test-slow: venv  ## run the sweeps that are too heavy for every change
 
 lint: venv  ## check style (ruff)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 types: venv  ## check types (mypy, strict for the public interface)
 	$(BIN)/mypy
 
-format: venv  ## sort imports and make the repairs that ruff can make by itself
+format: venv  ## format everything and make the repairs that ruff can make by itself
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 demo: venv  ## run the main job on real input, with progress
 	$(BIN)/python examples/demo.py

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
+
 import tilewise
 from tilewise import causal, documents, lengths, prefix, window
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from typer.testing import CliRunner, Result
+
 from tilewise.cli import findings
 from tilewise.cli.app import app
 from tilewise.cli.expression import parse
-from typer.testing import CliRunner, Result
+from tilewise.plan.catalog import PRESETS
 
 ESCAPE = "\x1b"
 
@@ -114,6 +118,12 @@ def test_mask_takes_two_lengths_and_writes_a_picture(tmp_path: Path):
         (["mask", "window(-1)"], "left:"),
         (["mask", "causal", "--seq", "-1"], "q_len:"),
         (["mask", "causal", "--png", "/no/such/folder/out.png"], "No such file"),
+        (["explain", "--preset", "nonsense"], "preset: got 'nonsense', expected one of bert-base"),
+        (["explain", "--preset", "vit-b16", "--seq", "5"], "seq:"),
+        (["explain", "--kv-heads", "3"], "k: has 3 heads"),
+        (["explain", "--softcap", "-1"], "softcap:"),
+        (["explain", "--kernel", "nonsense"], "kernel: got 'nonsense'"),
+        (["explain", "--kernel", "reference"], "allow_quadratic:"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_status_two(arguments: list[str], word: str):
@@ -121,6 +131,47 @@ def test_a_wrong_argument_is_one_line_and_status_two(arguments: list[str], word:
     assert result.exit_code == 2
     assert result.stderr.startswith("tilewise: ") and word in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_explain_prints_the_plan_of_a_preset():
+    result = run("explain", "--preset", "llama3-8b", "--seq", "8192")
+    assert result.exit_code == 0, result.output
+    assert ESCAPE not in result.output
+    lines = dict(line.split(maxsplit=1) for line in result.output.splitlines() if not line.startswith((" ", "not ")))
+    assert lines["problem"] == "batch 1, heads 32/8, queries 8192, keys 8192, width 128"
+    assert lines["mask"] == "causal() -> 1 range a row"
+    assert lines["kernel"] in ("native", "portable")
+    assert "not reference  it runs only when asked for by name" in result.output
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_explained_with_its_gradients(name: str):
+    result = run("explain", "--preset", name, "--backward", "--framework", "jax")
+    assert result.exit_code == 0, result.stderr
+    assert "gradients to" in result.output and "backward" in result.output
+
+
+def test_explain_makes_no_array_of_the_call():
+    run("explain", "--preset", "llama3-8b", "--seq", "64")  # what is imported late is not counted
+    tracemalloc.start()
+    result = run("explain", "--preset", "llama3-8b", "--seq", "65536", "--dtype", "bfloat16", "--device", "cuda")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert result.exit_code == 0, result.stderr
+    assert peak < 32e6, "q alone would take 537 MB, the mask as booleans 4.3 GB"
+    assert "torch bfloat16 on cuda" in result.output
+
+
+def test_explain_takes_sizes_and_masks_in_place_of_the_presets_own():
+    result = run("explain", "--preset", "llama3-8b", "--q-len", "1", "--mask", "window(7, 0, 'end')", "--softcap", "30")
+    assert result.exit_code == 0, result.stderr
+    assert "queries 1, keys 8192" in result.output
+    assert 'window(7, 0, "end")' in result.output and "softcap 30" in result.output
+
+
+def test_explain_lists_the_presets():
+    result = run("explain", "--list")
+    assert [line.split()[0] for line in result.output.splitlines()] == list(PRESETS)
 
 
 def test_doctor_reports_every_kernel_framework_and_thread():
@@ -155,12 +206,18 @@ def test_a_framework_whose_import_fails_is_reported_and_not_raised(monkeypatch: 
 
     monkeypatch.setattr(findings, "import_module", broken)
     reports = {finding.name: finding for finding in findings.frameworks()}
-    assert all("undefined symbol" in reports[name].text for name in ("torch", "jax") if name in reports and findings.find_spec(name))
+    assert all(
+        "undefined symbol" in reports[name].text
+        for name in ("torch", "jax")
+        if name in reports and findings.find_spec(name)
+    )
 
 
 def test_an_unknown_page_is_reported_and_not_raised():
     pytest.importorskip("tilewise._native")
-    ran = run_apart("from tilewise.cli import main; import sys; sys.argv = ['tilewise', 'doctor']; main()", TILEWISE_ISA="nonsense")
+    ran = run_apart(
+        "from tilewise.cli import main; import sys; sys.argv = ['tilewise', 'doctor']; main()", TILEWISE_ISA="nonsense"
+    )
     assert ran.returncode == 0, ran.stderr
     assert "nonsense" in ran.stdout and "unset TILEWISE_ISA" in ran.stdout
 

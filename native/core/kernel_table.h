@@ -30,8 +30,8 @@ struct tw_kernels {
 struct tw_kernel_table {
     const char *name;
     tw_kernels kernels[TW_DTYPES];
-    // Keeps the multiply-add units busy for `steps` rounds; returns the float32 operations done.
-    double (*peak_probe)(int64_t steps, float *sink);
+    // Keeps the multiply-add units busy for `steps` rounds on twelve numbers; returns the float32 operations done.
+    double (*peak_probe)(int64_t steps, float *twelve);
     // The first Philox word of `count` counters (index[l], stream): the dropout of the kernels, for tests.
     void (*philox)(uint64_t seed, uint64_t stream, const uint64_t *index, int count, uint32_t *words);
 };

@@ -41,14 +41,18 @@ template <class T, class A> static void finish(const tw_problem &p, const tw_ite
                         ending_of<A>(p, tile.h[l], tile.shift[l], tile.sum[l], has_seen(tile, l)));
 }
 
+// A row's state for merge(): its sums of values, reference, denominator, and whether it has seen a key.
+template <class A> static void write_partial(const tw_problem &p, A *to, const A *from, int64_t stride, A shift, A sum, bool seen) {
+    for (int64_t d = 0; d < p.value_dim; ++d) to[d] = from[d * stride];
+    to[p.value_dim] = shift;
+    to[p.value_dim + 1] = sum;
+    to[p.value_dim + 2] = seen;
+}
+
 template <class A> static void finish_partial(const tw_problem &p, const tw_item &item, const Tile<A> &tile, int64_t row) {
     A *to = static_cast<A *>(item.partial) + row * (p.value_dim + 3);
-    for (int l = 0; l < tile.rows; ++l, to += p.value_dim + 3) {
-        for (int64_t d = 0; d < p.value_dim; ++d) to[d] = tile.out[d * tile.width + l];
-        to[p.value_dim] = tile.shift[l];
-        to[p.value_dim + 1] = tile.sum[l];
-        to[p.value_dim + 2] = has_seen(tile, l);
-    }
+    for (int l = 0; l < tile.rows; ++l, to += p.value_dim + 3)
+        write_partial(p, to, tile.out + l, tile.width, tile.shift[l], tile.sum[l], has_seen(tile, l));
 }
 
 // Rows stand together in each split; the splits follow each other in key order. The first split is summed into.

@@ -1,14 +1,17 @@
 // The forward pass of one item: its tiles are filled, swept over the keys chunk by chunk (so that a chunk's keys and
 // values stay in cache while every tile uses them), and finished.
 
-TW_INLINE size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 // Vectors of a tile of `rows` rows: few rows take narrow tiles. A row's bits do not depend on it.
 template <class A> TW_INLINE int vectors_for(int64_t rows) { return rows <= lanes<A> ? 1 : TW_TILE_VECTORS; }
 template <class A> constexpr int64_t tile_rows = TW_TILE_VECTORS * lanes<A>;
 
+// Query rows of a kv head in the whole problem. It decides between the two orientations, which sum in different orders;
+// a slab of rows must not.
+TW_INLINE int64_t rows_of(const tw_problem &p) { return p.q_heads / p.kv_heads * p.q_len; }
+
 template <class A> static size_t scratch_bytes(const tw_problem *p, int64_t tiles) {
     const size_t width = size_t(tile_rows<A>) * sizeof(A);
+    if (rows_of(*p) <= few_rows<A>) return few_rows_bytes<A>(p, few_rows<A>);
     return size_t(tiles) * (rounded(sizeof(Tile<A>)) + size_t(p->head_dim + p->value_dim) * width) +
            size_t(chunk_keys + TW_GROUP_KEYS + block_keys + TW_GROUP_KEYS) * width;
 }
@@ -74,6 +77,7 @@ template <class A> static bool needs_care(const Tile<A> &tile, int64_t value_dim
 
 template <class T, class A> static void forward(const tw_problem *problem, const tw_item *item, int64_t most_tiles, void *scratch) {
     const tw_problem &p = *problem;
+    if (rows_of(p) <= few_rows<A>) return forward_few_rows<T, A>(problem, item, scratch);
     const int64_t count = (item->row_end - item->row_begin + tile_rows<A> - 1) / tile_rows<A>;
     const size_t width = size_t(tile_rows<A>);
     char *tile_memory = static_cast<char *>(scratch);

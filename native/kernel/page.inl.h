@@ -18,6 +18,8 @@ namespace {
 #include "kernel/tile_bias.inl.h"
 #include "kernel/sweep.inl.h"
 #include "kernel/finish.inl.h"
+#include "kernel/reduce.inl.h"
+#include "kernel/few_rows.inl.h"
 #include "kernel/forward.inl.h"
 #include "kernel/probe.inl.h"
 // clang-format on

@@ -42,20 +42,23 @@ TW_INLINE void add_bias_row(const void *data, int32_t dtype, int64_t row, int64_
     for (int j = 0; j < n; ++j) column[j * width] += bias_at<A>(data, dtype, row + j * stride) * log2_e;
 }
 
+// Adds every bias of row (b, h, i) for n keys from `key` to column[0], column[width], ...
+template <class A>
+TW_INLINE void add_biases(const tw_problem &p, int64_t b, int64_t h, int64_t i, int64_t key, int n, int width, A *column) {
+    for (int t = 0; t < p.bias_count; ++t) {
+        const tw_bias &own = p.bias[t];
+        const int64_t row = b * own.stride_b + h * own.stride_h + i * own.stride_i + key * own.stride_j;
+        add_bias_row(own.data, own.dtype, row, own.stride_j, n, width, column);
+    }
+    if (p.table.data) {
+        const int64_t row = b * p.table.stride_b + h * p.table.stride_h + key - i + p.q_len - 1;
+        add_bias_row(p.table.data, sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64, row, 1, n, width, column);
+    }
+}
+
 template <class A> static void gather_bias(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t key, int n, A *bias) {
     __builtin_memset(bias, 0, size_t(n) * size_t(tile.width) * sizeof(A));
-    for (int l = 0; l < tile.width; ++l) {
-        const int64_t h = tile.h[l], i = tile.i[l];
-        for (int t = 0; t < p.bias_count; ++t) {
-            const tw_bias &own = p.bias[t];
-            int64_t row = b * own.stride_b + h * own.stride_h + i * own.stride_i + key * own.stride_j;
-            add_bias_row(own.data, own.dtype, row, own.stride_j, n, tile.width, bias + l);
-        }
-        if (p.table.data) {
-            int64_t row = b * p.table.stride_b + h * p.table.stride_h + key - i + p.q_len - 1;
-            add_bias_row(p.table.data, sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64, row, 1, n, tile.width, bias + l);
-        }
-    }
+    for (int l = 0; l < tile.width; ++l) add_biases<A>(p, b, tile.h[l], tile.i[l], key, n, tile.width, bias + l);
 }
 
 // keep[key]: the lanes whose pair with that key survives dropout.

@@ -3,8 +3,6 @@
 
 enum Sight { SEES_NOTHING, SEES_SOME, SEES_ALL };
 
-TW_INLINE uint64_t first_bits(int64_t n) { return n >= 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1; }
-
 // Turns a 64 x 64 square of bits about its diagonal, by swapping ever smaller off-diagonal squares.
 TW_INLINE void transpose_bits(uint64_t *square) {
     uint64_t mask = 0x00000000FFFFFFFFull;
@@ -48,6 +46,38 @@ TW_INLINE uint64_t bool_bits(const uint8_t *data, int64_t stride, int64_t n) {
     uint64_t bits = 0;
     for (int64_t j = 0; j < n; ++j) bits |= uint64_t(data[j * stride] != 0) << j;
     return bits;
+}
+
+// Bits of the keys [key, key + n), n <= 64, that row (b, h, i) sees by ranges and dense mask.
+TW_INLINE uint64_t cheap_sight(const tw_problem &p, int64_t b, int64_t h, int64_t i, int64_t key, int n) {
+    uint64_t row = first_bits(n);
+    if (p.ranges.count) row &= range_bits(p.ranges, range_row(p.ranges, b, h, i), key, n);
+    if (p.mask.data && row) {
+        const uint8_t *data =
+            p.mask.data + b * p.mask.stride_b + h * p.mask.stride_h + i * p.mask.stride_i + key * p.mask.stride_j;
+        row &= bool_bits(data, p.mask.stride_j, n);
+    }
+    return row;
+}
+
+// The same by every fact. The block stands on a multiple of 64.
+TW_INLINE uint64_t row_sight(const tw_problem &p, int64_t b, int64_t h, int64_t i, int64_t key, int n) {
+    uint64_t row = cheap_sight(p, b, h, i, key, n);
+    if (p.labels.q && row) {
+        const int32_t own = p.labels.q[b * p.labels.q_stride_b + h * p.labels.q_stride_h + i];
+        const int32_t *k = p.labels.k + b * p.labels.k_stride_b + h * p.labels.k_stride_h + key;
+        for (int j = 0; j < n; ++j) row &= ~(uint64_t(k[j] != own) << j);
+    }
+    if (p.bits.index && row) {
+        const int64_t q = i - p.bits.q_offset;
+        const int32_t number = p.bits.index[b * p.bits.stride_b + h * p.bits.stride_h + q / TW_BIT_TILE * p.bits.tiles_k + key / TW_BIT_TILE];
+        if (number == TW_TILE_EMPTY) return 0;
+        if (number != TW_TILE_FULL) {
+            const uint64_t *stored = p.bits.words + int64_t(number) * TW_BIT_TILE;
+            for (int j = 0; j < n; ++j) row &= ~((~(stored[j] >> (q % TW_BIT_TILE)) & 1) << j);
+        }
+    }
+    return row;
 }
 
 // Narrows words[0..n) (bit = lane) by the labels. Disjoint or single labels are seen without comparing pairs.
@@ -110,13 +140,7 @@ static Sight look(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t k
     if (p.ranges.count || p.mask.data) {
         uint64_t some = 0, all = every_key;
         for (int l = 0; l < tile.width; ++l) {
-            uint64_t row = every_key;
-            if (p.ranges.count) row &= range_bits(p.ranges, range_row(p.ranges, b, tile.h[l], tile.i[l]), key, n);
-            if (p.mask.data && row) {
-                const uint8_t *data = p.mask.data + b * p.mask.stride_b + tile.h[l] * p.mask.stride_h +
-                                      tile.i[l] * p.mask.stride_i + key * p.mask.stride_j;
-                row &= bool_bits(data, p.mask.stride_j, n);
-            }
+            const uint64_t row = cheap_sight(p, b, tile.h[l], tile.i[l], key, n);
             words[l] = row;
             some |= row;
             all &= row;

@@ -72,3 +72,6 @@ template <class A> TW_INLINE vec<A> select(uint64_t bits, vec<A> yes, vec<A> no)
     return ((ilane<A>(bits) & lane_bit) != 0) ? yes : no;
 #endif
 }
+
+TW_INLINE size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+TW_INLINE uint64_t first_bits(int64_t n) { return n >= 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1; }

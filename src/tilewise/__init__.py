@@ -9,6 +9,7 @@ from .masks.biases import Bias, alibi, relative, t5
 from .masks.draw import draw
 from .masks.materialize import materialize
 from .masks.primitives import blocks, causal, dense, documents, intervals, lengths, predicate, prefix, window
+from .threads import get_num_threads, set_num_threads
 from .version import __version__
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "documents",
     "draw",
     "explain",
+    "get_num_threads",
     "intervals",
     "lengths",
     "materialize",
@@ -35,6 +37,7 @@ __all__ = [
     "predicate",
     "prefix",
     "relative",
+    "set_num_threads",
     "t5",
     "window",
 ]

@@ -16,9 +16,10 @@ Array = Any  # numpy.ndarray, torch.Tensor or jax.Array; no common type exists w
 Family = Literal["numpy", "torch", "jax"]
 
 
-def family_of(value: object) -> Family | None:
+def family_of(value: Any) -> Family | None:
     """The framework `value` is an array of, or None when it is no array of a framework that is loaded."""
-    return _family_of_type(type(value), "torch" in sys.modules, "jax" in sys.modules) or _jax_tracer(value)
+    kind: Any = type(value)
+    return _family_of_type(kind, "torch" in sys.modules, "jax" in sys.modules) or _jax_tracer(value)
 
 
 @lru_cache(maxsize=256)
@@ -61,7 +62,7 @@ def _jax_device_kind(array: Array) -> str:
     return "cuda" if kind in ("gpu", "rocm") else str(kind)
 
 
-def is_abstract(value: object) -> bool:
+def is_abstract(value: Any) -> bool:
     """True when the values of an array cannot be looked at: a jax tracer, a torch fake or functorch-wrapped tensor."""
     family = family_of(value)
     if family == "jax":

@@ -108,13 +108,14 @@ def mask_operands(lowered: LoweredMask) -> list[Array]:
 
 
 def _family(q: Array, k: Array, v: Array) -> Family:
-    families = {}
+    families: dict[str, Family] = {}
     for name, array in (("q", q), ("k", k), ("v", v)):
-        families[name] = family_of(array)
-        if families[name] is None:
+        family = family_of(array)
+        if family is None:
             raise TypeError(f"{name}: got {type(array).__name__}, expected a NumPy array, a torch tensor or a jax array")
-        if families[name] != families["q"]:
-            raise TypeError(f"{name}: is a {families[name]} array, but q is a {families['q']} array; expected one framework")
+        families[name] = family
+        if family != families["q"]:
+            raise TypeError(f"{name}: is a {family} array, but q is a {families['q']} array; expected one framework")
     return families["q"]
 
 
@@ -184,7 +185,7 @@ def _softcap(softcap: float | None) -> float | None:
 
 def _real(name: str, value: Any) -> float:
     """A finite real number; the value is part of the plan, so tracers and arrays that vary cannot be taken."""
-    if is_abstract(value) or isinstance(value, bool) or (getattr(value, "ndim", 0) and np.size(value) != 1):
+    if is_abstract(value) or isinstance(value, bool) or (getattr(value, "ndim", 0) > 0 and np.size(value) != 1):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a real number known at the call")
     try:
         number = float(value)
@@ -217,7 +218,7 @@ def _bias(
     return lower_bias(bias, site_for(family, getattr(q, "device", None), sizes, []), xp, accumulator)
 
 
-def _sinks(sinks: Array | float | None, family: Family, q: Array, heads: int, xp: Any, accumulator: Any) -> Array | None:
+def _sinks(sinks: Any, family: Family, q: Array, heads: int, xp: Any, accumulator: Any) -> Array | None:
     if sinks is None:
         return None
     if family_of(sinks) is None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.mask_oracle import expected
-from support.mask_strategies import KINDS, masks, primitive, sizes
+from support.mask_strategies import KINDS, PREDICATES, masks, primitive, sizes
 
 from tilewise.masks.algebra import Mask
 from tilewise.masks.lower import TILE, LoweredMask, lower
 from tilewise.masks.materialize import materialize, picture
-from tilewise.masks.primitives import blocks, causal, dense, documents, lengths, prefix, window
+from tilewise.masks.primitives import blocks, causal, dense, documents, lengths, predicate, prefix, window
 from tilewise.masks.ranges import MOST_RANGES, Ranges
 from tilewise.masks.site import Site
 from tilewise.masks.tiles import EMPTY, FULL, classify
@@ -102,16 +103,58 @@ def test_a_tile_is_cut_out_of_the_picture(case, data):
     assert seen is None or seen.shape[2:] == truth.shape[2:]
 
 
-@settings(max_examples=25)
-@given(st.data(), st.sampled_from([(1, 2, 1, 65), (2, 1, 70, 64), (1, 1, 129, 3), (2, 2, 64, 130), (1, 1, 0, 5), (1, 1, 5, 0)]))
-def test_packed_bits_unpack_to_the_lazy_part(data, size):
-    mask = data.draw(masks(size, leaves=3))
+def _noise(*shape: int) -> Mask:
+    return dense(np.random.default_rng(sum(shape)).random(shape) < 0.5)
+
+
+LAZY = {
+    "predicate": lambda b, h, q, k: predicate(PREDICATES[0]),
+    "the same everywhere": lambda b, h, q, k: predicate(lambda b, h, i, j: (i * 7 + j * 5) % 11 < 6),
+    "of keys alone": lambda b, h, q, k: predicate(lambda b, h, i, j: j % 3 == 0),
+    "a constant": lambda b, h, q, k: predicate(lambda b, h, i, j: True),
+    "within ranges": lambda b, h, q, k: predicate(PREDICATES[1]) & window(20, 3, "end") & lengths(k=np.arange(b) * 50),
+    "not an array": lambda b, h, q, k: ~_noise(b, 1, q, k),
+    "per head": lambda b, h, q, k: _noise(1, h, q, k) | causal("start"),
+    "two arrays": lambda b, h, q, k: _noise(q, k) & _noise(b, h, 1, k),
+    "labels in a union": lambda b, h, q, k: documents(np.arange(q) % 3, np.arange(k) % 3) | window(2, 2, "start"),
+    "many ranges": lambda b, h, q, k: (
+        blocks(_noise(-(-q // 3), -(-k // 3)).array, 3) & blocks(_noise(-(-q // 5), -(-k // 5)).array, 5)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 2, 1, 65), (2, 1, 70, 64), (1, 1, 129, 3), (2, 2, 64, 200), (1, 1, 0, 5), (1, 1, 5, 0)]
+)
+@pytest.mark.parametrize("name", LAZY)
+def test_packed_bits_unpack_to_what_is_left_of_the_mask(name, size):
+    mask = LAZY[name](*size)
     lowered = lower(mask, Site(*size))
-    if lowered.lazy is not None:
-        rest = picture(LoweredMask(lowered.site, lazy=lowered.lazy))
-        np.testing.assert_array_equal(np.broadcast_to(unpack(lowered), size), rest)
-        bits = lowered.tile_bits(0, size[2])
-        assert len(bits.words) == np.sum(bits.index >= 0), "a stored tile is not pointed to, or not stored"
+    rest = picture(replace(lowered, lazy=None))
+    truth = materialize(mask, size[2], size[3], batch=size[0], heads=size[1])
+    if lowered.lazy is None:
+        assert min(size[2:]) < 6, "only a few keys or queries make such a mask ranges alone"
+        np.testing.assert_array_equal(rest, truth)
+        return
+    np.testing.assert_array_equal(unpack(lowered) & rest, truth)
+    bits = lowered.tile_bits(0, size[2])
+    np.testing.assert_array_equal(np.sort(bits.index[bits.index >= 0]), np.arange(len(bits.words)))
+    slabs = [lowered.tile_bits(start, min(start + TILE, size[2])) for start in range(0, size[2], TILE)]
+    assert sum(len(slab.words) for slab in slabs) == len(bits.words)
+    for row, slab in enumerate(slabs):
+        np.testing.assert_array_equal(slab.index < 0, bits.index[:, :, row : row + 1] < 0)
+
+
+def test_tiles_outside_the_ranges_are_never_evaluated():
+    asked = []
+
+    def spy(b, h, i, j):
+        asked.append((int(i.max()), int(j.max())))
+        return (i + j) % 2 == 0
+
+    lowered = lower(predicate(spy) & window(0, 0), Site(1, 1, 640, 640))
+    lowered.tile_bits(0, 640)
+    assert all(abs(i - j) < TILE for i, j in asked)
 
 
 @given(cases(largest=6, far=False))

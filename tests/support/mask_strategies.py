@@ -77,7 +77,9 @@ def _per_batch(size: Sizes, low: int, high: int) -> st.SearchStrategy[np.ndarray
 
 def _booleans(shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
     count = int(np.prod(shape))
-    values = st.one_of(st.lists(st.booleans(), min_size=count, max_size=count), st.booleans().map(lambda b: [b] * count))
+    values = st.one_of(
+        st.lists(st.booleans(), min_size=count, max_size=count), st.booleans().map(lambda b: [b] * count)
+    )
     return values.map(lambda bits: np.array(bits, dtype=bool).reshape(shape))
 
 
@@ -141,7 +143,9 @@ def _intervals(size: Sizes) -> st.SearchStrategy[Mask]:
         st.just((q_len,)),
         count.map(lambda r: (q_len, r)),
         st.tuples(st.sampled_from([1, batch]), count).map(lambda t: (t[0], q_len, t[1])),
-        st.tuples(st.sampled_from([1, batch]), st.sampled_from([1, heads]), count).map(lambda t: (t[0], t[1], q_len, t[2])),
+        st.tuples(st.sampled_from([1, batch]), st.sampled_from([1, heads]), count).map(
+            lambda t: (t[0], t[1], q_len, t[2])
+        ),
     )
     return shapes.flatmap(of_shape)
 

@@ -74,4 +74,3 @@ def _literal(text: str, node: ast.expr) -> Any:
 def _refuse(text: str, node: ast.expr, why: str) -> NoReturn:
     piece = ast.get_source_segment(text, node)
     raise ValueError(f"mask: {piece!r} (column {node.col_offset + 1} of {text!r}) {why}")
-

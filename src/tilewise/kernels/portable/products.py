@@ -28,9 +28,9 @@ def visible_sum(xp: Any, a: Array, y: Array, visible: Array) -> Array:
     a = xp.where(visible, a, 0.0)
     total = a @ xp.where(xp.isfinite(y), y, 0.0)
 
+    ones, zeros = xp.ones_like(total[..., :1, :1]), xp.zeros_like(total[..., :1, :1])
+
     def count(where: Array, values: Array) -> Array:
-        one = 1.0 + 0.0 * total[..., :1, :1]  # brings the counts to the dtype of the sum; its value is not read
-        ones, zeros = xp.ones_like(one), xp.zeros_like(one)
         return xp.where(where, ones, zeros) @ xp.where(values, ones, zeros)
 
     up, down = a > 0, a < 0

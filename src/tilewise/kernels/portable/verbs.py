@@ -7,7 +7,7 @@ are called on `verbs.xp` itself.
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class NumpyVerbs:
         self.dtype = np.dtype(accumulator)
 
     def quiet(self) -> AbstractContextManager:
-        """NaN, inf and underflow are data here, not mistakes to warn of."""
+        """Context of all arithmetic: NaN, inf and underflow are data here, not mistakes to warn of."""
         return np.errstate(all="ignore")
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
@@ -75,7 +75,8 @@ class TorchVerbs:
         self.dtype, self.device, self.known = getattr(self.xp, accumulator), device, known
 
     def quiet(self) -> AbstractContextManager:
-        return nullcontext()
+        # An autocast region of the caller would round the accumulator's products to its own dtype.
+        return self.xp.autocast(self.device.type, enabled=False)
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
         return self.xp.zeros(shape, dtype=self.dtype, device=self.device)

@@ -70,13 +70,15 @@ def blocks(map: Array, size: int | tuple[int, int]) -> Mask:
         size: queries and keys in a block, one int for both or a pair.
 
     Raises:
-        TypeError: a map that is not boolean. ValueError: a size below 1.
+        TypeError: a map that is not boolean, a size that is no int. ValueError: a size below 1, or not two.
     """
     map = np.asarray(map) if isinstance(map, list | tuple) else map
     if family_of(map) is None or dtype_name(map) != "bool":
         got = type(map).__name__ if family_of(map) is None else f"dtype {dtype_name(map)}"
         raise TypeError(f"map: blocks() got {got}, expected a boolean array")
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, tuple | list):
+        raise TypeError(f"size: blocks() got {type(size).__name__}, expected one or two ints")
     if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
         raise ValueError(f"size: blocks() got {size!r}, expected one or two ints of at least 1")
     return Blocks(map, (pair[0], pair[1]))

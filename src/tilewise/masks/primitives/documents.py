@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..._arrays import Array
-from ..algebra import Mask
+from ..algebra import Mask, told_apart
 from ..ranges import Ranges, from_bounds
 from ..site import Site
 from .positions import check_integers
@@ -29,7 +29,7 @@ class Documents(Mask):
                 raise ValueError(f"mask: documents({name}) has shape {shape}, expected ({length},) or ({site.batch}, {length})")
 
     def extent(self) -> tuple[int, int]:
-        return max(ids.shape[0] if ids.ndim == 2 else 1 for ids in (self.q_ids, self.k_ids)), 1
+        return told_apart(*(ids.shape[0] if ids.ndim == 2 else 1 for ids in (self.q_ids, self.k_ids))), 1
 
     def ranges(self, site: Site) -> Ranges | None:
         """Where each document is one run of keys; needs to look at the ids."""
@@ -49,8 +49,8 @@ class Documents(Mask):
         q_ids, k_ids = _rows(site, self.q_ids), _rows(site, self.k_ids)
         if site.concrete:
             # Small consecutive numbers, so that any 64-bit ids fit the kernels' 32 bits.
-            _, numbers = np.unique(np.concatenate([q_ids.ravel(), k_ids.ravel()]), return_inverse=True)
-            numbers = numbers.astype(np.int32).ravel()
+            ids = np.concatenate([q_ids.ravel(), k_ids.ravel()])
+            numbers = np.unique(ids, return_inverse=True)[1].astype(np.int32).ravel()
             q_ids, k_ids = numbers[: q_ids.size].reshape(q_ids.shape), numbers[q_ids.size :].reshape(k_ids.shape)
         return q_ids[:, None, :], k_ids[:, None, :]
 

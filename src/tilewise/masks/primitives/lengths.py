@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..._arrays import Array
-from ..algebra import Mask
+from ..algebra import Mask, told_apart
 from ..ranges import Ranges, from_bounds
 from ..site import Site
 from .positions import as_operand, at_batch, check_integers, check_per_batch, per_batch, rows_of
@@ -25,7 +25,7 @@ class Lengths(Mask):
         check_per_batch("lengths(k=)", site, self.k)
 
     def extent(self) -> tuple[int, int]:
-        return max(rows_of(self.q), rows_of(self.k)), 1
+        return told_apart(rows_of(self.q), rows_of(self.k)), 1
 
     def ranges(self, site: Site) -> Ranges:
         rows = site.rows()

@@ -59,7 +59,8 @@ def per_batch(site: Site, value: Array | int, shift: int = 0) -> Array | int:
 
 def rows_of(value: Array | int | None) -> int:
     """Number of batch rows that a value per batch row tells apart."""
-    return int(value.shape[0]) if getattr(value, "ndim", 0) else 1
+    shape = getattr(value, "shape", ())
+    return int(shape[0]) if shape else 1
 
 
 def at_batch(value: Array | int, b: Array) -> Array | int:

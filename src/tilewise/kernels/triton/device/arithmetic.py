@@ -73,7 +73,7 @@ def tanh(x):
     """tanh to float32 accuracy: a series near 0, where the quotient would cancel."""
     small = x * x
     series = x * (1 - small * (0.333333333 - small * (0.133333333 - small * (0.0539682540 - small * 0.0218694885))))
-    decay = tl.exp2(-2 * LOG2E * tl.abs(x))
+    decay = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     far = (1 - decay) / (1 + decay)
     return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
 

@@ -12,6 +12,10 @@ import triton.language as tl
 
 from .arithmetic import dot, is_finite
 
+# Rows that the careful product takes at once: the fewest that a matrix instruction does, so that the code for the rare
+# case needs no more registers than that for the common one.
+CAREFUL_ROWS = tl.constexpr(16)
+
 
 @triton.jit
 def add_seen(acc, weights, seen, rows):

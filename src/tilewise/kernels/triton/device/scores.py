@@ -17,7 +17,6 @@ def score(product, call, b, h, i, j, MIXED: tl.constexpr):
         scores in units of log 2, -inf where unseen; seen, booleans; and the tanh of the soft cap, for its derivative.
         Without MIXED, which asks the mask, a pair is unseen only where a bias is -inf.
     """
-    shape = call.shape
     seen = tl.full(product.shape, True, tl.int1)
     bend = product
     if call.softcap is None and len(call.dense) == 0 and call.table is None:
@@ -27,7 +26,7 @@ def score(product, call, b, h, i, j, MIXED: tl.constexpr):
         if call.softcap is not None:
             bend = tanh(s / call.softcap)
             s = call.softcap * bend
-        inside = (i < shape.q_len) & (j < shape.k_len)
+        inside = (i < call.shape.q_len) & (j < call.shape.k_len)
         for n in tl.static_range(len(call.dense)):
             array = call.dense[n]
             row = b.to(tl.int64) * array.b + h.to(tl.int64) * array.h + i.to(tl.int64) * array.row
@@ -36,11 +35,11 @@ def score(product, call, b, h, i, j, MIXED: tl.constexpr):
         if call.table is not None:
             table = call.table
             row = b.to(tl.int64) * table.b + h.to(tl.int64) * table.h
-            added = tl.load(table.ptr + row + (j - i + shape.q_len - 1).to(tl.int64) * table.row, mask=inside, other=0.0)
+            added = tl.load(table.ptr + row + (j - i + call.shape.q_len - 1).to(tl.int64) * table.row, mask=inside, other=0.0)
             seen, s = seen & (added != -INF), s + added
         s = s * LOG2E
     if MIXED:
-        seen = seen & visible(call.mask, b, h, i, j, shape.q_len, shape.k_len)
+        seen = seen & visible(call.mask, b, h, i, j, call.shape.q_len, call.shape.k_len)
     if MIXED or len(call.dense) > 0 or call.table is not None:
         # A selection, not a sum: what is not seen may be NaN.
         s = tl.where(seen, s, -INF)

@@ -54,22 +54,27 @@ def counts_of(lists, tile, b, h, size, BLOCK: tl.constexpr, RAGGED_IS_MIXED: tl.
     """(mixed, full): how many tiles of the other axis, of length `size`, the tile meets; all of them without a mask."""
     if lists is None:
         full = size // BLOCK if RAGGED_IS_MIXED else tl.cdiv(size, BLOCK)
-        return tl.cdiv(size, BLOCK) - full, full
-    row = lists.counts + (b.to(tl.int64) * lists.b + h * lists.h + tile) * 2
-    return tl.load(row), tl.load(row + 1)
+        mixed = tl.cdiv(size, BLOCK) - full
+    else:
+        row = lists.counts + (b.to(tl.int64) * lists.b + h * lists.h + tile) * 2
+        mixed, full = tl.load(row), tl.load(row + 1)
+    return mixed, full
 
 
 @triton.jit
 def mixed_tile(lists, tile, b, h, n, size, BLOCK: tl.constexpr):
     """Number of the n-th mixed tile; without a mask the only one is the ragged last."""
     if lists is None:
-        return size // BLOCK + n
-    return tl.load(lists.index + (b.to(tl.int64) * lists.b + h * lists.h + tile) * lists.other + n)
+        number = size // BLOCK + n
+    else:
+        number = tl.load(lists.index + (b.to(tl.int64) * lists.b + h * lists.h + tile) * lists.other + n)
+    return number
 
 
 @triton.jit
 def full_tile(lists, tile, b, h, n):
     """Number of the n-th full tile."""
-    if lists is None:
-        return n
-    return tl.load(lists.index + (b.to(tl.int64) * lists.b + h * lists.h + tile) * lists.other + lists.other - 1 - n)
+    number = n
+    if lists is not None:
+        number = tl.load(lists.index + (b.to(tl.int64) * lists.b + h * lists.h + tile) * lists.other + lists.other - 1 - n)
+    return number

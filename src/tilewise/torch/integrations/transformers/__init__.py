@@ -1,9 +1,9 @@
 """Hugging Face transformers: `attn_implementation="tilewise"` for its models.
 
-    import tilewise.torch.integrations.transformers as integration
+import tilewise.torch.integrations.transformers as integration
 
-    integration.register()
-    model = AutoModel.from_pretrained(name, attn_implementation="tilewise")
+integration.register()
+model = AutoModel.from_pretrained(name, attn_implementation="tilewise")
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def attention_forward(
     Args:
         module: its `is_causal` counts where neither a mask nor `is_causal` is given (True where it has none).
         query: (B, Hq, Sq, D). key: (B, Hkv, Sk, D), not expanded to the query heads. value: (B, Hkv, Sk, Dv).
-        attention_mask: what `attention_mask` of `masks` made, or booleans that broadcast to (B, Hq, Sq, Sk), True = attend,
+        attention_mask: what `masks.attention_mask` made, or booleans that broadcast to (B, Hq, Sq, Sk), True = attend,
             or floats to be added to the scores. None: causal if the module is, with query 0 at key 0, and for a single
             query all keys, as transformers has it for torch's own attention.
         dropout: probability to drop, 0 outside of training; the seed is drawn from torch's default generator.

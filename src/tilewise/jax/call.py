@@ -1,0 +1,45 @@
+"""The jax family's door behind `tilewise.attention`: a plan and operands become one jitted, differentiable call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from ..contract import Dropout, Operands, Plan
+from ..errors import KernelRefused
+from ..kernels import forward_of
+from ..kernels.portable.jax_scan import Facts, Smooth
+from . import pytrees  # noqa: F401  (operands cross into jit as pytrees)
+from .derivative import Case, attention
+from .ffi import words_of
+
+Array = Any
+
+
+def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
+    """out (B, Hq, Sq, Dv) in q's dtype and lse (B, Hq, Sq) in the accumulator's, by the plan's kernel.
+
+    Under jit, grad, jvp, vmap, scan and their compositions; derivatives are the portable kernel's, in linear memory.
+    """
+    if plan.kernel == "reference":
+        return forward_of("reference").forward(plan, operands)
+    mask, native, bits = operands.mask, plan.kernel == "native", None
+    if native and mask.lazy is not None:
+        if mask.site.concrete:
+            bits = words_of(mask.tile_bits(0, plan.problem.q_len))
+        elif plan.forced:
+            raise KernelRefused("native", ["it evaluates the mask before it runs, and the mask is traced"])
+        else:
+            native = False
+    smooth = Smooth(operands.q, operands.k, operands.v, operands.dense, operands.table, operands.sinks)
+    facts = Facts(mask, _seeded(operands.dropout), bits)
+    return attention(Case(plan.problem, plan.tiles, native), smooth, facts)
+
+
+def _seeded(dropout: Dropout | None) -> Dropout | None:
+    """The seed as an array of two words, so that a new seed is a new value and not a new program."""
+    if dropout is None:
+        return None
+    low, high = dropout.seed
+    return Dropout(dropout.p, jnp.stack([jnp.asarray(word, jnp.uint32) for word in (low, high)]), dropout.stream)

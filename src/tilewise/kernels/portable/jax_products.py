@@ -1,0 +1,123 @@
+"""The two products of attention over visible pairs alone, as jax primitives that are closed under differentiation.
+
+    pair_products(x, y, seen)[r, c] = sum_f x[r, f] y[c, f]           where row r sees row c, else 0
+    weighted_rows(w, y, seen)[r, f] = sum of w[r, c] y[c, f]          over the c that row r sees
+
+Each is linear in either factor, and the transpose of each is the other: so values, gradients and tangents of any order
+go through these two alone, and NaN or infinity in a row of y never reaches a row that does not see it. A plain matrix
+product with zeros at masked pairs would let it through, for 0 * NaN is NaN, and would do so in the transposes that jax
+derives, where no caller can step in. That is why they are primitives and not functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+Array = Any
+
+
+def pair_products(x: Array, y: Array, seen: Array | None) -> Array:
+    """Inner products of visible pairs.
+
+    Args:
+        x: (…, R, F). y: (…, C, F), same leading axes and dtype.
+        seen: booleans (…, R, C), each leading axis full or 1; None when every pair is visible.
+
+    Returns:
+        (…, R, C), 0 at masked pairs.
+    """
+    return _products(x, y) if seen is None else _pairs_p.bind(x, y, seen)
+
+
+def weighted_rows(w: Array, y: Array, seen: Array | None) -> Array:
+    """Sums of the rows that each row sees, with weights.
+
+    Args:
+        w: (…, R, C), ignored at masked pairs. y: (…, C, F), same leading axes and dtype.
+        seen: as for `pair_products`.
+
+    Returns:
+        (…, R, F).
+    """
+    return _sums(w, y) if seen is None else _rows_p.bind(w, y, seen)
+
+
+def _products(x: Array, y: Array) -> Array:
+    return jnp.einsum("...rf,...cf->...rc", x, y)
+
+
+def _sums(w: Array, y: Array) -> Array:
+    return jnp.einsum("...rc,...cf->...rf", w, y)
+
+
+def _visible_products(x: Array, y: Array, seen: Array) -> Array:
+    return jnp.where(seen, _products(x, y), 0)
+
+
+def _visible_sums(w: Array, y: Array, seen: Array) -> Array:
+    w = jnp.where(seen, w, 0)
+
+    def careful(w: Array, y: Array, seen: Array) -> Array:
+        # The compiler fuses this into one loop; the four-dimensional terms are never stored.
+        terms = jnp.where(seen[..., None], w[..., None] * y[..., None, :, :], 0)
+        return terms.sum(-2)
+
+    return jax.lax.cond(jnp.isfinite(y).all(), lambda w, y, seen: _sums(w, y), careful, w, y, seen)
+
+
+_pairs_p, _rows_p = Primitive("tilewise_pair_products"), Primitive("tilewise_weighted_rows")
+
+
+def _transpose_pairs(ct: Array, x: Array, y: Array, seen: Array) -> tuple[Array | None, ...]:
+    if ad.is_undefined_primal(x):
+        return _rows_p.bind(ct, y, seen), None, None
+    return None, _rows_p.bind(ct.mT, x, seen.mT), None
+
+
+def _transpose_rows(ct: Array, w: Array, y: Array, seen: Array) -> tuple[Array | None, ...]:
+    if ad.is_undefined_primal(w):
+        return _pairs_p.bind(ct, y, seen), None, None
+    return None, _rows_p.bind(w.mT, ct, seen.mT), None
+
+
+def _jvp(primitive: Primitive, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
+    (a, b, seen), (da, db, _) = primals, tangents
+    out = primitive.bind(a, b, seen)
+    parts = [] if type(da) is ad.Zero else [primitive.bind(da, b, seen)]
+    parts += [] if type(db) is ad.Zero else [primitive.bind(a, db, seen)]
+    return out, sum(parts[1:], parts[0]) if parts else ad.Zero.from_primal_value(out)
+
+
+def _batch(primitive: Primitive, operands: tuple, axes: tuple) -> tuple[Array, int]:
+    """One more leading axis: full for the factors, 1 for a mask that is not mapped."""
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    a, b = (_in_front(x, axis, size) for x, axis in zip(operands[:2], axes[:2], strict=True))
+    return primitive.bind(a, b, _in_front(operands[2], axes[2], 1)), 0
+
+
+def _in_front(x: Array, axis: int | None, size: int) -> Array:
+    return jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+
+
+def _define(primitive: Primitive, formula: Callable, plain: Callable, transpose: Callable) -> None:
+    def abstract(a: Any, b: Any, seen: Any) -> Any:
+        # The plain product has the type asked for, with what jax adds to it: shardings and mesh axes.
+        return jax.make_jaxpr(plain)(a, b).out_avals[0]
+
+    primitive.def_impl(jax.jit(formula))
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, mlir.lower_fun(formula, multiple_results=False))
+    ad.primitive_jvps[primitive] = partial(_jvp, primitive)
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = partial(_batch, primitive)
+
+
+_define(_pairs_p, _visible_products, _products, _transpose_pairs)
+_define(_rows_p, _visible_sums, _sums, _transpose_rows)

@@ -1,0 +1,266 @@
+"""The portable kernel's body for jax: tiles of scores under two nested scans, over blocks of queries and of keys.
+
+`attend` is the online softmax. `tangent` is its derivative, linear in the tangents and itself a sum over tiles:
+
+    p = exp(s - lse)          d_lse = sum_j p ds          d_out = sum_j p (ds v + dv) - out d_lse
+
+jax's transpose of it is the backward pass of flash attention (Dao et al., 2022), and since it is written in terms of
+`out` and `lse`, whose own derivatives it gives again, every order of differentiation follows (`jax/derivative.py` ties
+that knot). The bodies of its scans are rematerialised: a backward pass keeps their inputs alone, linear in Sq + Sk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ...contract import Dropout, Operands, Plan, Tiles
+from ...masks.lower import LoweredMask
+from ...problem import AttentionProblem
+from ..state import State
+from .jax_products import pair_products, weighted_rows
+from .jax_tiles import Grid, Tile
+
+Array = Any
+
+
+class Smooth(NamedTuple):
+    """What has a derivative: whole operands shaped as in `contract.Operands`, or their blocks, or tangents of either.
+
+    None stands for an operand that is not given, and for a tangent that is zero.
+    """
+
+    q: Array | None = None
+    k: Array | None = None
+    v: Array | None = None
+    dense: tuple[Array | None, ...] = ()
+    table: Array | None = None
+    sinks: Array | None = None
+
+
+class Facts(NamedTuple):
+    """The operands without a derivative; `bits` are the packed tiles of a lazy mask, for kernels that want them."""
+
+    mask: LoweredMask
+    dropout: Dropout | None = None
+    bits: tuple[Array, Array] | None = None
+
+
+def forward(plan: Plan, operands: Operands) -> tuple[Array, Array]:
+    """out (B, Hq, Sq, Dv) in q's dtype and lse (B, Hq, Sq) in the accumulator's dtype; not compiled, no derivative."""
+    smooth = Smooth(operands.q, operands.k, operands.v, operands.dense, operands.table, operands.sinks)
+    out, lse = attend(plan.problem, plan.tiles, smooth, Facts(operands.mask, operands.dropout))
+    return out.astype(operands.q.dtype), lse
+
+
+def attend(problem: AttentionProblem, tiles: Tiles, smooth: Smooth, facts: Facts) -> tuple[Array, Array]:
+    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), both in the accumulator's dtype."""
+    if not problem.scores:
+        return _nothing(problem)
+    grid, smooth = Grid.of(problem, tiles), _accumulating(problem, smooth)
+    zeros, keys = _zeros(smooth), _key_blocks(grid, smooth)
+
+    def block(i: Array, q: Array) -> tuple[Array, Array]:
+        def absorb(carry: tuple, tile: Tile, at: Smooth, seen: Array | None, _: None) -> tuple:
+            scores = _scores(grid, at, seen)
+            scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
+            state = State(*carry).absorb(
+                jnp, scores, lambda weights: weighted_rows(_dropped(weights, tile, facts), at.v, seen)
+            )
+            return state.peak, state.total, state.weighted
+
+        empty = State.empty(zeros, (problem.batch, problem.kv_heads, grid.rows), problem.value_dim)
+        carry = (empty.peak, empty.total, empty.weighted)
+        carry = jax.lax.scan(_step(grid, facts, smooth, i, q, absorb), carry, (keys, None))[0]
+        return State(*carry).finish(jnp, _per_row(grid, smooth.sinks))
+
+    starts = jnp.asarray(grid.queries.starts)
+    _, (out, lse) = jax.lax.scan(lambda _, xs: (None, block(*xs)), None, (starts, _query_blocks(grid, smooth.q)))
+    return _join(grid, out), _join(grid, lse[..., None])[..., 0]
+
+
+def tangent(
+    problem: AttentionProblem, tiles: Tiles, smooth: Smooth, facts: Facts, out: Array, lse: Array, moving: Smooth
+) -> tuple[Array, Array]:
+    """Tangents of `attend`'s results `out` and `lse`, in their shapes and the accumulator's dtype, along `moving`."""
+    if not problem.scores:
+        return _nothing(problem)[0], jnp.zeros_like(lse)
+    grid, smooth, moving = Grid.of(problem, tiles), _accumulating(problem, smooth), _accumulating(problem, moving)
+    zeros = _zeros((smooth, moving))
+
+    # Tangents of dense biases enter as blocks, for there the transpose writes each block once. Slicing them like the
+    # biases themselves would have the transpose add a whole (Sq, Sk) gradient for every tile.
+    full = [d is not None and 1 not in d.shape[2:] for d in moving.dense]
+    bias_rows = tuple(grid.queries.split(d, 2) if whole else None for d, whole in zip(moving.dense, full, strict=True))
+    key_blocks = (_key_blocks(grid, smooth), _blocks(grid.keys, moving.k, 2), _blocks(grid.keys, moving.v, 2))
+
+    def block(i: Array, q: Array, out: Array, lse: Array, d_q: Array | None, bias_rows: tuple) -> tuple[Array, Array]:
+        unseen = lse == -jnp.inf
+        base = jnp.where(unseen, 0.0, lse)
+
+        def absorb(carry: tuple, tile: Tile, at: Smooth, seen: Array | None, blocks: tuple) -> tuple:
+            (d_weighted, d_lse), (d_k, d_v, bias_tiles) = carry, blocks
+            d_dense = tuple(
+                b if b is not None else _cut(tile, d) for b, d in zip(bias_tiles, moving.dense, strict=True)
+            )
+            along = Smooth(d_q, d_k, dense=d_dense, table=_band(tile, moving.table))
+            scores, d_scores = _scores_along(grid, at, along, seen)
+            p = _visible(jnp.exp(_visible(scores, seen, -jnp.inf) - base[..., None]), seen)
+            if d_scores is not None:
+                pull = _visible(p * d_scores, seen)
+                d_lse = d_lse + pull.sum(-1)
+                d_weighted = d_weighted + weighted_rows(_dropped(pull, tile, facts), at.v, seen)
+            if d_v is not None:
+                d_weighted = d_weighted + weighted_rows(_dropped(p, tile, facts), d_v, seen)
+            return d_weighted, d_lse
+
+        columns = tuple(_blocks(grid.keys, rows, 3) for rows in bias_rows)
+        step = jax.checkpoint(_step(grid, facts, smooth, i, q, absorb), prevent_cse=False)
+        shape = (problem.batch, problem.kv_heads, grid.rows)
+        carry = (zeros((*shape, problem.value_dim)), zeros(shape))
+        (keys, d_k, d_v) = key_blocks
+        (d_weighted, d_lse), _ = jax.lax.scan(step, carry, (keys, (d_k, d_v, columns)))
+        if moving.sinks is not None:
+            sink, d_sink = _per_row(grid, smooth.sinks), _per_row(grid, moving.sinks)
+            d_lse = d_lse + jnp.where(unseen, 0.0, jnp.exp(sink - base) * d_sink)
+        return d_weighted - out * d_lse[..., None], d_lse
+
+    body = jax.checkpoint(lambda xs: block(*xs), prevent_cse=False)
+    rows = (*(_query_blocks(grid, x) for x in (smooth.q, out)), _query_blocks(grid, lse[..., None])[..., 0])
+    xs = (jnp.asarray(grid.queries.starts), *rows, _query_blocks(grid, moving.q), bias_rows)
+    _, (d_out, d_lse) = jax.lax.scan(lambda _, xs: (None, body(xs)), None, xs)
+    return _join(grid, d_out), _join(grid, d_lse[..., None])[..., 0]
+
+
+def _step(grid: Grid, facts: Facts, smooth: Smooth, i: Array, q: Array, absorb: Callable) -> Callable:
+    """The body of a scan over blocks of keys: `absorb(carry, tile, operands, seen, extra)` where anything is visible."""
+    mask = facts.mask
+
+    def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+        (j, fresh, k, v), extra = xs
+        tile = Tile(grid, i, j, fresh)
+
+        def visit(carry: tuple) -> tuple:
+            at = Smooth(q, k, v, tuple(_cut(tile, bias) for bias in smooth.dense), _band(tile, smooth.table))
+            seen = tile.seen(mask, at.dense, at.table)
+            if mask.dense is None and mask.lazy is None:
+                return absorb(carry, tile, at, seen, extra)
+            return jax.lax.cond(
+                seen.any(), lambda carry: absorb(carry, tile, at, seen, extra), lambda carry: carry, carry
+            )
+
+        worth = tile.worth(mask)
+        return visit(carry) if worth is None else jax.lax.cond(worth, visit, lambda carry: carry, carry), None
+
+    return step
+
+
+def _scores(grid: Grid, at: Smooth, seen: Array | None) -> Array:
+    """Scores of a tile (B, Hkv, R, C); anything at masked pairs."""
+    problem = grid.problem
+    scores = problem.scale * pair_products(at.q, at.k, seen)
+    if problem.softcap is not None:
+        scores = problem.softcap * jnp.tanh(scores / problem.softcap)
+    for bias in (*at.dense, at.table):
+        if bias is not None:
+            scores = scores + grid.merge_heads(bias).astype(scores.dtype)
+    return scores
+
+
+def _scores_along(grid: Grid, at: Smooth, along: Smooth, seen: Array | None) -> tuple[Array, Array | None]:
+    """Scores of a tile and their tangent, None where no operand of the scores moves."""
+    values, tree = jax.tree.flatten(at._replace(v=None), is_leaf=_is_none)
+    tangents = jax.tree.leaves(along, is_leaf=_is_none)
+    movers = [n for n, tangent in enumerate(tangents) if tangent is not None]
+    if not movers:
+        return _scores(grid, at, seen), None
+
+    def scores(*moved: Array) -> Array:
+        replaced = dict(zip(movers, moved, strict=True))
+        return _scores(grid, jax.tree.unflatten(tree, [replaced.get(n, value) for n, value in enumerate(values)]), seen)
+
+    return jax.jvp(scores, [values[n] for n in movers], [tangents[n] for n in movers])
+
+
+def _dropped(weights: Array, tile: Tile, facts: Facts) -> Array:
+    """Weights after dropout, kept ones divided by 1 - p."""
+    if facts.dropout is None:
+        return weights
+    return jnp.where(tile.kept(facts.dropout), weights * facts.dropout.inverse_keep, 0)
+
+
+def _visible(x: Array, seen: Array | None, otherwise: float = 0.0) -> Array:
+    return x if seen is None else jnp.where(seen, x, otherwise)
+
+
+def _cut(tile: Tile, bias: Array | None) -> Array | None:
+    return None if bias is None else tile.cut(bias)
+
+
+def _band(tile: Tile, table: Array | None) -> Array | None:
+    return None if table is None else tile.band(table)
+
+
+def _query_blocks(grid: Grid, x: Array | None) -> Array | None:
+    """(B, Hq, Sq, D) as blocks (count, B, Hkv, R, D)."""
+    if x is None:
+        return None
+    blocks = grid.queries.split(x, 2)
+    return blocks.reshape(blocks.shape[0], x.shape[0], grid.problem.kv_heads, grid.rows, x.shape[3])
+
+
+def _join(grid: Grid, blocks: Array) -> Array:
+    """Blocks of rows (count, B, Hkv, R, D) as (B, Hq, Sq, D)."""
+    count, batch, _, _, dim = blocks.shape
+    return grid.queries.join(blocks.reshape(count, batch, grid.problem.q_heads, grid.queries.size, dim), 2)
+
+
+def _key_blocks(grid: Grid, smooth: Smooth) -> tuple[Array, ...]:
+    """First position, first new position, keys and values of each block of keys."""
+    fresh = jnp.arange(grid.keys.count, dtype=jnp.int32) * grid.keys.size
+    return jnp.asarray(grid.keys.starts), fresh, grid.keys.split(smooth.k, 2), grid.keys.split(smooth.v, 2)
+
+
+def _blocks(along: Any, x: Array | None, axis: int) -> Array | None:
+    return None if x is None else along.split(x, axis)
+
+
+def _per_row(grid: Grid, sinks: Array | None) -> Array | None:
+    """(Hq,) as (1, Hkv, R)."""
+    if sinks is None:
+        return None
+    problem = grid.problem
+    heads = sinks.reshape(1, problem.kv_heads, problem.group, 1)
+    return jnp.broadcast_to(heads, (*heads.shape[:3], grid.queries.size)).reshape(1, problem.kv_heads, grid.rows)
+
+
+def _accumulating(problem: AttentionProblem, x: Smooth) -> Smooth:
+    """In the accumulator's dtype, all that many tiles share: gradients are summed in that dtype and rounded once."""
+
+    def wide(array: Array | None) -> Array | None:
+        return None if array is None else array.astype(problem.accumulator)
+
+    # A full dense bias belongs to one tile in each of its elements, and is too large to be converted whole.
+    dense = tuple(wide(d) if d is not None and 1 in d.shape[2:] else d for d in x.dense)
+    return Smooth(wide(x.q), wide(x.k), wide(x.v), dense, wide(x.table), wide(x.sinks))
+
+
+def _zeros(arrays: Any) -> Callable[[tuple[int, ...]], Array]:
+    """A maker of zeros that vary over the same mesh axes as `arrays`, as `shard_map` wants of a scan's carry."""
+    leaves = jax.tree.leaves(arrays)
+    zero = sum(jnp.zeros_like(x, shape=(), dtype=leaves[0].dtype) for x in leaves)
+    return lambda shape: jnp.zeros_like(zero, shape=shape)
+
+
+def _nothing(problem: AttentionProblem) -> tuple[Array, Array]:
+    """The results where there are no queries or no keys: rows that see nothing."""
+    rows = (problem.batch, problem.q_heads, problem.q_len)
+    lse = jnp.full(rows, -jnp.inf, problem.accumulator)
+    return jnp.zeros((*rows, problem.value_dim), problem.accumulator), lse
+
+
+def _is_none(x: object) -> bool:
+    return x is None

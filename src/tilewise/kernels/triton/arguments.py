@@ -1,0 +1,68 @@
+"""A plan and its operands as the arguments of the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from ...contract import Dropout as DropoutRule
+from ...contract import Operands, Plan
+from ...problem import AttentionProblem
+from .device.records import Call, Dropout, Mask, rows, shape_of, view
+from .device.walk import Grid
+
+_NO_MASK = Mask(tl.constexpr(0), None, None, None, None, None)
+
+# Bytes of keys and values that programs which run side by side may share in the second-level cache.
+_CACHE_BYTES = 32 << 20
+
+
+def call_of(plan: Plan, operands: Operands) -> Call:
+    """All that decides a score, with no mask yet: each slab brings its own."""
+    problem = plan.problem
+    full = (problem.batch, problem.q_heads, problem.q_len, problem.k_len)
+    table = operands.table
+    return Call(
+        shape=shape_of(operands.q, operands.k, operands.v),
+        mask=_NO_MASK,
+        dense=tuple(view(array, full) for array in operands.dense),
+        table=rows(table, (problem.batch, problem.q_heads, table.shape[2])) if table is not None else None,
+        dropout=_dropout(operands.dropout, operands.q.device),
+        scale=float(problem.scale),
+        rising=tl.constexpr(problem.scale > 0),
+        softcap=problem.softcap,
+    )
+
+
+def can_leak(plan: Plan) -> bool:
+    """Whether a tile that is read can hold pairs that are not seen, other than padding."""
+    mask, bias = plan.problem.mask, plan.problem.bias
+    return bool(mask.ranges or mask.labels or mask.bits or bias.dense or bias.table)
+
+
+def grid_of(first: int, tiles: int, heads: int, problem: AttentionProblem, masked: bool) -> Grid:
+    """A launch over some tiles of B * heads heads.
+
+    Without a mask all programs are equally long and neighbours share a head; with one, as many heads run side by side
+    as the cache holds, so that the longest rows of all of them come first.
+    """
+    together = 1
+    if masked:
+        bytes_of_head = problem.k_len * (problem.head_dim + problem.value_dim) * 2
+        together = max(1, min(problem.batch * heads, _CACHE_BYTES // max(1, bytes_of_head)))
+    return Grid(first, tiles, heads, together)
+
+
+def _dropout(rule: DropoutRule | None, device: torch.device) -> Dropout | None:
+    if rule is None:
+        return None
+    words = torch.zeros(4, dtype=torch.int64, device=device)
+    for n, word in enumerate((*rule.seed, rule.stream & 0xFFFFFFFF, rule.stream >> 32)):
+        words[n] = _word(word)
+    return Dropout(words, rule.threshold, rule.inverse_keep)
+
+
+def _word(word: Any) -> Any:
+    return word.to(torch.int64) if isinstance(word, torch.Tensor) else int(word)

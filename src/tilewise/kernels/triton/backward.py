@@ -1,0 +1,174 @@
+"""The backward pass as the contract asks for it: recomputed from lse, in linear memory, the same bits on every run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...contract import Gradients, Operands, Plan
+from .arguments import call_of, can_leak, grid_of
+from .bias_kernels import d_dense_kernel, d_table_kernel
+from .d_kv_kernel import d_kv_kernel
+from .d_q_kernel import d_q_kernel
+from .device.records import Call, Rows, View, rows, view
+from .facts import Facts, facts_of
+from .forward import like_layout
+from .launch import blocks_of, launch, on_device_of
+from .rows_kernel import rows_kernel
+
+_ROWS_AT_ONCE = 32
+
+
+def backward(
+    plan: Plan,
+    operands: Operands,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+) -> Gradients:
+    """Gradients of one call to the operands named in `plan.problem.gradients`.
+
+    Args:
+        out (B, Hq, Sq, Dv), lse (B, Hq, Sq): what the forward pass gave. d_out, d_lse: gradients to them, d_lse or None.
+
+    Returns:
+        Gradients in the operands' shapes and dtypes, None for those not wanted.
+    """
+    wanted = plan.problem.gradients
+    if not plan.problem.scores:
+        return _zeros(operands, wanted)
+    with on_device_of(operands.q):
+        step = _begin(plan, operands, out, lse, d_out, d_lse)
+        d_k, d_v = step.d_kv() if wanted & {"k", "v"} else (None, None)
+        return Gradients(
+            q=step.d_q() if "q" in wanted else None,
+            k=d_k if "k" in wanted else None,
+            v=d_v if "v" in wanted else None,
+            dense=tuple(step.d_dense(bias) if "bias" in wanted else None for bias in operands.dense),
+            table=step.d_table(operands.table) if "table" in wanted and operands.table is not None else None,
+            sinks=step.d_sinks(operands.sinks, lse) if "sinks" in wanted and operands.sinks is not None else None,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Step:
+    """One backward pass: what its kernels share.
+
+    Attributes:
+        tiles: views of q, k, v and d_out, then level and delta of each row (see `rows_kernel`), in the kernels' order.
+        delta: (B, Hq, Sq) float32.
+    """
+
+    plan: Plan
+    operands: Operands
+    call: Call
+    facts: Facts
+    tiles: tuple[View | Rows, ...]
+    delta: torch.Tensor
+    width: int
+
+    def d_q(self) -> torch.Tensor:
+        """(B, Hq, Sq, D)."""
+        problem, q = self.plan.problem, self.operands.q
+        d_q = like_layout(problem.layout, tuple(q.shape), q)
+        blocks = blocks_of("d_q", q, self.width)
+        for slab in self.facts.slabs("queries", blocks):
+            grid = grid_of(slab.first, slab.tiles, problem.q_heads, problem, slab.lists is not None)
+            launch(
+                d_q_kernel, (slab.tiles * problem.batch * problem.q_heads,),
+                *self.tiles, view(d_q), self.call._replace(mask=slab.mask), slab.lists, grid,
+                LAST_FIRST=slab.lists is not None, CAN_LEAK=can_leak(self.plan), blocks=blocks,
+            )  # fmt: skip
+        return d_q
+
+    def d_kv(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, Hkv, Sk, D) and (B, Hkv, Sk, Dv)."""
+        problem, k, v = self.plan.problem, self.operands.k, self.operands.v
+        d_k, d_v = (like_layout(problem.layout, tuple(array.shape), array) for array in (k, v))
+        blocks = blocks_of("d_kv", k, self.width)
+        for slab in self.facts.slabs("keys", blocks):
+            grid = grid_of(slab.first, slab.tiles, problem.kv_heads, problem, slab.lists is not None)
+            launch(
+                d_kv_kernel, (slab.tiles * problem.batch * problem.kv_heads,),
+                *self.tiles, view(d_k), view(d_v), self.call._replace(mask=slab.mask), slab.lists, grid,
+                CAN_LEAK=can_leak(self.plan), blocks=blocks,
+            )  # fmt: skip
+        return d_k, d_v
+
+    def d_dense(self, bias: torch.Tensor) -> torch.Tensor:
+        """(B', H', Sq', Sk'), summed where the bias was broadcast."""
+        problem = self.plan.problem
+        full = (problem.batch, problem.q_heads, problem.q_len, problem.k_len)
+        over_b, over_h, over_q, over_k = (size == 1 for size in bias.shape)
+        d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        blocks = blocks_of("d_bias", self.operands.q, self.width)
+        k_tiles = -(-problem.k_len // blocks.keys)
+        for slab in self.facts.slabs("queries", blocks):
+            grid = (1 if over_q else slab.tiles, 1 if over_k else k_tiles, bias.shape[0] * bias.shape[1])
+            launch(
+                d_dense_kernel, grid,
+                *self.tiles, view(d_bias, full), self.call._replace(mask=slab.mask), slab.first, slab.tiles, k_tiles, problem.batch,
+                OVER_B=over_b, OVER_H=over_h, OVER_Q=over_q, OVER_K=over_k, blocks=blocks,
+            )  # fmt: skip
+        return d_bias.to(bias.dtype)
+
+    def d_table(self, table: torch.Tensor) -> torch.Tensor:
+        """(B', H', Sq + Sk - 1), summed along diagonals."""
+        problem = self.plan.problem
+        blocks = blocks_of("d_bias", self.operands.q, self.width)
+        side = blocks.queries
+        q_tiles, k_tiles = -(-problem.q_len // side), -(-problem.k_len // side)
+        batch, heads, length = table.shape
+        parts = torch.zeros((batch * heads, q_tiles + k_tiles - 1, 2 * side), dtype=torch.float32, device=table.device)
+        for slab in self.facts.slabs("queries", blocks):
+            launch(
+                d_table_kernel, (parts.shape[1], parts.shape[0]),
+                *self.tiles, parts, self.call._replace(mask=slab.mask), slab.first, slab.tiles, q_tiles, k_tiles, problem.batch,
+                OVER_B=batch == 1, OVER_H=heads == 1, blocks=blocks,
+            )  # fmt: skip
+        # Neighbouring parts overlap by half: the right half of one and the left half of the next are the same distances.
+        sums = torch.zeros((batch * heads, q_tiles + k_tiles, side), dtype=torch.float32, device=table.device)
+        sums[:, :-1] += parts[..., :side]
+        sums[:, 1:] += parts[..., side:]
+        padding = q_tiles * side - problem.q_len
+        return sums.reshape(batch, heads, -1)[..., padding : padding + length].to(table.dtype)
+
+    def d_sinks(self, sinks: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """(Hq,): a sink's probability has no value, so its gradient is only what normalisation takes away."""
+        share = torch.where(lse == float("-inf"), 0.0, torch.exp(sinks[None, :, None] - lse))
+        return -(share * self.delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _begin(
+    plan: Plan, operands: Operands, out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor, d_lse: torch.Tensor | None
+) -> _Step:
+    call = call_of(plan, operands)
+    delta, level = torch.empty_like(lse, memory_format=torch.contiguous_format), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    batch, heads, q_len = lse.shape
+    steps = -(-q_len // _ROWS_AT_ONCE)
+    launch(
+        rows_kernel, (steps * batch * heads,),
+        view(out), view(d_out), rows(lse), rows(d_lse) if d_lse is not None else None, rows(delta), rows(level), steps, heads, q_len,
+        WIDTH=call.shape.dv.value, BLOCK=call.shape.block_dv.value, ROWS=_ROWS_AT_ONCE,
+    )  # fmt: skip
+    tiles = (view(operands.q), view(operands.k), view(operands.v), view(d_out), rows(level), rows(delta))
+    width = max(call.shape.block_d.value, call.shape.block_dv.value)
+    return _Step(plan, operands, call, facts_of(operands.mask, operands.q.device), tiles, delta, width)
+
+
+def _zeros(operands: Operands, wanted: frozenset[str]) -> Gradients:
+    """Where no pair exists nothing depends on anything."""
+
+    def zero(name: str, array: torch.Tensor | None) -> torch.Tensor | None:
+        return torch.zeros_like(array) if array is not None and name in wanted else None
+
+    return Gradients(
+        q=zero("q", operands.q),
+        k=zero("k", operands.k),
+        v=zero("v", operands.v),
+        dense=tuple(zero("bias", bias) for bias in operands.dense),
+        table=zero("table", operands.table),
+        sinks=zero("sinks", operands.sinks),
+    )

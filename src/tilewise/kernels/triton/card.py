@@ -1,0 +1,78 @@
+"""Limits of the Triton kernels."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+
+from ...contract import KernelCard, Tiles, Unavailable
+from ...problem import AttentionProblem
+from .tiles import blocks_for
+
+# Positions are 32-bit in the kernels, and the last tile reaches a little beyond the last key.
+_MOST_KEYS = 2**31 - 1024
+_WIDEST = 512
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def _available() -> Unavailable | None:
+    if find_spec("triton") is None:
+        return Unavailable("Triton is not installed", "install tilewise[torch] on Linux, or triton beside torch")
+    torch = sys.modules.get("torch")
+    if torch is not None and not _interpreted() and not torch.cuda.is_available():
+        return Unavailable("torch sees no GPU", "run on a machine with one, or set TRITON_INTERPRET=1 to try the kernels slowly")
+    return None
+
+
+class _TritonCard(KernelCard):
+    """A card that also refuses what no flat set can say: widths beyond the table, the CPU without the interpreter."""
+
+    __slots__ = ()
+
+    def _reasons(self, problem: AttentionProblem) -> list[str | None]:
+        widest = max(problem.head_dim, problem.value_dim)
+        on_cpu = problem.device == "cpu" and not _interpreted()
+        return [
+            *super()._reasons(problem),
+            "on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1)" if on_cpu else None,
+            f"it takes head dimensions up to {_WIDEST}, not {widest}" if widest > _WIDEST else None,
+            f"it takes at most {_MOST_KEYS} queries and there are {problem.q_len}" if problem.q_len > _MOST_KEYS else None,
+        ]
+
+
+def _tiles(problem: AttentionProblem) -> Tiles:
+    width = 1 << (max(problem.head_dim, problem.value_dim, 16) - 1).bit_length()
+    arch = "interpreter" if problem.device == "cpu" else "sm_90"
+    blocks = blocks_for("forward", arch, width, 4 if problem.dtype == "float32" else 2)
+    return Tiles(blocks.queries, blocks.keys)
+
+
+def _workspace(problem: AttentionProblem, tiles: Tiles) -> int:
+    """Bounds of ranges, and lists of tiles: at most 64 MiB of those exist at once, and 32 MiB of evaluated predicates."""
+    leading = (problem.batch if problem.mask.batch else 1) * (problem.q_heads if problem.mask.heads else 1)
+    bounds = 8 * leading * problem.q_len * problem.mask.ranges
+    masked = problem.mask.ranges or problem.mask.labels or problem.mask.bits
+    met = -(-problem.q_len // max(1, tiles.queries)) * (-(-problem.k_len // max(1, tiles.keys)) + 2)
+    lists = min(4 * leading * met, 1 << 26) if masked else 0
+    return bounds + lists + (1 << 25 if problem.mask.bits == "lazy" else 0)
+
+
+CARD = _TritonCard(
+    name="triton",
+    summary="Triton kernels for NVIDIA and AMD GPUs, from torch",
+    families=frozenset({"torch"}),
+    devices=frozenset({"cuda", "cpu"}),
+    dtypes=frozenset({"float32", "float16", "bfloat16"}),
+    traced=False,
+    gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
+    max_key_length=_MOST_KEYS,
+    rate=3e14,
+    overhead=5e-5,
+    available=_available,
+    tiles=_tiles,
+    workspace=_workspace,
+)

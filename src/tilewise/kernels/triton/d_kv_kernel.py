@@ -1,0 +1,82 @@
+"""Gradients of the keys and values: a tile of keys walks over the queries that see it, in all heads of its group.
+
+Each program owns its tile and adds in a fixed order, so the result is the same on every run; no atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device.arithmetic import INF, dot, load_tile, product, store_tile
+from .device.careful import CAREFUL_ROWS, add_seen, all_finite
+from .device.slopes import load_row, slopes
+from .device.walk import counts_of, full_tile, mixed_tile, place
+
+
+@triton.jit
+def d_kv_kernel(
+    q, k, v, d_out, level, delta, d_k, d_v, call, lists, grid,
+    CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """d_k and d_v of one tile of keys of one kv head; CAN_LEAK as in the forward kernel."""
+    tile, b, kv_head = place(grid, False)
+    first = (grid.first + tile) * BLOCK_K
+    k_tile = load_tile(k, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, False)
+    v_tile = load_tile(v, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, False)
+    acc_k = tl.zeros([BLOCK_K, call.shape.block_d], tl.float32)
+    acc_v = tl.zeros([BLOCK_K, call.shape.block_dv], tl.float32)
+    for member in range(0, call.shape.group):
+        h = kv_head * call.shape.group + member
+        mixed, full = counts_of(lists, tile, b, h, call.shape.q_len, BLOCK_Q, False)
+        for n in range(0, mixed):
+            queries = mixed_tile(lists, tile, b, h, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
+            acc_k, acc_v = _absorb(acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries, first, b, h, call, True, False, BLOCK_Q, BLOCK_K)
+        for n in range(0, full):
+            queries = full_tile(lists, tile, b, h, n) * BLOCK_Q
+            acc_k, acc_v = _absorb(acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries, first, b, h, call, False, False, BLOCK_Q, BLOCK_K)
+    if CAN_LEAK and not (all_finite(acc_k) & all_finite(acc_v)):
+        acc_k = tl.zeros([BLOCK_K, call.shape.block_d], tl.float32)
+        acc_v = tl.zeros([BLOCK_K, call.shape.block_dv], tl.float32)
+        for member in range(0, call.shape.group):
+            h = kv_head * call.shape.group + member
+            mixed, full = counts_of(lists, tile, b, h, call.shape.q_len, BLOCK_Q, False)
+            for n in range(0, mixed + full):
+                if n < mixed:
+                    queries = mixed_tile(lists, tile, b, h, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
+                else:
+                    queries = full_tile(lists, tile, b, h, n - mixed) * BLOCK_Q
+                for part in range(0, BLOCK_Q, CAREFUL_ROWS):
+                    acc_k, acc_v = _absorb(
+                        acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries + part, first, b, h, call, True, True, CAREFUL_ROWS, BLOCK_K
+                    )  # fmt: skip
+    store_tile(d_k, b, kv_head, first, call.shape.k_len, acc_k * call.scale, BLOCK_K, call.shape.d, call.shape.block_d)
+    store_tile(d_v, b, kv_head, first, call.shape.k_len, acc_v, BLOCK_K, call.shape.dv, call.shape.block_dv)
+
+
+@triton.jit
+def _absorb(
+    acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, first_query, first, b, h, call,
+    MIXED: tl.constexpr, CAREFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc_k (BLOCK_K, D) and acc_v (BLOCK_K, Dv) plus what one tile of queries contributes.
+
+    Scores stand transposed, keys down and queries across, as both sums over queries want them. Rows beyond the last
+    query are read as zeros, with a level of +inf, and contribute nothing.
+    """
+    row = first_query + tl.arange(0, BLOCK_Q)
+    i, j = row[None, :], (first + tl.arange(0, BLOCK_K))[:, None]
+    q_tile = load_tile(q, b, h, first_query, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
+    d_out_tile = load_tile(d_out, b, h, first_query, call.shape.q_len, BLOCK_Q, call.shape.dv, call.shape.block_dv, False)
+    row_level = load_row(level, b, h, row, call.shape.q_len, INF)[None, :]
+    row_delta = load_row(delta, b, h, row, call.shape.q_len, 0.0)[None, :]
+    products = product(k_tile, tl.trans(q_tile))
+    d_weights = product(v_tile, tl.trans(d_out_tile))
+    weights, _, d_inner, seen = slopes(products, d_weights, call, row_level, row_delta, b, h, i, j, MIXED)
+    if CAREFUL:
+        acc_v = add_seen(acc_v, weights, seen, d_out_tile)
+        acc_k = add_seen(acc_k, d_inner, seen, q_tile)
+    else:
+        acc_v = dot(weights.to(d_out_tile.dtype), d_out_tile, acc_v)
+        acc_k = dot(d_inner.to(q_tile.dtype), q_tile, acc_k)
+    return acc_k, acc_v

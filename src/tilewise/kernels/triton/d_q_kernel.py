@@ -1,0 +1,66 @@
+"""Gradient of the queries: a tile of queries walks over the keys that it sees."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device.arithmetic import INF, dot, load_tile, product, store_tile
+from .device.careful import CAREFUL_ROWS, add_seen, all_finite
+from .device.slopes import load_row, slopes
+from .device.walk import counts_of, full_tile, mixed_tile, place
+
+
+@triton.jit
+def d_q_kernel(
+    q, k, v, d_out, level, delta, d_q, call, lists, grid,
+    LAST_FIRST: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """d_q of one tile of queries of one head; CAN_LEAK as in the forward kernel."""
+    tile, b, h = place(grid, LAST_FIRST)
+    first = (grid.first + tile) * BLOCK_Q
+    q_tile = load_tile(q, b, h, first, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
+    d_out_tile = load_tile(d_out, b, h, first, call.shape.q_len, BLOCK_Q, call.shape.dv, call.shape.block_dv, False)
+    row = first + tl.arange(0, BLOCK_Q)
+    row_level = load_row(level, b, h, row, call.shape.q_len, INF)
+    row_delta = load_row(delta, b, h, row, call.shape.q_len, 0.0)
+    mixed, full = counts_of(lists, tile, b, h, call.shape.k_len, BLOCK_K, True)
+    acc = tl.zeros([BLOCK_Q, call.shape.block_d], tl.float32)
+    for n in range(0, mixed):
+        keys = mixed_tile(lists, tile, b, h, n, call.shape.k_len, BLOCK_K) * BLOCK_K
+        acc = _absorb(acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys, first, b, h, call, True, False, BLOCK_Q, BLOCK_K)
+    for n in range(0, full):
+        keys = full_tile(lists, tile, b, h, n) * BLOCK_K
+        acc = _absorb(acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys, first, b, h, call, False, False, BLOCK_Q, BLOCK_K)
+    if CAN_LEAK and not all_finite(acc):
+        acc = tl.zeros([BLOCK_Q, call.shape.block_d], tl.float32)
+        for n in range(0, mixed + full):
+            if n < mixed:
+                keys = mixed_tile(lists, tile, b, h, n, call.shape.k_len, BLOCK_K) * BLOCK_K
+            else:
+                keys = full_tile(lists, tile, b, h, n - mixed) * BLOCK_K
+            for part in range(0, BLOCK_K, CAREFUL_ROWS):
+                acc = _absorb(
+                    acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys + part, first, b, h, call, True, True, BLOCK_Q, CAREFUL_ROWS
+                )  # fmt: skip
+    store_tile(d_q, b, h, first, call.shape.q_len, acc * call.scale, BLOCK_Q, call.shape.d, call.shape.block_d)
+
+
+@triton.jit
+def _absorb(
+    acc, q_tile, d_out_tile, level, delta, k, v, first_key, first, b, h, call,
+    MIXED: tl.constexpr, CAREFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc (BLOCK_Q, D) plus what one tile of keys contributes."""
+    i, j = (first + tl.arange(0, BLOCK_Q))[:, None], (first_key + tl.arange(0, BLOCK_K))[None, :]
+    kv_head = h // call.shape.group
+    k_tile = load_tile(k, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, not MIXED)
+    v_tile = load_tile(v, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, not MIXED)
+    products = product(q_tile, tl.trans(k_tile))
+    d_weights = product(d_out_tile, tl.trans(v_tile))
+    _, _, d_inner, seen = slopes(products, d_weights, call, level[:, None], delta[:, None], b, h, i, j, MIXED)
+    if CAREFUL:
+        acc = add_seen(acc, d_inner, seen, k_tile)
+    else:
+        acc = dot(d_inner.to(k_tile.dtype), k_tile, acc)
+    return acc

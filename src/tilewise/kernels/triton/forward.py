@@ -1,0 +1,49 @@
+"""The forward pass as the contract asks for it."""
+
+from __future__ import annotations
+
+import torch
+
+from ...contract import Operands, Plan
+from .arguments import call_of, can_leak, grid_of
+from .device.records import rows, view
+from .facts import facts_of
+from .forward_kernel import forward_kernel
+from .launch import blocks_of, launch, on_device_of
+
+
+def forward(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one call.
+
+    Args:
+        operands: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) on one device, float32, float16 or bfloat16.
+
+    Returns:
+        out (B, Hq, Sq, Dv) in q's dtype; lse (B, Hq, Sq) float32.
+    """
+    q, k, v = operands.q, operands.k, operands.v
+    problem = plan.problem
+    out = like_layout(problem.layout, (*q.shape[:3], v.shape[3]), q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if not problem.scores:
+        # Triton need not be asked: no pair exists, so every row there is sees nothing.
+        return out.zero_(), lse.fill_(float("-inf"))
+    call = call_of(plan, operands)
+    blocks = blocks_of("forward", q, max(call.shape.block_d.value, call.shape.block_dv.value))
+    with on_device_of(q):
+        for slab in facts_of(operands.mask, q.device).slabs("queries", blocks):
+            grid = grid_of(slab.first, slab.tiles, problem.q_heads, problem, slab.lists is not None)
+            launch(
+                forward_kernel, (slab.tiles * problem.batch * problem.q_heads,),
+                view(q), view(k), view(v), view(out), rows(lse), call._replace(mask=slab.mask), operands.sinks, slab.lists, grid,
+                LAST_FIRST=slab.lists is not None, CAN_LEAK=can_leak(plan), blocks=blocks,
+            )  # fmt: skip
+    return out, lse
+
+
+def like_layout(layout: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """An empty (B, H, S, D) tensor whose memory has the order of axes of the caller's layout."""
+    if layout == "bhsd":
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    b, h, s, d = shape
+    return torch.empty((b, s, h, d), dtype=like.dtype, device=like.device).transpose(1, 2)

@@ -1,0 +1,100 @@
+"""The forward pass: online softmax over tiles of keys (Milakov & Gimelshein, 2018; Dao et al., 2022; Dao, 2023)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device.arithmetic import INF, LN2, LOG2E, dot, load_tile, product, store_tile
+from .device.careful import CAREFUL_ROWS, add_seen, all_finite
+from .device.philox import kept
+from .device.scores import score
+from .device.walk import counts_of, full_tile, mixed_tile, place
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, out, lse, call, sinks, lists, grid, LAST_FIRST: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """One tile of queries of one head: out and lse.
+
+    CAN_LEAK says that some pair may be unseen in a tile that is read, so that 0 * NaN has to be thought of.
+    """
+    tile, b, h = place(grid, LAST_FIRST)
+    first = (grid.first + tile) * BLOCK_Q
+    q_tile = load_tile(q, b, h, first, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
+    mixed, full = counts_of(lists, tile, b, h, call.shape.k_len, BLOCK_K, True)
+    acc = tl.zeros([BLOCK_Q, call.shape.block_dv], tl.float32)
+    peak = tl.full([BLOCK_Q], -INF, tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    for n in range(0, mixed):
+        keys = mixed_tile(lists, tile, b, h, n, call.shape.k_len, BLOCK_K) * BLOCK_K
+        acc, peak, total = _absorb(acc, peak, total, q_tile, k, v, keys, first, b, h, call, True, False, BLOCK_Q, BLOCK_K)
+    for n in range(0, full):
+        keys = full_tile(lists, tile, b, h, n) * BLOCK_K
+        acc, peak, total = _absorb(acc, peak, total, q_tile, k, v, keys, first, b, h, call, False, False, BLOCK_Q, BLOCK_K)
+    if CAN_LEAK and not all_finite(acc):
+        acc = tl.zeros([BLOCK_Q, call.shape.block_dv], tl.float32)
+        peak = tl.full([BLOCK_Q], -INF, tl.float32)
+        total = tl.zeros([BLOCK_Q], tl.float32)
+        for n in range(0, mixed + full):
+            if n < mixed:
+                keys = mixed_tile(lists, tile, b, h, n, call.shape.k_len, BLOCK_K) * BLOCK_K
+            else:
+                keys = full_tile(lists, tile, b, h, n - mixed) * BLOCK_K
+            for part in range(0, BLOCK_K, CAREFUL_ROWS):
+                acc, peak, total = _absorb(acc, peak, total, q_tile, k, v, keys + part, first, b, h, call, True, True, BLOCK_Q, CAREFUL_ROWS)
+    _finish(acc, peak, total, out, lse, call, sinks, first, b, h, BLOCK_Q)
+
+
+@triton.jit
+def _absorb(
+    acc, peak, total, q_tile, k, v, first_key, first, b, h, call,
+    MIXED: tl.constexpr, CAREFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One more tile of keys in the state: acc (BLOCK_Q, Dv), peak of the scores and total of the exponentials (BLOCK_Q,)."""
+    plain: tl.constexpr = call.softcap is None and len(call.dense) == 0 and call.table is None
+    i, j = (first + tl.arange(0, BLOCK_Q))[:, None], (first_key + tl.arange(0, BLOCK_K))[None, :]
+    k_tile = load_tile(k, b, h // call.shape.group, first_key, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, not MIXED)
+    products = product(q_tile, tl.trans(k_tile))
+    s, seen, _ = score(products, call, b, h, i, j, MIXED)
+    if plain and call.rising and not MIXED:
+        # Scaling after the maximum lets the compiler fuse the scale into the exponent's subtraction.
+        new_peak = tl.maximum(peak, tl.max(products, axis=1) * (call.scale * LOG2E))
+    else:
+        new_peak = tl.maximum(peak, tl.max(s, axis=1))
+    # A row that has seen nothing yet keeps -inf; any finite number in its place gives exponentials of 0.
+    level = tl.where(new_peak == -INF, 0.0, new_peak)
+    p = tl.exp2(s - level[:, None])
+    decay = tl.exp2(peak - level)
+    total = total * decay + tl.sum(p, axis=1)
+    if call.dropout is not None:
+        p = tl.where(kept(call.dropout, b, h, i, j, call.shape), p, 0.0)
+    acc = acc * decay[:, None]
+    v_tile = load_tile(v, b, h // call.shape.group, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, not MIXED)
+    if CAREFUL:
+        acc = add_seen(acc, p, seen, v_tile)
+    else:
+        acc = dot(p.to(v_tile.dtype), v_tile, acc)
+    return acc, new_peak, total
+
+
+@triton.jit
+def _finish(acc, peak, total, out, lse, call, sinks, first, b, h, BLOCK_Q: tl.constexpr):
+    """Divide by the denominator and store; a row that saw nothing gets 0 and -inf, whether or not there is a sink."""
+    nothing = total == 0.0
+    if sinks is not None:
+        sink = tl.load(sinks + h).to(tl.float32) * LOG2E
+        level = tl.maximum(peak, sink)
+        level = tl.where(level == -INF, 0.0, level)
+        decay = tl.exp2(peak - level)
+        acc, total, peak = acc * decay[:, None], total * decay + tl.exp2(sink - level), level
+    total = tl.where(nothing, 1.0, total)
+    factor = 1.0 / total
+    if call.dropout is not None:
+        factor = factor * call.dropout.inverse_keep
+    acc = tl.where(nothing[:, None], 0.0, acc * factor[:, None])
+    store_tile(out, b, h, first, call.shape.q_len, acc, BLOCK_Q, call.shape.dv, call.shape.block_dv)
+    row = first + tl.arange(0, BLOCK_Q)
+    value = tl.where(nothing, -INF, (peak + tl.log2(total)) * LN2)
+    tl.store(lse.ptr + b.to(tl.int64) * lse.b + h * lse.h + row * lse.row, value, mask=row < call.shape.q_len)

@@ -1,0 +1,42 @@
+"""Where and how kernels are launched."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+
+from .tiles import Blocks, Pass, blocks_for
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, blocks: Blocks | None = None, **constants: Any) -> None:
+    """Run a kernel; an empty grid is nothing to do."""
+    if 0 in grid:
+        return
+    if blocks is not None:
+        constants |= {"BLOCK_Q": blocks.queries, "BLOCK_K": blocks.keys, "num_warps": blocks.warps, "num_stages": blocks.stages}
+    kernel[grid](*arguments, **constants)
+
+
+def on_device_of(array: torch.Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the one the array lives on."""
+    return torch.cuda.device(array.device) if array.is_cuda else nullcontext()
+
+
+def blocks_of(purpose: Pass, array: torch.Tensor, width: int) -> Blocks:
+    """The tile sizes of a pass on the device where `array` lives."""
+    return blocks_for(purpose, architecture(array.device), width, array.element_size())
+
+
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """"sm_90", "gfx942", …, or "interpreter" where kernels are interpreted."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

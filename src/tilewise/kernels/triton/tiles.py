@@ -1,0 +1,99 @@
+"""Tile sizes by pass, architecture, width and element size: a table, so that no call ever waits for a tuner.
+
+Sizes were chosen so that nothing spills and shared memory suffices; the compile tests hold every entry to that.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Pass = Literal["forward", "d_kv", "d_q", "d_bias"]
+
+
+class Blocks(NamedTuple):
+    """Rows of queries and of keys in a tile, warps in a program, stages of the load pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Width (the larger of the padded D and Dv) -> blocks. "large" are the datacentre parts with more than 160 KiB of shared
+# memory a block (sm_80, 90, 100); "small" all others, among them the consumer parts with 99 KiB and AMD with 64 KiB.
+_HALF: dict[tuple[Pass, str], dict[int, Blocks]] = {
+    ("forward", "large"): {
+        64: Blocks(128, 128, 8, 3),
+        128: Blocks(128, 64, 8, 3),
+        256: Blocks(128, 64, 8, 2),
+        512: Blocks(64, 32, 8, 2),
+    },
+    ("forward", "small"): {
+        64: Blocks(128, 64, 4, 2),
+        128: Blocks(64, 64, 4, 2),
+        256: Blocks(64, 32, 4, 1),
+        512: Blocks(32, 16, 4, 1),
+    },
+    ("d_kv", "large"): {
+        64: Blocks(64, 128, 8, 2),
+        128: Blocks(64, 128, 8, 2),
+        256: Blocks(32, 64, 8, 1),
+        512: Blocks(16, 32, 8, 1),
+    },
+    ("d_kv", "small"): {
+        64: Blocks(32, 64, 4, 1),
+        128: Blocks(32, 64, 4, 1),
+        256: Blocks(16, 32, 4, 1),
+        512: Blocks(16, 16, 4, 1),
+    },
+    ("d_q", "large"): {
+        64: Blocks(128, 64, 8, 2),
+        128: Blocks(128, 64, 8, 2),
+        256: Blocks(64, 32, 8, 1),
+        512: Blocks(32, 16, 8, 1),
+    },
+    ("d_q", "small"): {
+        64: Blocks(64, 32, 4, 1),
+        128: Blocks(64, 32, 4, 1),
+        256: Blocks(32, 16, 4, 1),
+        512: Blocks(16, 16, 4, 1),
+    },
+    ("d_bias", "large"): {
+        64: Blocks(64, 64, 4, 1),
+        128: Blocks(64, 64, 4, 1),
+        256: Blocks(64, 64, 8, 1),
+        512: Blocks(32, 32, 8, 1),
+    },
+    ("d_bias", "small"): {
+        64: Blocks(32, 32, 4, 1),
+        128: Blocks(32, 32, 4, 1),
+        256: Blocks(32, 32, 4, 1),
+        512: Blocks(16, 16, 4, 1),
+    },
+}
+
+# float32 products run on the ordinary units, whose operands live in registers: small tiles, one stage.
+_SINGLE: dict[int, Blocks] = {
+    64: Blocks(32, 32, 4, 1),
+    128: Blocks(32, 32, 8, 1),
+    256: Blocks(16, 16, 8, 1),
+    512: Blocks(16, 16, 8, 1),
+}
+
+# The interpreter computes tile by tile in NumPy: small enough for several tiles an axis in tests.
+_INTERPRETER = Blocks(32, 32, 4, 1)
+
+
+def blocks_for(purpose: Pass, arch: str, width: int, item_bytes: int) -> Blocks:
+    """The tile sizes of a pass.
+
+    Args:
+        arch: "sm_90" and the like, "gfx942" and the like, or "interpreter".
+        width: the larger of the padded D and Dv, a power of two up to 512. item_bytes: of an element of q, k and v.
+    """
+    if arch == "interpreter":
+        return _INTERPRETER
+    width = max(64, width)
+    if item_bytes == 4:
+        return _SINGLE[width]
+    return _HALF[purpose, "large" if arch in ("sm_80", "sm_90", "sm_100", "sm_103") else "small"][width]

@@ -1,0 +1,114 @@
+"""Every kernel page that this host runs computes the same definition, and TILEWISE_ISA chooses among them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tilewise as tw
+
+_native = pytest.importorskip("tilewise._native")
+PAGES = _native.build_info()["supported_pages"]
+
+
+@pytest.fixture(params=PAGES)
+def page(request, monkeypatch) -> str:
+    monkeypatch.setenv("TILEWISE_ISA", request.param)
+    assert _native.isa() == request.param
+    return request.param
+
+
+def _arrays(dtype: str, q_len: int, k_len: int, dim: int, value: int, heads: int = 4, kv: int = 2, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    shapes = [(2, heads, q_len, dim), (2, kv, k_len, dim), (2, kv, k_len, value)]
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def _check(q, k, v, **options) -> None:
+    got, lse = tw.attention(q, k, v, kernel="native", return_lse=True, **options)
+    wide = [array.astype("float64") for array in (q, k, v)]
+    expected, expected_lse = tw.attention(*wide, kernel="reference", return_lse=True, allow_quadratic=True, **options)
+    floor = 1e-13 if q.dtype == np.float64 else 2e-6
+    assert got.dtype == q.dtype
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+    np.testing.assert_allclose(
+        got, expected, rtol=0, atol=2 * floor * max(1.0, np.nanmax(np.abs(expected), initial=0.0))
+    )
+    np.testing.assert_allclose(lse, expected_lse, rtol=4 * floor, atol=4 * floor)
+
+
+# Tiles have 4 to 32 rows, groups 4 or 8 keys, blocks 64, chunks 128, splits 1024: one size on either side of each.
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "q_len, k_len", [(1, 1), (1, 1100), (2, 65), (5, 128), (17, 63), (33, 129), (70, 200), (8, 2049)]
+)
+@pytest.mark.parametrize("dim, value", [(1, 1), (7, 33), (64, 64), (129, 20)])
+def test_sizes(page, dtype, q_len, k_len, dim, value) -> None:
+    _check(*_arrays(dtype, q_len, k_len, dim, value))
+
+
+def _spoilt(shape: tuple[int, ...]) -> np.ndarray:
+    bias = np.random.default_rng(1).standard_normal(shape)
+    bias[..., ::5] = -np.inf
+    bias[..., 2, :] = -np.inf
+    return bias
+
+
+OPTIONS = {
+    "causal": lambda n, m: {"mask": tw.causal("end")},
+    "window and sinks": lambda n, m: {"mask": tw.window(20, 3, "end") | tw.prefix(4)},
+    "scattered documents": lambda n, m: {"mask": tw.documents(np.arange(n) % 3, np.arange(m) % 4)},
+    "lengths": lambda n, m: {"mask": tw.lengths(k=np.array([m, m // 3]))},
+    "dense": lambda n, m: {"mask": tw.dense(np.random.default_rng(2).random((2, 1, n, m)) < 0.5)},
+    "predicate": lambda n, m: {"mask": tw.predicate(lambda b, h, i, j: (3 * i + j + h + b) % 4 != 0)},
+    "nothing seen": lambda n, m: {"mask": tw.dense(np.zeros((n, m), bool)), "sinks": np.ones(4)},
+    "bias": lambda n, m: {"bias": _spoilt((1, 4, n, m))},
+    "alibi": lambda n, m: {"bias": tw.alibi(np.array([1.0, 0.5, 0.25, 0.1]), "end"), "mask": tw.causal("end")},
+    "softcap": lambda n, m: {"softcap": 3.0, "mask": tw.causal("end")},
+    "sinks": lambda n, m: {"sinks": np.array([0.0, 40.0, -40.0, -np.inf])},
+    "dropout": lambda n, m: {"dropout": tw.Dropout(0.3, seed=5, stream=2)},
+    "all dropped": lambda n, m: {"dropout": tw.Dropout(1.0, seed=5)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("q_len, k_len", [(1, 70), (3, 1300), (40, 200)])
+def test_facts(page, name, q_len, k_len) -> None:
+    if name == "bias" and q_len < 3:
+        pytest.skip("needs a third row")
+    _check(*_arrays("float32", q_len, k_len, 24, 40), **OPTIONS[name](q_len, k_len))
+
+
+@pytest.mark.parametrize("q_len", [2, 50])
+def test_what_is_masked_cannot_be_seen(page, q_len) -> None:
+    q, k, v = _arrays("float32", q_len, 150, 16, 24)
+    clean = tw.attention(q, k, v, mask=tw.window(9, 0, "end"), kernel="native")
+    k[:, :, 140], v[:, :, 140] = np.inf, np.nan
+    got = tw.attention(q, k, v, mask=tw.window(9, 0, "end"), kernel="native")
+    rows = np.arange(q_len) + 150 - q_len
+    sees = (rows >= 140) & (rows - 9 <= 140)
+    np.testing.assert_array_equal(got[:, :, ~sees], clean[:, :, ~sees])
+    assert np.isnan(got[:, :, sees]).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 5, 7), (2, 0, 0, 5, 7), (2, 4, 2, 0, 7), (2, 4, 2, 5, 0)])
+def test_empty(page, shape) -> None:
+    batch, heads, kv, q_len, k_len = shape
+    q, k, v = (np.ones(s, np.float32) for s in [(batch, heads, q_len, 8), (batch, kv, k_len, 8), (batch, kv, k_len, 6)])
+    out, lse = tw.attention(q, k, v, kernel="native", return_lse=True)
+    np.testing.assert_array_equal(out, np.zeros((batch, heads, q_len, 6)))
+    np.testing.assert_array_equal(lse, np.full((batch, heads, q_len), -np.inf))
+
+
+def test_philox(page) -> None:
+    # Known answers of Random123: counter and key all zero, and all ones (whose counter words beyond the index are ones too).
+    assert _native.philox_word(0, 0, 0) == 0x6627E8D5
+    ones = 2**64 - 1
+    assert _native.philox_word(ones, ones, ones) == 0x408F276D
+
+
+def test_wrong_names_are_refused(monkeypatch) -> None:
+    monkeypatch.setenv("TILEWISE_ISA", "sse9")
+    with pytest.raises(RuntimeError, match="^TILEWISE_ISA"):
+        _native.isa()
+    with pytest.raises(RuntimeError, match="^TILEWISE_ISA"):
+        tw.attention(*_arrays("float32", 3, 4, 8, 8), kernel="native")

@@ -1,0 +1,81 @@
+"""A row's bits depend on the row alone: not on threads, batch, other rows, the way a mask is written, or padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tilewise as tw
+
+_native = pytest.importorskip("tilewise._native")
+
+SIZES = [(1, 2, 1, 3000), (3, 1, 33, 130), (2, 3, 70, 333), (4, 2, 5, 1500), (1, 1, 150, 64)]  # group, kv, Sq, Sk
+
+
+@pytest.fixture(params=_native.build_info()["supported_pages"], autouse=True)
+def page(request, monkeypatch) -> None:
+    monkeypatch.setenv("TILEWISE_ISA", request.param)
+
+
+@pytest.fixture(params=SIZES, ids=str)
+def call(request):
+    """q, k, v and per-row key intervals (2, Hq, Sq, 1)."""
+    group, kv, q_len, k_len = request.param
+    rng = np.random.default_rng(q_len)
+    shapes = [(2, group * kv, q_len, 40), (2, kv, k_len, 40), (2, kv, k_len, 24)]
+    q, k, v = (3 * rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    bounds = np.sort(rng.integers(0, k_len + 1, (2, group * kv, q_len, 2)), -1)
+    return q, k, v, bounds[..., :1], bounds[..., 1:]
+
+
+def _run(q, k, v, mask, **options):
+    return tw.attention(q, k, v, mask=mask, kernel="native", return_lse=True, **options)
+
+
+def _same(got, expected) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_threads(call) -> None:
+    q, k, v, starts, stops = call
+    answers = []
+    for threads in (1, 2, 5):
+        tw.set_num_threads(threads)
+        answers.append(_run(q, k, v, tw.intervals(starts, stops)))
+    tw.set_num_threads(0)
+    _same(answers[1], answers[0])
+    _same(answers[2], answers[0])
+
+
+def test_the_way_a_mask_is_written(call) -> None:
+    q, k, v, starts, stops = call
+    expected = _run(q, k, v, tw.intervals(starts, stops))
+    j = np.arange(k.shape[2])
+    seen = (j >= starts) & (j < stops)
+    _same(_run(q, k, v, tw.dense(seen)), expected)
+    _same(_run(q, k, v, tw.predicate(lambda b, h, i, j: seen[b, h, i, j])), expected)
+    _same(_run(q, k, v, None, bias=np.where(seen, 0, -np.inf).astype(np.float32)), expected)
+
+
+def test_batch(call) -> None:
+    q, k, v, starts, stops = call
+    out, lse = _run(q, k, v, tw.intervals(starts, stops))
+    _same(_run(q[1:], k[1:], v[1:], tw.intervals(starts[1:], stops[1:])), (out[1:], lse[1:]))
+
+
+def test_padding(call) -> None:
+    q, k, v, starts, stops = call
+    padding = np.full((2, k.shape[1], 200, 40), np.nan, np.float32)
+    longer = np.concatenate([k, padding], 2), np.concatenate([v, padding[..., :24]], 2)
+    _same(_run(q, *longer, tw.intervals(starts, stops)), _run(q, k, v, tw.intervals(starts, stops)))
+
+
+def test_other_rows(call) -> None:
+    q, k, v, starts, stops = call
+    row = q.shape[2] // 2
+    out, lse = _run(q, k, v, tw.intervals(starts, stops))
+    other_starts, other_stops = np.zeros_like(starts), np.full_like(stops, k.shape[2])
+    other_starts[:, :, row], other_stops[:, :, row] = starts[:, :, row], stops[:, :, row]
+    changed = np.where(np.arange(q.shape[2])[:, None] == row, q, 50 * q)
+    got, got_lse = _run(changed, k, v, tw.intervals(other_starts, other_stops))
+    _same((got[:, :, row], got_lse[:, :, row]), (out[:, :, row], lse[:, :, row]))

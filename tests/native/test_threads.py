@@ -1,0 +1,76 @@
+"""The thread pool: concurrent callers, fork, and where the default number comes from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tilewise as tw
+
+_native = pytest.importorskip("tilewise._native")
+
+
+def _call(seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((2, 4, 200, 32)).astype(np.float32) for _ in range(3))
+    return tw.attention(q, k, v, mask=tw.causal(), kernel="native")
+
+
+def test_concurrent_callers() -> None:
+    expected = [_call(seed).tobytes() for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda n: _call(n % 4).tobytes(), range(64)))
+    assert got == [expected[n % 4] for n in range(64)]
+
+
+_FORK = """
+import os, signal
+import numpy as np, tilewise as tw
+q = np.ones((2, 4, 300, 32), np.float32)
+run = lambda: tw.attention(q, q, q, kernel="native")
+tw.set_num_threads(3)
+expected = run()
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    os._exit(0 if (run() == expected).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert (run() == expected).all()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fork_after_use() -> None:
+    subprocess.run([sys.executable, "-c", _FORK], check=True, timeout=90)
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [({"TILEWISE_NUM_THREADS": "3", "OMP_NUM_THREADS": "2"}, 3), ({"OMP_NUM_THREADS": "5,2"}, 5)],
+)
+def test_default_number(environment, expected) -> None:
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    code = "from tilewise import _native; print(_native.num_threads())"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) == expected
+
+
+def test_default_number_fits_the_process(monkeypatch) -> None:
+    monkeypatch.delenv("TILEWISE_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert 1 <= _native.num_threads() <= len(os.sched_getaffinity(0))
+    _native.set_num_threads(7)
+    assert _native.num_threads() == 7
+    _native.set_num_threads(0)
+    with pytest.raises(ValueError, match="^threads"):
+        _native.set_num_threads(-1)
+
+
+def test_peak_is_measured() -> None:
+    assert _native.peak_gflops(1, 0.01) > 0.1

@@ -1,0 +1,104 @@
+"""Plain attention, the yardstick of accuracy: the three lines of every textbook, in the caller's dtype and framework."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from tilewise._arrays import family_of
+from tilewise.contract import Gradients, Operands
+from tilewise.kernels.reference.arrays import float64
+from tilewise.kernels.reference.dense import Dense
+from tilewise.problem import AttentionProblem
+
+Leaves = tuple[Any, ...]  # q, k, v, the dense biases, the table, the sinks; the last two may be None
+
+
+def leaves(operands: Operands) -> Leaves:
+    """The operands that have gradients."""
+    return (operands.q, operands.k, operands.v, *operands.dense, operands.table, operands.sinks)
+
+
+def plain(problem: AttentionProblem, oracle: Dense, values: Leaves) -> Any:
+    """out (B, Hq, Sq, Dv) in q's dtype; mask and dropout are taken from the oracle as arrays."""
+    q, k, v, *dense, table, sinks = values
+    xp = {"numpy": np, "torch": sys.modules.get("torch")}.get(family_of(q)) or sys.modules["jax"].numpy
+    dtype = q.dtype
+
+    def cast(array: Any) -> Any:
+        return array.to(dtype) if xp is sys.modules.get("torch") else xp.asarray(array, dtype=dtype)
+
+    def constant(array: np.ndarray) -> Any:
+        return xp.asarray(np.ascontiguousarray(array))
+
+    repeat = xp.repeat_interleave if hasattr(xp, "repeat_interleave") else xp.repeat
+    k, v = repeat(k, problem.group, 1), repeat(v, problem.group, 1)
+    s = problem.scale * (q @ k.swapaxes(-1, -2))
+    if problem.softcap is not None:
+        s = problem.softcap * xp.tanh(s / problem.softcap)
+    for bias in dense:
+        s = s + cast(bias)
+    if table is not None:
+        i, j = np.ix_(range(problem.q_len), range(problem.k_len))
+        s = s + cast(table)[:, :, constant(j - i + problem.q_len - 1)]
+    s = xp.where(constant(oracle.visible), s, -np.inf)
+    peak = xp.amax(s, -1)[..., None]
+    peak = xp.where(peak == -np.inf, 0.0, peak)
+    weights = xp.exp(s - peak)
+    total = weights.sum(-1)[..., None]
+    if sinks is not None:
+        total = total + xp.exp(cast(sinks)[:, None, None] - peak)
+    p = weights / xp.where(total == 0, 1.0, total)
+    return (p * cast(constant(np.broadcast_to(oracle.z, s.shape)))) @ v
+
+
+def plain_out(problem: AttentionProblem, oracle: Dense, operands: Operands) -> Any:
+    """The yardstick's forward, or None where there are no scores at all or NumPy lacks the dtype."""
+    if not problem.scores:
+        return None
+    values = leaves(operands)
+    if problem.family == "numpy" and problem.dtype == "bfloat16":
+        return None
+    with np.errstate(all="ignore"):
+        return plain(problem, oracle, values)
+
+
+def plain_gradients(problem: AttentionProblem, oracle: Dense, operands: Operands, d_out: Any) -> Gradients | None:
+    """The yardstick's gradients by the framework's own differentiation; NumPy has none and borrows torch's."""
+    if not problem.scores:
+        return None
+    values = leaves(operands)
+    if problem.family == "jax":
+        return _by_jax(problem, oracle, values, d_out)
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    dtype = getattr(torch, problem.dtype)
+    tensors = [_leaf(torch, value, dtype if n < 3 else None) for n, value in enumerate(values)]
+    out = plain(problem, oracle, tuple(tensors))
+    wanted = [tensor for tensor in tensors if tensor is not None]
+    found = iter(torch.autograd.grad(out, wanted, _tensor(torch, d_out).to(out.dtype), allow_unused=True))
+    return _gradients([None if tensor is None else next(found) for tensor in tensors])
+
+
+def _tensor(torch: Any, value: Any) -> Any:
+    return value.detach() if family_of(value) == "torch" else torch.tensor(float64(value))
+
+
+def _leaf(torch: Any, value: Any, dtype: Any) -> Any:
+    if value is None:
+        return None
+    tensor = _tensor(torch, value)
+    return tensor.to(dtype or tensor.dtype).clone().requires_grad_()
+
+
+def _by_jax(problem: AttentionProblem, oracle: Dense, values: Leaves, d_out: Any) -> Gradients:
+    jax = sys.modules["jax"]
+    out, pull = jax.vjp(lambda *leaves: plain(problem, oracle, leaves), *values)
+    return _gradients(list(pull(d_out.astype(out.dtype))))
+
+
+def _gradients(found: list[Any]) -> Gradients:
+    return Gradients(found[0], found[1], found[2], tuple(found[3:-2]), found[-2], found[-1])

@@ -1,0 +1,56 @@
+"""No order of differentiation makes an array that grows with Sq * Sk."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+import tilewise as tw  # noqa: E402
+from tilewise.kernels.portable.tiles import _SLAB_SCORES  # noqa: E402
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that any operation's result has memory for."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.untyped_storage().nbytes() // value.element_size())
+        return result
+
+
+def _first(f, x):
+    torch.autograd.grad(f(x).sum(), x)
+
+
+def _second(f, x):
+    (gradient,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+    torch.autograd.grad(gradient.sum(), x)
+
+
+def _forward_mode(f, x):
+    torch.func.jvp(f, (x.detach(),), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("order", [_first, _second, _forward_mode])
+def test_linear(order):
+    length = 6000  # 36 million scores a head, far more than a slab holds
+    x = torch.randn(1, 1, length, 4, requires_grad=True)
+    table = torch.randn(2 * length - 1)
+    mask = tw.window(300, 0, "end")
+    with Largest() as largest:
+        order(lambda x: tw.attention(x, x, x, mask=mask, bias=tw.relative(table), kernel="portable"), x)
+    assert largest.elements <= 2 * _SLAB_SCORES
+
+
+def test_sees_a_quadratic_array():
+    x = torch.randn(1, 1, 3000, 4)
+    with Largest() as largest:
+        torch.softmax(x @ x.mT, -1)
+    assert largest.elements > 2 * _SLAB_SCORES
