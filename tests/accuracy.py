@@ -22,17 +22,18 @@ LSE = {"float64": 1e-13, "float32": 4e-6}
 _LARGEST = {"float16": 65504.0}
 
 
-def assert_accurate(name: str, got: Any, exact: Any, plain: Any = None) -> None:
+def assert_accurate(name: str, got: Any, exact: Any, plain: Any = None, dtype: str | None = None) -> None:
     """Raise AssertionError unless `got` is as accurate as promised.
 
     Args:
         name: "out", "lse", or the operand that a gradient belongs to.
         got: the kernel's result, of any framework; exact: the oracle's, float64.
-        plain: the same by plain attention in got's dtype and framework; None asks for the floor alone.
+        plain: the same by plain attention in the same dtype and framework; None asks for the floor alone.
+        dtype: that of q, k and v, where `got` has another: the gradient to a float64 bias of a float32 call, say.
     """
     assert tuple(got.shape) == tuple(exact.shape), f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
-    dtype, got, exact = dtype_name(got), float64(got), float64(exact)
-    exact = np.where(np.abs(exact) > _LARGEST.get(dtype, np.inf), np.sign(exact) * np.inf, exact)
+    dtype, got, exact = dtype or dtype_name(got), float64(got), float64(exact)
+    exact = np.where(np.abs(exact) > _LARGEST.get(dtype, np.inf), np.copysign(np.inf, exact), exact)
     finite = np.isfinite(exact)
     same = np.where(finite, np.isfinite(got), (got == exact) | (np.isnan(got) & np.isnan(exact)))
     assert same.all(), f"{name}: {_places(~same)} hold {got[~same][:4]}, expected {exact[~same][:4]}"

@@ -122,6 +122,7 @@ def test_mask_takes_two_lengths_and_writes_a_picture(tmp_path: Path):
         (["explain", "--preset", "vit-b16", "--seq", "5"], "seq:"),
         (["explain", "--kv-heads", "3"], "k: has 3 heads"),
         (["explain", "--softcap", "-1"], "softcap:"),
+        (["explain", "--framework", "numpy", "--device", "cuda"], "device:"),
         (["explain", "--kernel", "nonsense"], "kernel: got 'nonsense'"),
         (["explain", "--kernel", "reference"], "allow_quadratic:"),
     ],
@@ -237,8 +238,8 @@ def test_version_and_module_entry():
 
 
 def test_a_terminal_gets_colours_and_the_same_words():
-    program = "import sys; from tilewise.cli import main; sys.argv = ['tilewise', 'doctor']; main()"
+    program = "import sys; from tilewise.cli import main; sys.argv = ['tilewise', 'explain']; main()"
     plain = run_apart(program).stdout
     coloured = run_apart(program, FORCE_COLOR="1", COLUMNS="200").stdout
     assert ESCAPE in coloured and ESCAPE not in plain
-    assert "compiled C++" in plain and "compiled C++" in coloured
+    assert "batch 1, heads 8" in plain and "batch 1, heads 8" in coloured

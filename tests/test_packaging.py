@@ -186,7 +186,10 @@ def test_without_a_compiler_the_package_installs_as_pure_python(tmp_path: Path, 
     assert "tilewise/py.typed" in names and "tilewise/__init__.py" in names
     assert not [name for name in names if name.endswith(".so")]
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    program = "import tilewise, numpy as n; x = n.ones((1, 1, 4, 2)); print(tilewise.attention(x, x, x).sum(), tilewise.__file__)"
+    program = (
+        "import numpy, tilewise; x = numpy.ones((1, 1, 4, 2)); "
+        "print(tilewise.attention(x, x, x).sum(), tilewise.__file__)"
+    )
     # -S: an editable install hooks itself in before the path is asked; then NumPy's folder has to be named.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), sysconfig.get_path("purelib")])}
     ran = subprocess.run(

@@ -40,7 +40,9 @@ def test_known_answers(family, counter, key, expected):
 def _keep(family, dropout, rows, keys, sizes=(3, 5, 7, 11), first=(0, 0)):
     batch, heads, q_len, k_len = sizes
     xp, wide, asarray = _namespace(family)
-    grid = np.ix_(np.arange(batch), np.arange(heads), np.arange(rows.start, rows.stop), np.arange(keys.start, keys.stop))
+    grid = np.ix_(
+        np.arange(batch), np.arange(heads), np.arange(rows.start, rows.stop), np.arange(keys.start, keys.stop)
+    )
     b, h, i, j = (asarray(axis.astype(np.int64)) for axis in grid)
     return np.asarray(keep_mask(dropout, b, h, i, j, heads, q_len, k_len, xp, wide))
 
@@ -83,5 +85,8 @@ def test_share_kept(p):
 
 
 def test_streams_and_seeds_differ():
-    masks = [_keep("numpy", Dropout(0.5, seed, stream), slice(0, 7), slice(0, 11)) for seed, stream in (((0, 0), 0), ((1, 0), 0), ((0, 1), 0), ((0, 0), 1))]
+    masks = [
+        _keep("numpy", Dropout(0.5, seed, stream), slice(0, 7), slice(0, 11))
+        for seed, stream in (((0, 0), 0), ((1, 0), 0), ((0, 1), 0), ((0, 0), 1))
+    ]
     assert len({mask.tobytes() for mask in masks}) == 4

@@ -3,6 +3,6 @@
 #define TW_PAGE_NAME "avx2"
 #define TW_VECTOR_BYTES 32
 #define TW_GROUP_KEYS 4    // keys whose scores are in registers together
-#define TW_TILE_VECTORS 2  // vectors of queries in a tile
+#define TW_TILE_VECTORS 3  // vectors of queries in a tile
 #define TW_VALUE_COLUMNS 4 // columns of the output in registers together
 #include "kernel/page.inl.h"

@@ -5,7 +5,6 @@ template <int... I> struct indices {};
 #if defined(__clang__)
 template <class, int... I> struct indices_from : indices<I...> {};
 template <int N> using first_indices = __make_integer_seq<indices_from, int, N>;
-template <class, int... I> constexpr indices<I...> plain(indices<I...>) { return {}; }
 #else
 template <int N> using first_indices = indices<__integer_pack(N)...>;
 #endif

@@ -19,6 +19,7 @@ template <class A> struct Tile {
     bool masked; // whether any lane was ever barred from a key that another saw
     int spans;   // key intervals that hold everything any lane sees, whole blocks, in order
     int64_t span_begin[TW_MAX_RANGES], span_end[TW_MAX_RANGES];
+    int64_t common_begin[TW_MAX_RANGES], common_end[TW_MAX_RANGES]; // keys that interval r of every lane holds
 };
 
 TW_INLINE int64_t read_range(const tw_ranges &ranges, const void *side, int64_t at) {
@@ -50,9 +51,12 @@ template <class A> static void find_spans(const tw_problem &p, int64_t b, int64_
     }
     for (int r = 0; r < p.ranges.count; ++r) {
         int64_t low = end, high = begin;
+        int64_t &common_low = tile.common_begin[r] = 0, &common_high = tile.common_end[r] = INT64_MAX;
         for (int l = 0; l < tile.rows; ++l) {
             int64_t at = range_row(p.ranges, b, tile.h[l], tile.i[l]) + r;
             int64_t start = read_range(p.ranges, p.ranges.starts, at), stop = read_range(p.ranges, p.ranges.stops, at);
+            common_low = start > common_low ? start : common_low;
+            common_high = stop < common_high ? stop : common_high;
             if (start >= stop) continue;
             low = start < low ? start : low;
             high = stop > high ? stop : high;
@@ -90,4 +94,11 @@ template <class A> TW_INLINE int64_t next_key(const Tile<A> &tile, int64_t key, 
     for (int s = 0; s < tile.spans; ++s)
         if (key < tile.span_end[s]) return key > tile.span_begin[s] ? key : tile.span_begin[s];
     return none;
+}
+
+// Whether every lane sees the n keys from `key` by its ranges, as far as can be told without asking each lane.
+template <class A> TW_INLINE bool within_common_range(const tw_problem &p, const Tile<A> &tile, int64_t key, int n) {
+    for (int r = 0; r < p.ranges.count; ++r)
+        if (key >= tile.common_begin[r] && key + n <= tile.common_end[r]) return true;
+    return false;
 }

@@ -137,7 +137,7 @@ template <class A>
 static Sight look(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t key, int n, uint64_t *words) {
     const uint64_t every_key = first_bits(n), every_lane = first_bits(tile.width);
     bool rows_full = true;
-    if (p.ranges.count || p.mask.data) {
+    if (p.mask.data || (p.ranges.count && !within_common_range(p, tile, key, n))) {
         uint64_t some = 0, all = every_key;
         for (int l = 0; l < tile.width; ++l) {
             const uint64_t row = cheap_sight(p, b, tile.h[l], tile.i[l], key, n);

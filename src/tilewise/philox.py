@@ -44,7 +44,16 @@ def philox(counter: Words, key: Words, xp: Any, wide: bool = True) -> Words:
 
 
 def keep_mask(
-    dropout: Dropout, b: Array, h: Array, i: Array, j: Array, heads: int, q_len: int, k_len: int, xp: Any, wide: bool = True
+    dropout: Dropout,
+    b: Array,
+    h: Array,
+    i: Array,
+    j: Array,
+    heads: int,
+    q_len: int,
+    k_len: int,
+    xp: Any,
+    wide: bool = True,
 ) -> Array:
     """Which pairs dropout keeps: booleans of the shape that the positions broadcast to.
 

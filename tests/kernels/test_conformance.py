@@ -6,7 +6,7 @@ A kernel is let off only where its card refuses, and then the door must refuse w
 from __future__ import annotations
 
 import pytest
-from support.conformance import FAMILIES, check
+from support.conformance import check
 
 from tilewise.kernels import NAMES
 from tilewise.plan.catalog import PRESETS
@@ -15,9 +15,12 @@ from tilewise.plan.preset import example
 pytestmark = pytest.mark.usefixtures("loud_memory")
 
 KERNELS = [name for name in NAMES if name != "reference"]
-# Programs that jax compiles take a second each: there, these stand for the rest unless the slow sweep is asked for.
-QUICK = {"bert-base-training", "llama3-8b-chunk", "gpt-oss-20b-local", "interleaved-documents", "swin-t", "mpt-7b",
-         "tree-speculation", "big-bird", "packed-varlen", "rows-that-see-nothing"}  # fmt: skip
+# Programs that jax compiles take seconds each: there, these stand for the rest unless the slow sweep is asked for.
+QUICK = ("bert-base-training", "gpt-oss-20b-local", "interleaved-documents", "swin-t", "rows-that-see-nothing")
+
+
+def _in_jax(names: tuple[str, ...]) -> list[object]:
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
 
 
 def _skip_if_refused(reasons: tuple[str, ...]) -> None:
@@ -26,13 +29,26 @@ def _skip_if_refused(reasons: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [pytest.param(family, name, marks=[pytest.mark.slow] if family == "jax" and name not in QUICK else [])
-     for family in FAMILIES for name in PRESETS],
-)  # fmt: skip
-def test_forward_and_gradients(family, name, kernel):
-    _skip_if_refused(check(example(PRESETS[name]), kernel, family, "float32", gradients=True))
+@pytest.mark.parametrize("family", ["numpy", "torch"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_forward_and_gradients(name, family, kernel):
+    _skip_if_refused(check(example(PRESETS[name]), kernel, family, gradients=True))
+
+
+@pytest.mark.parametrize("name", _in_jax(QUICK))
+def test_forward_and_gradients_in_jax(name):
+    _skip_if_refused(check(example(PRESETS[name]), "portable", "jax", gradients=True))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_native_forward_in_jax(name):
+    _skip_if_refused(check(example(PRESETS[name]), "native", "jax"))
+
+
+# Its derivatives are the portable kernel's: one of each kind shows that they meet.
+@pytest.mark.parametrize("name", _in_jax(("mpt-7b",)))
+def test_native_gradients_in_jax(name):
+    _skip_if_refused(check(example(PRESETS[name]), "native", "jax", gradients=True))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -49,13 +65,10 @@ def test_dtypes_in_torch_with_gradients(name, dtype, kernel):
     _skip_if_refused(check(example(PRESETS[name]), kernel, "torch", dtype, gradients=True))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize(
-    "name", [name if name in ("gpt-oss-20b-local", "swin-t") else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
-)
-def test_dtypes_in_jax_with_gradients(name, dtype, kernel):
-    _skip_if_refused(check(example(PRESETS[name]), kernel, "jax", dtype, gradients=True))
+@pytest.mark.parametrize("name", _in_jax(("gpt-oss-20b-local",)))
+def test_dtypes_in_jax_with_gradients(name, dtype):
+    _skip_if_refused(check(example(PRESETS[name]), "portable", "jax", dtype, gradients=True))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

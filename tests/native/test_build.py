@@ -1,4 +1,4 @@
-"""Laws of the compiled objects: no code is shared between pages, and XLA's structs are declared as XLA declares them."""
+"""Laws of the compiled objects: no code is shared between pages; XLA's structs are declared as XLA declares them."""
 
 from __future__ import annotations
 

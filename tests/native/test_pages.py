@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import tilewise as tw
 
 _native = pytest.importorskip("tilewise._native")
@@ -49,7 +50,7 @@ def test_sizes(page, dtype, q_len, k_len, dim, value) -> None:
 def _spoilt(shape: tuple[int, ...]) -> np.ndarray:
     bias = np.random.default_rng(1).standard_normal(shape)
     bias[..., ::5] = -np.inf
-    bias[..., 2, :] = -np.inf
+    bias[..., shape[2] // 2, :] = -np.inf
     return bias
 
 
@@ -73,8 +74,6 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("q_len, k_len", [(1, 70), (3, 1300), (40, 200)])
 def test_facts(page, name, q_len, k_len) -> None:
-    if name == "bias" and q_len < 3:
-        pytest.skip("needs a third row")
     _check(*_arrays("float32", q_len, k_len, 24, 40), **OPTIONS[name](q_len, k_len))
 
 
@@ -100,7 +99,7 @@ def test_empty(page, shape) -> None:
 
 
 def test_philox(page) -> None:
-    # Known answers of Random123: counter and key all zero, and all ones (whose counter words beyond the index are ones too).
+    # Known answers of Random123: counter and key all zero bits, and all one bits.
     assert _native.philox_word(0, 0, 0) == 0x6627E8D5
     ones = 2**64 - 1
     assert _native.philox_word(ones, ones, ones) == 0x408F276D
@@ -108,7 +107,7 @@ def test_philox(page) -> None:
 
 def test_wrong_names_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("TILEWISE_ISA", "sse9")
-    with pytest.raises(RuntimeError, match="^TILEWISE_ISA"):
+    with pytest.raises(RuntimeError, match=r"^TILEWISE_ISA"):
         _native.isa()
-    with pytest.raises(RuntimeError, match="^TILEWISE_ISA"):
+    with pytest.raises(RuntimeError, match=r"^TILEWISE_ISA"):
         tw.attention(*_arrays("float32", 3, 4, 8, 8), kernel="native")

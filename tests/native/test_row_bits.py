@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import tilewise as tw
 
 _native = pytest.importorskip("tilewise._native")

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+
 import tilewise as tw
 
 _native = pytest.importorskip("tilewise._native")
@@ -68,7 +69,7 @@ def test_default_number_fits_the_process(monkeypatch) -> None:
     _native.set_num_threads(7)
     assert _native.num_threads() == 7
     _native.set_num_threads(0)
-    with pytest.raises(ValueError, match="^threads"):
+    with pytest.raises(ValueError, match=r"^threads"):
         _native.set_num_threads(-1)
 
 

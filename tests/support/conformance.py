@@ -121,7 +121,7 @@ def check_gradients(
     for name, got, truth, measure in triples:
         assert (got is None) == (truth is None), f"{name}: gradient is {'missing' if got is None else 'unasked for'}"
         if truth is not None:
-            assert_accurate(name, got, truth, measure)
+            assert_accurate(name, got, truth, measure, plan.problem.dtype)
 
 
 def flat(gradients: Gradients) -> tuple[Any, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ def plain(problem: AttentionProblem, oracle: Dense, values: Leaves) -> Any:
         return array.to(dtype) if xp is sys.modules.get("torch") else xp.asarray(array, dtype=dtype)
 
     def constant(array: np.ndarray) -> Any:
-        return xp.asarray(np.ascontiguousarray(array))
+        return xp.asarray(np.array(array))
 
     repeat = xp.repeat_interleave if hasattr(xp, "repeat_interleave") else xp.repeat
     k, v = repeat(k, problem.group, 1), repeat(v, problem.group, 1)
@@ -72,9 +74,9 @@ def plain_gradients(problem: AttentionProblem, oracle: Dense, operands: Operands
     values = leaves(operands)
     if problem.family == "jax":
         return _by_jax(problem, oracle, values, d_out)
-    torch = sys.modules.get("torch")
-    if torch is None:
+    if find_spec("torch") is None:
         return None
+    torch = import_module("torch")
     dtype = getattr(torch, problem.dtype)
     tensors = [_leaf(torch, value, dtype if n < 3 else None) for n, value in enumerate(values)]
     out = plain(problem, oracle, tuple(tensors))

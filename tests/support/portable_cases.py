@@ -74,7 +74,9 @@ CASES: dict[str, Any] = {
 }
 
 
-def planned(q: Any, k: Any, v: Any, *, kernel: str = "portable", tiles: Tiles | None = SMALL, **options: Any) -> tuple[Plan, Operands]:
+def planned(
+    q: Any, k: Any, v: Any, *, kernel: str = "portable", tiles: Tiles | None = SMALL, **options: Any
+) -> tuple[Plan, Operands]:
     """The plan of a call, wanting every gradient, and its operands."""
     defaults = dict.fromkeys(("mask", "bias", "scale", "softcap", "sinks", "dropout"))
     call = prepare(q, k, v, **{**defaults, "layout": "bhsd", "return_lse": True, **options})

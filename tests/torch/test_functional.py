@@ -39,7 +39,10 @@ def test_gradients_and_products(name):
     over_reverse = torch.func.jvp(gradient, inputs, tangents)[1]
     over_forward = torch.func.grad(lambda *x: torch.func.jvp(loss, x, tangents)[1], argnums=everywhere)(*inputs)
     twice = torch.autograd.grad(
-        sum((a * b).sum() for a, b in zip(torch.autograd.grad(loss(*required), required, create_graph=True), tangents, strict=True)),
+        sum(
+            (a * b).sum()
+            for a, b in zip(torch.autograd.grad(loss(*required), required, create_graph=True), tangents, strict=True)
+        ),
         required,
     )
     for a, b, c in zip(over_reverse, over_forward, twice, strict=True):
@@ -62,8 +65,13 @@ def test_vmap_over_operands():
         return tw.attention(q, k, v, mask=tw.causal("end"), kernel="portable")
 
     torch.testing.assert_close(torch.vmap(f)(q, k, v), _each(f, q, k, v))
-    torch.testing.assert_close(torch.vmap(f, in_dims=(0, None, None))(q, k[0], v[0]), _each(lambda x: f(x, k[0], v[0]), q))
-    torch.testing.assert_close(torch.vmap(f, in_dims=(3, 1, 2), out_dims=1)(q.movedim(0, 3), k.movedim(0, 1), v.movedim(0, 2)), _each(f, q, k, v).movedim(0, 1))
+    torch.testing.assert_close(
+        torch.vmap(f, in_dims=(0, None, None))(q, k[0], v[0]), _each(lambda x: f(x, k[0], v[0]), q)
+    )
+    torch.testing.assert_close(
+        torch.vmap(f, in_dims=(3, 1, 2), out_dims=1)(q.movedim(0, 3), k.movedim(0, 1), v.movedim(0, 2)),
+        _each(f, q, k, v).movedim(0, 1),
+    )
     twice = torch.vmap(torch.vmap(f, in_dims=(None, 0, 0)), in_dims=(0, None, None))(q, k, v)
     torch.testing.assert_close(twice[1, 2], f(q[1], k[2], v[2]))
 
@@ -93,7 +101,9 @@ def test_vmap_over_options(what):
 
     torch.testing.assert_close(torch.vmap(f, in_dims=(None, 0))(q, mapped), _each(lambda x: f(q, x), mapped))
     gradient = torch.func.grad(lambda q, option: f(q, option).square().sum())
-    torch.testing.assert_close(torch.vmap(gradient, in_dims=(None, 0))(q, mapped), _each(lambda x: gradient(q, x), mapped))
+    torch.testing.assert_close(
+        torch.vmap(gradient, in_dims=(None, 0))(q, mapped), _each(lambda x: gradient(q, x), mapped)
+    )
 
 
 def test_jacobians_and_hessian():
@@ -119,5 +129,7 @@ def test_per_sample_gradients():
         return tw.attention(q, k, v, mask=tw.window(2, 0, "end"), kernel="portable").square().sum()
 
     got = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(q, k, v)
-    for n, expected in enumerate(zip(*(torch.func.grad(loss, argnums=(0, 1, 2))(*row) for row in zip(q, k, v, strict=True)), strict=True)):
+    for n, expected in enumerate(
+        zip(*(torch.func.grad(loss, argnums=(0, 1, 2))(*row) for row in zip(q, k, v, strict=True)), strict=True)
+    ):
         torch.testing.assert_close(got[n], torch.stack(expected))

@@ -28,7 +28,9 @@ def test_kernel(name):
     want, got = dense.gradients(exact, d_out, d_lse), backward(plan, operands, out, lse, d_out, d_lse)
     for field in ("q", "k", "v", "table", "sinks"):
         if getattr(want, field) is not None:
-            np.testing.assert_allclose(getattr(got, field).numpy(), getattr(want, field), rtol=0, atol=1e-11, err_msg=field)
+            np.testing.assert_allclose(
+                getattr(got, field).numpy(), getattr(want, field), rtol=0, atol=1e-11, err_msg=field
+            )
     for a, b in zip(got.dense, want.dense, strict=True):
         np.testing.assert_allclose(a.numpy(), b, rtol=0, atol=1e-11)
 
@@ -42,10 +44,17 @@ def test_numpy_and_torch_agree():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes(dtype):
-    operands = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors(q_len=40, k_len=70, dim=16, value=8).items()}
+    operands = {
+        name: tensor.to(dtype).requires_grad_() for name, tensor in tensors(q_len=40, k_len=70, dim=16, value=8).items()
+    }
     slopes = torch.rand(4, requires_grad=True)
     out, lse = tw.attention(
-        **operands, mask=tw.causal("end"), bias=tw.alibi(slopes, "end"), softcap=10.0, return_lse=True, kernel="portable"
+        **operands,
+        mask=tw.causal("end"),
+        bias=tw.alibi(slopes, "end"),
+        softcap=10.0,
+        return_lse=True,
+        kernel="portable",
     )
     assert out.dtype == dtype and lse.dtype == torch.float32
     (out.float().sum() + lse.sum()).backward()
@@ -81,7 +90,8 @@ def test_no_gradient_means_no_graph():
 
 def test_dropout_seed_as_a_tensor():
     number, tensor = (
-        tw.attention(**tensors(), dropout=tw.Dropout(0.5, seed), kernel="portable") for seed in (7 + 2**33, torch.tensor(7 + 2**33))
+        tw.attention(**tensors(), dropout=tw.Dropout(0.5, seed), kernel="portable")
+        for seed in (7 + 2**33, torch.tensor(7 + 2**33))
     )
     torch.testing.assert_close(number, tensor, rtol=0, atol=0)
 

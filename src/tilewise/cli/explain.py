@@ -1,7 +1,7 @@
 """`tilewise explain`: plan a call that nobody makes, and print why it would run as it would.
 
-The arrays of the call are outlines: a single zero, seen as q, k and v of any size. What the machine at hand lacks does not
-matter either, since a problem holds the framework and the device by name.
+The arrays of the call are outlines: a single zero, seen as q, k and v of any size. What the machine at hand lacks does
+not matter either, since a problem holds the framework and the device by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ..validate import prepare
 from .expression import parse
 from .output import reported, rows
 
-PLAIN = Preset("plain", "no model in particular", *[Shape(1, 8, 8, 2048, 2048, 64, 64)] * 2)
+_SHAPE = Shape(1, 8, 8, 2048, 2048, 64, 64)
+PLAIN = Preset("plain", "no model in particular", _SHAPE, _SHAPE)
 
 
 def explain(
@@ -64,9 +65,10 @@ def explain(
     with reported():
         model = preset(preset_name) if preset_name else PLAIN
         shape = replace(model.at(seq, batch), **{name: size for name, size in sizes.items() if size is not None})
-        options = {"softcap": softcap} if softcap is not None else {}
-        options |= {"mask": parse(mask)} if mask is not None else {}
-        problem, lowered = _problem(model, shape, options)
+        if framework == "numpy" and device != "cpu":
+            raise ValueError(f"device: got {device!r}, but numpy arrays are on the cpu")
+        given: dict[str, Any] = {"softcap": softcap, "mask": parse(mask) if mask is not None else None}
+        problem, lowered = _problem(model, shape, {name: value for name, value in given.items() if value is not None})
         problem = replace(problem, dtype=dtype, family=framework, device=device)
         if backward:
             problem = replace(problem, gradients=_gradients(problem), traced=framework == "jax")

@@ -1,7 +1,7 @@
 """A mask written as text becomes a mask, without `eval`.
 
-Understood are the names of the masks that can be written down, with or without parentheses, arguments that are literals,
-and `&`, `|`, `~` between them. Anything else is refused with the place where it stands.
+Understood are the names of the masks that can be written down, with or without parentheses, arguments that are
+literals, and `&`, `|`, `~` between them. Anything else is refused with the place where it stands.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def parse(text: str) -> Mask:
     """The mask that `text` writes, such as "causal & window(256)" or 'prefix(64) | causal("end")'.
 
     Raises:
-        ValueError: the text is no such expression, or a mask refuses the values of its arguments; TypeError: their types.
+        ValueError: the text is no such expression, or a mask refuses the values of its arguments.
+        TypeError: a mask refuses their types or their number.
     """
     if len(text) > _LONGEST:
         raise ValueError(f"mask: the expression has {len(text)} characters, expected at most {_LONGEST}")

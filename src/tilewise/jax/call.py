@@ -10,6 +10,7 @@ from ..contract import Dropout, Operands, Plan
 from ..errors import KernelRefused
 from ..kernels import forward_of
 from ..kernels.portable.jax_scan import Facts, Smooth
+from ..kernels.portable.tiles import default_tiles
 from . import pytrees  # noqa: F401  (operands cross into jit as pytrees)
 from .derivative import Case, attention
 from .ffi import words_of
@@ -34,7 +35,9 @@ def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
             native = False
     smooth = Smooth(operands.q, operands.k, operands.v, operands.dense, operands.table, operands.sinks)
     facts = Facts(mask, _seeded(operands.dropout), bits)
-    return attention(Case(plan.problem, plan.tiles, native), smooth, facts)
+    # Derivatives are the portable kernel's, so its tiles are needed whichever kernel runs forward.
+    tiles = plan.tiles if plan.kernel == "portable" else default_tiles(plan.problem)
+    return attention(Case(plan.problem, tiles, native), smooth, facts)
 
 
 def _seeded(dropout: Dropout | None) -> Dropout | None:

@@ -30,7 +30,8 @@ def _register(kind: type, is_child: Callable[[Any, str, Any], bool]) -> None:
 
     def unflatten(structure: Any, children: Any) -> Any:
         # Field by field, not through __init__: jax puts placeholders where arrays belong.
-        value, child = object.__new__(kind), iter(children)
+        value: Any = object.__new__(kind)
+        child = iter(children)
         for name, static in structure:
             object.__setattr__(value, name, next(child) if static is None else static[0])
         return value
@@ -56,7 +57,7 @@ def _in_lowered(mask: Any, name: str, value: Any) -> bool:
 
 
 def _subclasses(kind: type) -> set[type]:
-    direct = set(kind.__subclasses__())
+    direct: set[type] = set(kind.__subclasses__())
     return direct.union(*(_subclasses(sub) for sub in direct))
 
 

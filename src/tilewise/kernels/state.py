@@ -71,7 +71,9 @@ class State:
         return weighted / total[..., None], peak + xp.log(total)
 
 
-def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array, *more: Array, layout: str = "bhsd") -> tuple[Array, Array]:
+def merge(
+    out_a: Array, lse_a: Array, out_b: Array, lse_b: Array, *more: Array, layout: str = "bhsd"
+) -> tuple[Array, Array]:
     """Attention over the union of disjoint sets of keys, from attention over each.
 
     Differentiable in the arrays' own framework. A sink must have been given to one of the parts only.
@@ -163,5 +165,7 @@ def _check(*arrays: Array, layout: str) -> Family:
             raise TypeError(f"{name}: got dtype {dtype_name(array)}, expected floats")
         expected = rows if n % 2 else out_shape
         if tuple(array.shape) != expected:
-            raise ValueError(f"{name}: has shape {tuple(array.shape)}, expected {expected} beside out_a {out_shape}, layout={layout!r}")
+            raise ValueError(
+                f"{name}: has shape {tuple(array.shape)}, expected {expected} beside out_a {out_shape}, layout={layout!r}"
+            )
     return family

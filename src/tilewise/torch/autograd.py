@@ -88,7 +88,11 @@ class AttentionBackward(Function):
         plan = replace(plan, problem=replace(plan.problem, gradients=spec.names))
         found = backward_of(kernel).backward(plan, operands, *rest)
         flat = [found.q, found.k, found.v, *found.dense]
-        flat += [value for value, given in ((found.table, operands.table), (found.sinks, operands.sinks)) if given is not None]
+        flat += [
+            value
+            for value, given in ((found.table, operands.table), (found.sinks, operands.sinks))
+            if given is not None
+        ]
         return tuple(flat[n] for n in spec.wanted)
 
     @staticmethod
@@ -125,12 +129,12 @@ def gradient_formula(spec: Spec, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
 
     def total(call: Call, wanted: tuple[bool, ...], inputs: Sequence, outputs: Sequence) -> tuple[Tensor, ...]:
         axes, arrays = zip(*inputs, strict=True)
-        arrays = [array.to(call.verbs.dtype) for array in arrays]
+        cast = [array.to(call.verbs.dtype) for array in arrays]
         biases = tuple(axes for axes, _ in call.biases)
         tiles = call.walk.tiles
         return program(
             "gradients", spec.plan.problem, tiles, spec.parts.facts_of(tensors), biases, axes, outputs, wanted
-        ).apply(arrays)
+        ).apply(cast)
 
     sums = gradient_sums(call, operands, spec.names, out, lse, d_out, d_lse, total)
     found, taken = [], dict.fromkeys(spec.names, 0)
@@ -163,7 +167,9 @@ def tangent_formula(spec: Spec, tensors: Sequence[Tensor], tangents: Sequence[Te
         base = program("sums", spec.plan.problem, call.walk.tiles, spec.parts.facts_of(tensors), biases, axes, outputs)
         values, weights = base.pushed_forward(list(moving)).apply([*arrays, *moving.values()])
     if operands.sinks is not None and tangents[spec.parts.count - 1] is not None:
-        sinks, moved = (x.to(dtype).reshape(*call.q.shape[1:3], 1) for x in (operands.sinks, tangents[spec.parts.count - 1]))
+        sinks, moved = (
+            x.to(dtype).reshape(*call.q.shape[1:3], 1) for x in (operands.sinks, tangents[spec.parts.count - 1])
+        )
         weights = weights + torch.where(empty, 0.0, torch.exp(sinks - held)) * moved
     d_out = values - call.rows(out).to(dtype) * weights[..., None]
     return ungrouped(d_out).to(out.dtype), ungrouped(weights)

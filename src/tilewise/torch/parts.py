@@ -37,7 +37,8 @@ class Facts:
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Facts:
         """The same facts with other tensors."""
-        return self._map(lambda _, rest=iter(tensors): next(rest))
+        rest = iter(tensors)
+        return self._map(lambda _: next(rest))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Facts:
         def maybe(value):
@@ -50,7 +51,12 @@ class Facts:
             rest = iter([maybe(operand) for operand in lazy.operands()])
             lazy = lazy.replace_operands(lambda: next(rest))
         mask = replace(
-            mask, ranges=ranges, q_labels=maybe(mask.q_labels), k_labels=maybe(mask.k_labels), dense=maybe(mask.dense), lazy=lazy
+            mask,
+            ranges=ranges,
+            q_labels=maybe(mask.q_labels),
+            k_labels=maybe(mask.k_labels),
+            dense=maybe(mask.dense),
+            lazy=lazy,
         )
         if dropout is not None and not isinstance(dropout.seed, tuple):
             dropout = replace(dropout, seed=maybe(dropout.seed))

@@ -88,7 +88,9 @@ def program(
     return Program(problem, tiles, facts, biases, tuple(inputs), tuple(outputs), local)
 
 
-def _method(name: str, scale: float, softcap: float | None, biases: tuple[Axes, ...], wanted: tuple[bool, ...], verbs: Verbs) -> LocalFunction:
+def _method(
+    name: str, scale: float, softcap: float | None, biases: tuple[Axes, ...], wanted: tuple[bool, ...], verbs: Verbs
+) -> LocalFunction:
     return getattr(Local(verbs, scale, softcap, biases, wanted), name)
 
 

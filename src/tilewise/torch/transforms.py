@@ -23,12 +23,16 @@ def at(function: Function, inputs: Sequence[Tensor], active: Sequence[int]) -> F
     return restricted
 
 
-def pull_back(function: Function, inputs: Sequence[Tensor], active: Sequence[int], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def pull_back(
+    function: Function, inputs: Sequence[Tensor], active: Sequence[int], cotangents: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """Cotangents of the active inputs."""
     return torch.func.vjp(at(function, inputs, active), *(inputs[n] for n in active))[1](tuple(cotangents))
 
 
-def push_forward(function: Function, inputs: Sequence[Tensor], active: Sequence[int], tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def push_forward(
+    function: Function, inputs: Sequence[Tensor], active: Sequence[int], tangents: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """Tangents of the outputs, given tangents of the active inputs.
 
     The pull-back is linear in the cotangents, and its own pull-back is the push-forward. This way needs reverse mode
@@ -43,7 +47,9 @@ def push_forward(function: Function, inputs: Sequence[Tensor], active: Sequence[
     return torch.func.vjp(transposed, *zeros)[1](tuple(tangents))
 
 
-def one_by_one(apply: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, Any]:
+def one_by_one(
+    apply: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]
+) -> tuple[Any, Any]:
     """The vmap rule of all our functions: each call of the batch on its own, the results stacked along a new first axis.
 
     Right for whatever is mapped, biases, masks and seeds among them.

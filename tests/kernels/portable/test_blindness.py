@@ -50,7 +50,9 @@ def test_backward(name, value, tiles):
     got = backward(plan, operands, exact.out, exact.lse, d_out, d_lse)
     want = dense.gradients(exact, d_out, d_lse)
     for field in ("q", "k", "v"):
-        np.testing.assert_array_equal(np.isfinite(getattr(got, field)), np.isfinite(getattr(want, field)), err_msg=field)
+        np.testing.assert_array_equal(
+            np.isfinite(getattr(got, field)), np.isfinite(getattr(want, field)), err_msg=field
+        )
         np.testing.assert_allclose(
             np.nan_to_num(getattr(got, field), posinf=0, neginf=0),
             np.nan_to_num(getattr(want, field), posinf=0, neginf=0),

@@ -27,7 +27,9 @@ def by_loops(plan, operands):
             for bias in operands.dense:
                 s += np.broadcast_to(bias, (p.batch, p.q_heads, p.q_len, p.k_len))[b, h, i, j]
             if operands.table is not None:
-                s += np.broadcast_to(operands.table, (p.batch, p.q_heads, p.q_len + p.k_len - 1))[b, h, j - i + p.q_len - 1]
+                s += np.broadcast_to(operands.table, (p.batch, p.q_heads, p.q_len + p.k_len - 1))[
+                    b, h, j - i + p.q_len - 1
+                ]
             seen = operands.mask.visible(slice(i, i + 1), slice(j, j + 1))
             seen = seen is None or np.broadcast_to(seen, (p.batch, p.q_heads, 1, 1))[b, h, 0, 0]
             if seen and s != -math.inf:

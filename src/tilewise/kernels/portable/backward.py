@@ -13,7 +13,7 @@ from .axes import Axes
 from .call import Call, make_call, tiles_of
 from .tiled_sum import tiled_sum
 
-Sum = Callable[..., list[Array]]
+Sum = Callable[..., Sequence[Array]]
 _MINUS_INF = float("-inf")
 
 

@@ -33,7 +33,9 @@ class Call:
 
     def local(self, wanted: tuple[bool, ...] = ()) -> Local:
         """The functions of one tile."""
-        return Local(self.verbs, self.problem.scale, self.problem.softcap, tuple(axes for axes, _ in self.biases), wanted)
+        return Local(
+            self.verbs, self.problem.scale, self.problem.softcap, tuple(axes for axes, _ in self.biases), wanted
+        )
 
     def rows(self, array: Array) -> Array:
         """(B, Hq, Sq, …) as (B, Hkv, G, Sq, …)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..._arrays import Array
 from ...contract import Operands, Plan
 from ..state import State
@@ -40,7 +42,7 @@ def _attend(call: Call, block: Block) -> State:
         biases = tuple(verbs.cast(bias[tile.part(axes, bias.shape)]) for axes, bias in call.biases)
         tile = walk.guarded(tile, (q, k, v))
         scores, _ = local.scores(tile, q, k, biases)
-        state = state.absorb(verbs.xp, scores, lambda weights, tile=tile, v=v: local.weigh(tile, weights, v))
+        state = state.absorb(verbs.xp, scores, partial(local.weigh, tile, v=v))
     return state
 
 

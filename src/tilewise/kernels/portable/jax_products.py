@@ -33,7 +33,7 @@ def pair_products(x: Array, y: Array, seen: Array | None) -> Array:
     Returns:
         (…, R, C), 0 at masked pairs.
     """
-    return _products(x, y) if seen is None else _pairs_p.bind(x, y, seen)
+    return _pairs_p.bind(x, y, *_given(seen))
 
 
 def weighted_rows(w: Array, y: Array, seen: Array | None) -> Array:
@@ -46,7 +46,11 @@ def weighted_rows(w: Array, y: Array, seen: Array | None) -> Array:
     Returns:
         (…, R, F).
     """
-    return _sums(w, y) if seen is None else _rows_p.bind(w, y, seen)
+    return _rows_p.bind(w, y, *_given(seen))
+
+
+def _given(seen: Array | None) -> tuple[Array, ...]:
+    return () if seen is None else (seen,)
 
 
 def _products(x: Array, y: Array) -> Array:
@@ -57,49 +61,70 @@ def _sums(w: Array, y: Array) -> Array:
     return jnp.einsum("...rc,...cf->...rf", w, y)
 
 
-def _visible_products(x: Array, y: Array, seen: Array) -> Array:
-    return jnp.where(seen, _products(x, y), 0)
+def _pairs(x: Array, y: Array, *seen: Array) -> Array:
+    return jnp.where(seen[0], _products(x, y), 0) if seen else _products(x, y)
 
 
-def _visible_sums(w: Array, y: Array, seen: Array) -> Array:
-    w = jnp.where(seen, w, 0)
+def _rows(w: Array, y: Array, *seen: Array) -> Array:
+    # XLA's CPU backend multiplies a transposed matrix several times slower than it transposes and multiplies. Behind
+    # the barrier the two stay apart.
+    if not seen:
+        return _sums(jax.lax.optimization_barrier(w), y)
+    w = jax.lax.optimization_barrier(jnp.where(seen[0], w, 0))
+    return jax.lax.cond(jnp.isfinite(y).all(), _sums_of_finite, _sums_of_visible, w, y, seen[0])
 
-    def careful(w: Array, y: Array, seen: Array) -> Array:
-        # The compiler fuses this into one loop; the four-dimensional terms are never stored.
-        terms = jnp.where(seen[..., None], w[..., None] * y[..., None, :, :], 0)
-        return terms.sum(-2)
 
-    return jax.lax.cond(jnp.isfinite(y).all(), lambda w, y, seen: _sums(w, y), careful, w, y, seen)
+def _sums_of_finite(w: Array, y: Array, seen: Array) -> Array:
+    return _sums(w, y)
+
+
+def _sums_of_visible(w: Array, y: Array, seen: Array) -> Array:
+    """Term by term, key after key: rare, so small rather than fast."""
+
+    def add(total: Array, column: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        w, y, seen = column
+        return total + jnp.where(seen[..., None], w[..., None] * y[..., None, :], 0), None
+
+    columns = (jnp.moveaxis(w, -1, 0), jnp.moveaxis(y, -2, 0), jnp.moveaxis(seen, -1, 0))
+    return jax.lax.scan(add, _sums(jnp.zeros_like(w), jnp.zeros_like(y)), columns)[0]
 
 
 _pairs_p, _rows_p = Primitive("tilewise_pair_products"), Primitive("tilewise_weighted_rows")
 
 
-def _transpose_pairs(ct: Array, x: Array, y: Array, seen: Array) -> tuple[Array | None, ...]:
+def _transpose_pairs(ct: Array, x: Array, y: Array, *seen: Array) -> tuple[Array | None, ...]:
     if ad.is_undefined_primal(x):
-        return _rows_p.bind(ct, y, seen), None, None
-    return None, _rows_p.bind(ct.mT, x, seen.mT), None
+        return _rows_p.bind(ct, y, *seen), None, *_none(seen)
+    return None, _rows_p.bind(ct.mT, x, *_flipped(seen)), *_none(seen)
 
 
-def _transpose_rows(ct: Array, w: Array, y: Array, seen: Array) -> tuple[Array | None, ...]:
+def _transpose_rows(ct: Array, w: Array, y: Array, *seen: Array) -> tuple[Array | None, ...]:
     if ad.is_undefined_primal(w):
-        return _pairs_p.bind(ct, y, seen), None, None
-    return None, _rows_p.bind(w.mT, ct, seen.mT), None
+        return _pairs_p.bind(ct, y, *seen), None, *_none(seen)
+    return None, _rows_p.bind(w.mT, ct, *_flipped(seen)), *_none(seen)
+
+
+def _flipped(seen: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(mask.mT for mask in seen)
+
+
+def _none(seen: tuple[Array, ...]) -> tuple[None, ...]:
+    return (None,) * len(seen)
 
 
 def _jvp(primitive: Primitive, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
-    (a, b, seen), (da, db, _) = primals, tangents
-    out = primitive.bind(a, b, seen)
-    parts = [] if type(da) is ad.Zero else [primitive.bind(da, b, seen)]
-    parts += [] if type(db) is ad.Zero else [primitive.bind(a, db, seen)]
+    (a, b, *seen), (da, db, *_) = primals, tangents
+    out = primitive.bind(a, b, *seen)
+    parts = [] if type(da) is ad.Zero else [primitive.bind(da, b, *seen)]
+    parts += [] if type(db) is ad.Zero else [primitive.bind(a, db, *seen)]
     return out, sum(parts[1:], parts[0]) if parts else ad.Zero.from_primal_value(out)
 
 
 def _batch(primitive: Primitive, operands: tuple, axes: tuple) -> tuple[Array, int]:
     """One more leading axis: full for the factors, 1 for a mask that is not mapped."""
     size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
-    a, b = (_in_front(x, axis, size) for x, axis in zip(operands[:2], axes[:2], strict=True))
-    return primitive.bind(a, b, _in_front(operands[2], axes[2], 1)), 0
+    fronts = (_in_front(x, axis, size if n < 2 else 1) for n, (x, axis) in enumerate(zip(operands, axes, strict=True)))
+    return primitive.bind(*fronts), 0
 
 
 def _in_front(x: Array, axis: int | None, size: int) -> Array:
@@ -107,7 +132,7 @@ def _in_front(x: Array, axis: int | None, size: int) -> Array:
 
 
 def _define(primitive: Primitive, formula: Callable, plain: Callable, transpose: Callable) -> None:
-    def abstract(a: Any, b: Any, seen: Any) -> Any:
+    def abstract(a: Any, b: Any, *seen: Any) -> Any:
         # The plain product has the type asked for, with what jax adds to it: shardings and mesh axes.
         return jax.make_jaxpr(plain)(a, b).out_avals[0]
 
@@ -119,5 +144,5 @@ def _define(primitive: Primitive, formula: Callable, plain: Callable, transpose:
     batching.primitive_batchers[primitive] = partial(_batch, primitive)
 
 
-_define(_pairs_p, _visible_products, _products, _transpose_pairs)
-_define(_rows_p, _visible_sums, _sums, _transpose_rows)
+_define(_pairs_p, _pairs, _products, _transpose_pairs)
+_define(_rows_p, _rows, _sums, _transpose_rows)

@@ -23,6 +23,11 @@ from ...problem import AttentionProblem
 
 Array = Any
 
+# Sides of a tile of one head, measured on CPUs: larger ones leave the caches, smaller ones are all overhead.
+_SIDE, _LEAST_SIDE = 256, 32
+# Scores computed at once over batch rows and heads; a handful of arrays of that size are alive together.
+_TILE_SCORES = 1 << 21
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -75,7 +80,12 @@ class Grid:
 
     @classmethod
     def of(cls, problem: AttentionProblem, tiles: Tiles) -> Grid:
-        return cls(problem, Blocks.near(problem.q_len, tiles.queries), Blocks.near(problem.k_len, tiles.keys))
+        """Tiles as the plan has them, or smaller: all heads are computed at once, so many heads need small tiles."""
+        queries = min(tiles.queries, problem.q_len, _SIDE)
+        keys = min(tiles.keys, problem.k_len, max(_SIDE, _SIDE * _SIDE // queries))
+        while problem.batch * problem.q_heads * queries * keys > _TILE_SCORES and max(queries, keys) > _LEAST_SIDE:
+            queries, keys = (queries, -(-keys // 2)) if keys >= queries else (-(-queries // 2), keys)
+        return cls(problem, Blocks.near(problem.q_len, queries), Blocks.near(problem.k_len, keys))
 
     @property
     def rows(self) -> int:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 from ...contract import Tiles
 from ...problem import ITEM_BYTES, AttentionProblem
 
 # Scores of one head's tile, over its group of query heads. Large enough that a tile's arithmetic outweighs the
 # interpreter's overhead, small enough that its scores stay in a core's cache between the passes over them.
-_HEAD_SCORES = 1 << 18
+_HEAD_SCORES = 1 << 16
 # Scores handled at once, over batch rows and heads.
-_SLAB_SCORES = 1 << 21
+_SLAB_SCORES = 1 << 20
 # The same when rows or heads have different masks: a tile is skipped only if nobody in it sees it, so share less.
-_VARIED_SCORES = 1 << 18
+_VARIED_SCORES = 1 << 16
 # Arrays of a tile's scores alive at once in the backward pass: scores, probabilities, their gradients, temporaries.
 _LIVE = 6
 
 
 def default_tiles(problem: AttentionProblem) -> Tiles:
     """About square tiles; where one side is short the other is longer."""
-    scores = max(1, _HEAD_SCORES // max(1, problem.group))
-    queries = max(1, min(problem.q_len, 512, scores))
-    keys = max(1, min(problem.k_len, max(128, scores // queries)))
-    queries = max(1, min(problem.q_len, max(queries, scores // keys)))
-    return Tiles(queries, keys)
+    scores = _HEAD_SCORES // max(1, problem.group)
+    side = max(16, math.isqrt(scores) // 16 * 16)
+    queries = max(1, min(problem.q_len, side))
+    keys = max(1, min(problem.k_len, max(side, scores // queries)))
+    return Tiles(max(1, min(problem.q_len, max(queries, scores // keys))), keys)
 
 
 def slab(problem: AttentionProblem, tiles: Tiles) -> tuple[int, int]:

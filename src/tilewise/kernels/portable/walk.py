@@ -127,7 +127,9 @@ class Walk:
     def _hiding_biases(self) -> list[tuple[Axes, Array]]:
         """All biases if -inf stands anywhere in them, else none."""
         known = self.verbs.known
-        return list(self.biases) if any(not known or bool((bias == _MINUS_INF).any()) for _, bias in self.biases) else []
+        return (
+            list(self.biases) if any(not known or bool((bias == _MINUS_INF).any()) for _, bias in self.biases) else []
+        )
 
     def _hide(self, tile: Tile) -> Tile | None:
         """The tile with pairs hidden whose biases sum to -inf; None when nothing is left."""
@@ -149,7 +151,9 @@ class Walk:
         """0 or 1 / (1 - p) for each pair of the tile, (b, h, G, rows, keys)."""
         assert self.dropout is not None
         problem, verbs, block = self.problem, self.verbs, tile.block
-        b, kv, i, j = (verbs.arange(part.start, part.stop) for part in (block.batch, block.heads, block.rows, tile.keys))
+        b, kv, i, j = (
+            verbs.arange(part.start, part.stop) for part in (block.batch, block.heads, block.rows, tile.keys)
+        )
         h = kv[:, None] * problem.group + verbs.arange(0, problem.group)
         b, h = b[:, None, None, None, None], h[:, :, None, None]
         keep = keep_mask(

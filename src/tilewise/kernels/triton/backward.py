@@ -16,6 +16,7 @@ from .facts import Facts, facts_of
 from .forward import like_layout
 from .launch import blocks_of, launch, on_device_of
 from .rows_kernel import rows_kernel
+from .tiles import KEYS_AND_VALUES_APART
 
 _ROWS_AT_ONCE = 32
 
@@ -88,13 +89,15 @@ class _Step:
         problem, k, v = self.plan.problem, self.operands.k, self.operands.v
         d_k, d_v = (like_layout(problem.layout, tuple(array.shape), array) for array in (k, v))
         blocks = blocks_of("d_kv", k, self.width)
+        passes = ((True, False), (False, True)) if self.width >= KEYS_AND_VALUES_APART else ((True, True),)
         for slab in self.facts.slabs("keys", blocks):
             grid = grid_of(slab.first, slab.tiles, problem.kv_heads, problem, slab.lists is not None)
-            launch(
-                d_kv_kernel, (slab.tiles * problem.batch * problem.kv_heads,),
-                *self.tiles, view(d_k), view(d_v), self.call._replace(mask=slab.mask), slab.lists, grid,
-                CAN_LEAK=can_leak(self.plan), blocks=blocks,
-            )  # fmt: skip
+            for want_k, want_v in passes:
+                launch(
+                    d_kv_kernel, (slab.tiles * problem.batch * problem.kv_heads,),
+                    *self.tiles, view(d_k), view(d_v), self.call._replace(mask=slab.mask), slab.lists, grid,
+                    WANT_K=want_k, WANT_V=want_v, CAN_LEAK=can_leak(self.plan), blocks=blocks,
+                )  # fmt: skip
         return d_k, d_v
 
     def d_dense(self, bias: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .device.arithmetic import INF, load_tile, product
 from .device.mask import visible
-from .device.slopes import load_row, slopes
+from .device.slopes import load_row, probabilities, slopes
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _add_tile(acc, q, k, v, d_out, level, delta, queries, keys, b, h, call, BLOC
         v_tile = load_tile(v, b, kv_head, keys, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, False)
         row_level = load_row(level, b, h, row, call.shape.q_len, INF)[:, None]
         row_delta = load_row(delta, b, h, row, call.shape.q_len, 0.0)[:, None]
-        products, d_weights = product(q_tile, tl.trans(k_tile)), product(d_out_tile, tl.trans(v_tile))
-        _, d_scores, _, _ = slopes(products, d_weights, call, row_level, row_delta, b, h, i, j, True)
+        p, keep, seen, bend = probabilities(product(q_tile, tl.trans(k_tile)), call, row_level, b, h, i, j, True)
+        d_scores, _ = slopes(p, product(d_out_tile, tl.trans(v_tile)), row_delta, keep, seen, bend, call, True)
         acc += d_scores
     return acc

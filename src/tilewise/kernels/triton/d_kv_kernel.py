@@ -10,34 +10,34 @@ import triton.language as tl
 
 from .device.arithmetic import INF, dot, load_tile, product, store_tile
 from .device.careful import CAREFUL_ROWS, add_seen, all_finite
-from .device.slopes import load_row, slopes
+from .device.slopes import after_dropout, load_row, probabilities, slopes
 from .device.walk import counts_of, full_tile, mixed_tile, place
 
 
 @triton.jit
 def d_kv_kernel(
     q, k, v, d_out, level, delta, d_k, d_v, call, lists, grid,
-    CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WANT_K: tl.constexpr, WANT_V: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d_k and d_v of one tile of keys of one kv head; CAN_LEAK as in the forward kernel."""
     tile, b, kv_head = place(grid, False)
     first = (grid.first + tile) * BLOCK_K
     k_tile = load_tile(k, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, False)
     v_tile = load_tile(v, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, False)
-    acc_k = tl.zeros([BLOCK_K, call.shape.block_d], tl.float32)
-    acc_v = tl.zeros([BLOCK_K, call.shape.block_dv], tl.float32)
+    acc_k = tl.zeros([BLOCK_K, call.shape.block_d if WANT_K else 1], tl.float32)
+    acc_v = tl.zeros([BLOCK_K, call.shape.block_dv if WANT_V else 1], tl.float32)
     for member in range(0, call.shape.group):
         h = kv_head * call.shape.group + member
         mixed, full = counts_of(lists, tile, b, h, call.shape.q_len, BLOCK_Q, False)
         for n in range(0, mixed):
             queries = mixed_tile(lists, tile, b, h, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
-            acc_k, acc_v = _absorb(acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries, first, b, h, call, True, False, BLOCK_Q, BLOCK_K)
+            acc_k, acc_v = _absorb(acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries, first, b, h, call, WANT_K, WANT_V, True, False, BLOCK_Q, BLOCK_K)
         for n in range(0, full):
             queries = full_tile(lists, tile, b, h, n) * BLOCK_Q
-            acc_k, acc_v = _absorb(acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries, first, b, h, call, False, False, BLOCK_Q, BLOCK_K)
+            acc_k, acc_v = _absorb(acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries, first, b, h, call, WANT_K, WANT_V, False, False, BLOCK_Q, BLOCK_K)
     if CAN_LEAK and not (all_finite(acc_k) & all_finite(acc_v)):
-        acc_k = tl.zeros([BLOCK_K, call.shape.block_d], tl.float32)
-        acc_v = tl.zeros([BLOCK_K, call.shape.block_dv], tl.float32)
+        acc_k = tl.zeros([BLOCK_K, call.shape.block_d if WANT_K else 1], tl.float32)
+        acc_v = tl.zeros([BLOCK_K, call.shape.block_dv if WANT_V else 1], tl.float32)
         for member in range(0, call.shape.group):
             h = kv_head * call.shape.group + member
             mixed, full = counts_of(lists, tile, b, h, call.shape.q_len, BLOCK_Q, False)
@@ -48,16 +48,18 @@ def d_kv_kernel(
                     queries = full_tile(lists, tile, b, h, n - mixed) * BLOCK_Q
                 for part in range(0, BLOCK_Q, CAREFUL_ROWS):
                     acc_k, acc_v = _absorb(
-                        acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries + part, first, b, h, call, True, True, CAREFUL_ROWS, BLOCK_K
+                        acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries + part, first, b, h, call, WANT_K, WANT_V, True, True, CAREFUL_ROWS, BLOCK_K
                     )  # fmt: skip
-    store_tile(d_k, b, kv_head, first, call.shape.k_len, acc_k * call.scale, BLOCK_K, call.shape.d, call.shape.block_d)
-    store_tile(d_v, b, kv_head, first, call.shape.k_len, acc_v, BLOCK_K, call.shape.dv, call.shape.block_dv)
+    if WANT_K:
+        store_tile(d_k, b, kv_head, first, call.shape.k_len, acc_k * call.scale, BLOCK_K, call.shape.d, call.shape.block_d)
+    if WANT_V:
+        store_tile(d_v, b, kv_head, first, call.shape.k_len, acc_v, BLOCK_K, call.shape.dv, call.shape.block_dv)
 
 
 @triton.jit
 def _absorb(
     acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, first_query, first, b, h, call,
-    MIXED: tl.constexpr, CAREFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WANT_K: tl.constexpr, WANT_V: tl.constexpr, MIXED: tl.constexpr, CAREFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc_k (BLOCK_K, D) and acc_v (BLOCK_K, Dv) plus what one tile of queries contributes.
 
@@ -69,14 +71,19 @@ def _absorb(
     q_tile = load_tile(q, b, h, first_query, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
     d_out_tile = load_tile(d_out, b, h, first_query, call.shape.q_len, BLOCK_Q, call.shape.dv, call.shape.block_dv, False)
     row_level = load_row(level, b, h, row, call.shape.q_len, INF)[None, :]
-    row_delta = load_row(delta, b, h, row, call.shape.q_len, 0.0)[None, :]
-    products = product(k_tile, tl.trans(q_tile))
-    d_weights = product(v_tile, tl.trans(d_out_tile))
-    weights, _, d_inner, seen = slopes(products, d_weights, call, row_level, row_delta, b, h, i, j, MIXED)
-    if CAREFUL:
-        acc_v = add_seen(acc_v, weights, seen, d_out_tile)
-        acc_k = add_seen(acc_k, d_inner, seen, q_tile)
-    else:
-        acc_v = dot(weights.to(d_out_tile.dtype), d_out_tile, acc_v)
-        acc_k = dot(d_inner.to(q_tile.dtype), q_tile, acc_k)
+    p, keep, seen, bend = probabilities(product(k_tile, tl.trans(q_tile)), call, row_level, b, h, i, j, MIXED)
+    if WANT_V:
+        weights = after_dropout(p, keep, call)
+        if CAREFUL:
+            acc_v = add_seen(acc_v, weights, seen, d_out_tile)
+        else:
+            acc_v = dot(weights.to(d_out_tile.dtype), d_out_tile, acc_v)
+    if WANT_K:
+        row_delta = load_row(delta, b, h, row, call.shape.q_len, 0.0)[None, :]
+        d_weights = product(v_tile, tl.trans(d_out_tile))
+        _, d_inner = slopes(p, d_weights, row_delta, keep, seen, bend, call, MIXED)
+        if CAREFUL:
+            acc_k = add_seen(acc_k, d_inner, seen, q_tile)
+        else:
+            acc_k = dot(d_inner.to(q_tile.dtype), q_tile, acc_k)
     return acc_k, acc_v

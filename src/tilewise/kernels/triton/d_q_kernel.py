@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .device.arithmetic import INF, dot, load_tile, product, store_tile
 from .device.careful import CAREFUL_ROWS, add_seen, all_finite
-from .device.slopes import load_row, slopes
+from .device.slopes import load_row, probabilities, slopes
 from .device.walk import counts_of, full_tile, mixed_tile, place
 
 
@@ -56,9 +56,9 @@ def _absorb(
     kv_head = h // call.shape.group
     k_tile = load_tile(k, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, not MIXED)
     v_tile = load_tile(v, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, not MIXED)
-    products = product(q_tile, tl.trans(k_tile))
+    p, keep, seen, bend = probabilities(product(q_tile, tl.trans(k_tile)), call, level[:, None], b, h, i, j, MIXED)
     d_weights = product(d_out_tile, tl.trans(v_tile))
-    _, _, d_inner, seen = slopes(products, d_weights, call, level[:, None], delta[:, None], b, h, i, j, MIXED)
+    _, d_inner = slopes(p, d_weights, delta[:, None], keep, seen, bend, call, MIXED)
     if CAREFUL:
         acc = add_seen(acc, d_inner, seen, k_tile)
     else:

@@ -37,8 +37,8 @@ _HALF: dict[tuple[Pass, str], dict[int, Blocks]] = {
     ("d_kv", "large"): {
         64: Blocks(64, 128, 8, 2),
         128: Blocks(64, 128, 8, 2),
-        256: Blocks(32, 64, 8, 1),
-        512: Blocks(16, 32, 8, 1),
+        256: Blocks(32, 128, 8, 2),
+        512: Blocks(16, 64, 8, 1),
     },
     ("d_kv", "small"): {
         64: Blocks(32, 64, 4, 1),
@@ -49,8 +49,8 @@ _HALF: dict[tuple[Pass, str], dict[int, Blocks]] = {
     ("d_q", "large"): {
         64: Blocks(128, 64, 8, 2),
         128: Blocks(128, 64, 8, 2),
-        256: Blocks(64, 32, 8, 1),
-        512: Blocks(32, 16, 8, 1),
+        256: Blocks(128, 32, 8, 2),
+        512: Blocks(64, 16, 8, 1),
     },
     ("d_q", "small"): {
         64: Blocks(64, 32, 4, 1),
@@ -79,6 +79,10 @@ _SINGLE: dict[int, Blocks] = {
     256: Blocks(16, 16, 8, 1),
     512: Blocks(16, 16, 8, 1),
 }
+
+# From this width on, the accumulators of both keys and values do not fit the registers: a pass of its own for each
+# recomputes one product more and spills nothing.
+KEYS_AND_VALUES_APART = 256
 
 # The interpreter computes tile by tile in NumPy: small enough for several tiles an axis in tests.
 _INTERPRETER = Blocks(32, 32, 4, 1)

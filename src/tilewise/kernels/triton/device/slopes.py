@@ -17,33 +17,44 @@ def load_row(rows, b, h, row, size, other):
 
 
 @triton.jit
-def slopes(products, d_products, call, lse, delta, b, h, i, j, MIXED: tl.constexpr):
-    """From q.k and d_out.v of a tile, in either orientation, to what the gradients are sums of.
+def probabilities(products, call, level, b, h, i, j, MIXED: tl.constexpr):
+    """Probabilities from q.k of a tile, in either orientation, and what their derivative needs.
 
     Args:
-        lse: in units of log 2, +inf for rows that see nothing or do not exist. delta: as `rows_kernel` makes it. Both
-            have the shape of i.
+        level: lse in units of log 2, +inf for rows that see nothing or do not exist, in the shape of i.
 
     Returns:
-        weights: probabilities after dropout, times v the output. d_scores: the gradient of the scores after soft cap
-        and bias. d_products: that of scale * q.k. seen: booleans. All but the last are 0 where not seen.
+        probabilities before dropout, 0 where not seen; kept and seen, booleans; the tanh of the soft cap.
     """
     s, seen, bend = score(products, call, b, h, i, j, MIXED)
-    p = tl.exp2(s - lse)
-    hidden: tl.constexpr = MIXED or len(call.dense) > 0 or call.table is not None
-    if hidden:
-        p = tl.where(seen, p, 0.0)  # lse may be NaN
-    weights = p
+    p = tl.exp2(s - level)
+    if MIXED or len(call.dense) > 0 or call.table is not None:
+        p = tl.where(seen, p, 0.0)  # the level may be NaN
+    keep = seen
     if call.dropout is not None:
         keep = kept(call.dropout, b, h, i, j, call.shape)
-        weights = tl.where(keep, p * call.dropout.inverse_keep, 0.0)
-        d_products = tl.where(keep, d_products * call.dropout.inverse_keep, 0.0)
-    d_scores = p * (d_products - delta)
-    if hidden:
-        d_scores = tl.where(seen, d_scores, 0.0)
+    return p, keep, seen, bend
+
+
+@triton.jit
+def after_dropout(x, keep, call):
+    """x / (1 - p) where kept and 0 where dropped: probabilities on their way to the values, and gradients on the way back."""
+    if call.dropout is not None:
+        x = tl.where(keep, x * call.dropout.inverse_keep, 0.0)
+    return x
+
+
+@triton.jit
+def slopes(p, d_weights, delta, keep, seen, bend, call, MIXED: tl.constexpr):
+    """Gradients of the scores after soft cap and bias, and of scale * q.k; both 0 where not seen.
+
+    Args:
+        d_weights: d_out.v of the tile. delta: as `rows_kernel` makes it, in the shape of i.
+    """
+    d_scores = p * (after_dropout(d_weights, keep, call) - delta)
     d_inner = d_scores
     if call.softcap is not None:
         d_inner = d_scores * (1.0 - bend * bend)
-        if hidden:
-            d_inner = tl.where(seen, d_inner, 0.0)
-    return weights, d_scores, d_inner, seen
+    if MIXED or len(call.dense) > 0 or call.table is not None:
+        d_scores, d_inner = tl.where(seen, d_scores, 0.0), tl.where(seen, d_inner, 0.0)
+    return d_scores, d_inner

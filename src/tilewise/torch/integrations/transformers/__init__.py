@@ -1,9 +1,7 @@
 """Hugging Face transformers: `attn_implementation="tilewise"` for its models.
 
-import tilewise.torch.integrations.transformers as integration
-
-integration.register()
-model = AutoModel.from_pretrained(name, attn_implementation="tilewise")
+After `register()`, `AutoModel.from_pretrained(name, attn_implementation="tilewise")` gives a model on tilewise, and
+`model.set_attn_implementation("tilewise")` changes one that is already loaded.
 """
 
 from __future__ import annotations

@@ -1,0 +1,85 @@
+"""Results and gradients of every case against the oracle, in tiles that meet every boundary."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from accuracy import assert_accurate
+from support.jax_cases import case, plain
+from support.portable_cases import CASES
+
+from tilewise.kernels.reference import dense
+
+
+def cotangents(dtype, out, lse):
+    rng = np.random.default_rng(99)
+    return jnp.asarray(rng.standard_normal(out.shape), dtype), jnp.asarray(rng.standard_normal(lse.shape), lse.dtype)
+
+
+def check(name: str, dtype) -> None:
+    function, smooth, plan, operands = case(name, dtype)
+
+    def results(function):
+        @jax.jit
+        def both(smooth):
+            (out, lse), pull = jax.vjp(function, smooth)
+            return out, lse, pull(cotangents(dtype, out, lse))[0]
+
+        return both(smooth)
+
+    out, lse, gradients = results(function)
+    simple = results(plain(plan, operands))
+    oracle = dense.attention(plan.problem, operands)
+    exact = dense.gradients(oracle, *cotangents(dtype, out, lse))
+    assert out.dtype == dtype and lse.dtype == plan.problem.accumulator
+    assert_accurate("out", out, oracle.out, simple[0])
+    assert_accurate("lse", lse, oracle.lse)
+    for field, got in gradients._asdict().items():
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(getattr(simple[2], field)), strict=True)
+        wanted = getattr(exact, field)
+        wanted = wanted if field == "dense" else (wanted,)
+        for (value, yardstick), truth in zip(pairs, wanted, strict=False):
+            assert_accurate(field, value, truth, yardstick, dtype=str(np.dtype(dtype)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_and_gradients_are_the_oracles(name):
+    check(name, jnp.float64)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_every_dtype_is_as_accurate_as_promised(dtype):
+    check("everything", dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_the_native_kernel_agrees(name, dtype):
+    pytest.importorskip("tilewise._native")
+    function, smooth, plan, operands = case(name, dtype, kernel="native")
+    assert plan.kernel == "native"
+    out, lse = jax.jit(function)(smooth)
+    oracle = dense.attention(plan.problem, operands)
+    assert_accurate("out", out, oracle.out, plain(plan, operands)(smooth)[0])
+    assert_accurate("lse", lse, oracle.lse)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0), (1, 1), (1, 40)])
+@pytest.mark.parametrize("kernel", ["portable", "native"])
+def test_any_length(sizes, kernel):
+    if kernel == "native":
+        pytest.importorskip("tilewise._native")
+    import tilewise as tw
+
+    q_len, k_len = sizes
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 2, n, 3))) for n in (q_len, k_len, k_len))
+    options = {"mask": tw.causal("end"), "return_lse": True, "kernel": kernel}
+    out, lse = tw.attention(q, k, v, **options)
+    expected = tw.attention(*(np.asarray(x) for x in (q, k, v)), mask=tw.causal("end"), return_lse=True, kernel="portable")
+    np.testing.assert_allclose(out, expected[0], atol=1e-12)
+    np.testing.assert_allclose(lse, expected[1], atol=1e-12)
+    gradient = jax.grad(lambda q: tw.attention(q, k, v, **options)[0].sum())(q)
+    assert gradient.shape == q.shape and np.isfinite(gradient).all()

@@ -1,0 +1,232 @@
+"""The problems that the Triton kernels are held to, and the check: shared by the interpreter's tests and the GPU's script.
+
+Run as a script it checks some cases and prints a line of JSON for each: `python cases.py DEVICE DTYPE [NAME ...]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from accuracy import assert_accurate  # noqa: E402
+
+import tilewise as tw  # noqa: E402
+from tilewise.contract import Gradients, Operands, Plan, Tiles  # noqa: E402
+from tilewise.kernels.reference import dense as oracle  # noqa: E402
+from tilewise.validate import prepare  # noqa: E402
+
+Options = dict[str, Any]
+DEFAULTS: Options = dict.fromkeys(("mask", "bias", "scale", "softcap", "sinks", "dropout")) | {"layout": "bhsd", "return_lse": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem: sizes, a function from (Sq, Sk, Hq, device) to options, and what to plant among the inputs."""
+
+    name: str
+    options: Callable[[int, int, int, Any], Options] = lambda sq, sk, h, device: {}
+    batch: int = 1
+    heads: tuple[int, int] = (2, 1)
+    lengths: tuple[float, float] = (0.8, 1.0)
+    widths: tuple[int, int] = (24, 40)
+    plant: Callable[..., None] | None = None
+    tags: frozenset[str] = field(default=frozenset())
+
+
+def _random(shape: tuple[int, ...], device: Any, seed: int = 5) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def _dense(sq: int, sk: int, h: int, device: Any) -> Options:
+    array = _random((1, h, sq, sk), "cpu") > 0
+    array[:, :, 5] = False
+    return {"mask": tw.dense(array.to(device))}
+
+
+def _minus_inf(sq: int, sk: int, h: int, device: Any) -> Options:
+    bias = _random((1, h, sq, sk), "cpu")
+    bias[0, 0, :, sk // 2 :] = -np.inf
+    bias[0, -1, 3] = -np.inf
+    return {"bias": bias.to(device)}
+
+
+def _three_biases(sq: int, sk: int, h: int, device: Any) -> Options:
+    first, second, third = (_random(shape, device) for shape in ((1, h, sq, sk), (sq, 1), (1, 1, 1, sk)))
+    return {"bias": tw.relative(_random((h, sq + sk - 1), device)) + first + second + third, "mask": tw.causal("end")}
+
+
+def _scattered(sq: int, sk: int, h: int, device: Any) -> tw.Mask:
+    ids = np.random.default_rng(0).integers(0, 3, sk)
+    return tw.documents(ids[:sq], ids)
+
+
+def _thirds(sq: int, sk: int, h: int, device: Any) -> Options:
+    return {"mask": tw.documents(np.arange(sk)[sk - sq :] * 3 // sk, np.arange(sk) * 3 // sk)}
+
+
+def _plant_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Rubbish in the first third, which the others must not see, and in q too for the backward pass."""
+    v[:, :, 2], v[:, :, 3, 0], k[:, :, 4] = float("nan"), float("inf"), float("nan")
+    q[:, :, 0] = float("nan")
+
+
+def _plant_late(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Rubbish in late keys, which early rows of a causal mask must not see."""
+    n = k.shape[2]
+    v[:, :, n // 2], k[:, :, n // 2 + 1], v[:, :, n - 3, 1] = float("nan"), float("nan"), float("inf")
+
+
+def _some(b: Any, h: Any, i: Any, j: Any) -> Any:
+    return (i * 7 + j * 3 + h + b) % 5 < 2
+
+
+CASES = (
+    Case("plain"),
+    Case("batch and group", batch=2, heads=(4, 2)),
+    Case("causal end", lambda sq, sk, h, device: {"mask": tw.causal("end")}, batch=2, heads=(4, 2)),
+    Case("causal start", lambda sq, sk, h, device: {"mask": tw.causal("start")}, lengths=(1.0, 0.6)),
+    Case("rows that see nothing", lambda sq, sk, h, device: {"mask": tw.causal("end"), "sinks": 0.5}, lengths=(1.0, 0.4)),
+    Case("window or prefix", lambda sq, sk, h, device: {"mask": tw.window(sk // 5, 3, "end") | tw.prefix(4)}),
+    Case("lengths", lambda sq, sk, h, device: {"mask": tw.lengths(k=torch.tensor([sk // 2, sk - 1], device=device))}, batch=2),
+    Case("scattered documents", lambda sq, sk, h, device: {"mask": _scattered(sq, sk, h, device)}),
+    Case("scattered and causal", lambda sq, sk, h, device: {"mask": _scattered(sq, sk, h, device) & tw.causal("end")}),
+    Case("dense mask", _dense),
+    Case("row mask and causal", lambda sq, sk, h, device: {"mask": tw.dense(_random((1, 1, sq, 1), device) > 0) & tw.causal("end")}),
+    Case("predicate", lambda sq, sk, h, device: {"mask": tw.predicate(_some)}, batch=2),
+    Case("predicate or causal", lambda sq, sk, h, device: {"mask": tw.predicate(_some) | tw.causal("start")}),
+    Case("bias", lambda sq, sk, h, device: {"bias": _random((2, h, sq, sk), device)}, batch=2),
+    Case("bias for all heads", lambda sq, sk, h, device: {"bias": _random((sq, sk), device)}, batch=2),
+    Case("bias with -inf", _minus_inf),
+    Case("three biases and a table", _three_biases),
+    Case("alibi", lambda sq, sk, h, device: {"bias": tw.alibi(_random((h,), device).abs(), "end"), "mask": tw.causal("end")}, batch=2),
+    Case("one table, predicate", lambda sq, sk, h, device: {"bias": tw.relative(_random((1, sq + sk - 1), device)), "mask": tw.predicate(_some)}),
+    Case("soft cap", lambda sq, sk, h, device: {"softcap": 1.5, "mask": tw.causal("end")}),
+    Case("soft cap far", lambda sq, sk, h, device: {"softcap": 50.0}),
+    Case("negative scale", lambda sq, sk, h, device: {"scale": -0.3, "mask": tw.causal("end")}),
+    Case("no scale", lambda sq, sk, h, device: {"scale": 0.0}),
+    Case("sinks", lambda sq, sk, h, device: {"sinks": _random((h,), device), "mask": tw.causal("end")}, batch=2),
+    Case("dropout", lambda sq, sk, h, device: {"dropout": tw.Dropout(0.3, seed=2**40 + 5, stream=3), "mask": tw.causal("end")}, batch=2),
+    Case("drop all", lambda sq, sk, h, device: {"dropout": tw.Dropout(1.0, seed=1)}),
+    Case("one query", lambda sq, sk, h, device: {"mask": tw.causal("end")}, lengths=(0.0, 1.0), heads=(4, 1)),
+    Case("one key", lengths=(1.0, 0.0)),
+    Case("width 1", widths=(1, 1)),
+    Case("width 64", lambda sq, sk, h, device: {"mask": tw.causal("end")}, widths=(64, 64)),
+    Case("width 128", lambda sq, sk, h, device: {"mask": tw.causal("end")}, widths=(128, 128), tags=frozenset({"wide"})),
+    Case("width 192 and 128", lambda sq, sk, h, device: {"mask": tw.causal("end")}, widths=(192, 128), tags=frozenset({"wide"})),
+    Case("width 256", lambda sq, sk, h, device: {"mask": tw.causal("end")}, widths=(256, 256), tags=frozenset({"wide"})),
+    Case("width 512", lambda sq, sk, h, device: {"mask": tw.causal("end")}, widths=(512, 512), tags=frozenset({"wide"})),
+    Case("tokens before heads", lambda sq, sk, h, device: {"mask": tw.causal("end"), "layout": "bshd"}, batch=2),
+    Case("no queries", lengths=(-1.0, 1.0)),
+    Case("no keys", lengths=(1.0, -1.0)),
+    Case("rubbish in a document", _thirds, plant=_plant_documents),
+    Case("rubbish and soft cap", lambda *site: _thirds(*site) | {"softcap": 2.0}, plant=_plant_documents),
+    Case("rubbish in late keys", lambda sq, sk, h, device: {"mask": tw.causal("start")}, plant=_plant_late, lengths=(0.6, 1.0)),
+    Case("rubbish behind a dense mask", _dense, plant=_plant_late),
+    Case("rubbish behind -inf", _minus_inf, plant=_plant_late),
+)  # fmt: skip
+
+
+def build(case: Case, size: int, dtype: torch.dtype, device: Any) -> tuple[Plan, Operands, torch.Tensor, torch.Tensor]:
+    """The case with `size` keys (about): its plan, operands, and gradients to out and lse."""
+    sq, sk = (0 if share < 0 else max(1, int(size * share)) for share in case.lengths)
+    (heads, kv_heads), (d, dv) = case.heads, case.widths
+    random = torch.Generator().manual_seed(3)
+    shapes = (case.batch, heads, sq, d), (case.batch, kv_heads, sk, d), (case.batch, kv_heads, sk, dv), (case.batch, heads, sq, dv)
+    q, k, v, d_out = (torch.randn(shape, generator=random).to(dtype) for shape in shapes)
+    d_lse = torch.randn(shapes[0][:3], generator=random).to(device)
+    if case.plant is not None:
+        case.plant(q, k, v)
+    options = DEFAULTS | case.options(sq, sk, heads, device)
+    if options["layout"] == "bshd":
+        q, k, v = (array.transpose(1, 2).contiguous() for array in (q, k, v))
+    call = prepare(q.to(device), k.to(device), v.to(device), **options)
+    wanted = frozenset({"q", "k", "v", "bias", "table", "sinks"})
+    plan = Plan(dataclasses.replace(call.problem, gradients=wanted), "triton", "triton", Tiles(0, 0), 0, {})
+    return plan, call.operands, d_out.to(device), d_lse
+
+
+def check(case: Case, size: int, dtype: torch.dtype, device: Any) -> None:
+    """Raise AssertionError unless forward and backward are as accurate as promised, everywhere written, and repeatable."""
+    from tilewise.kernels.triton.backward import backward
+    from tilewise.kernels.triton.forward import forward
+
+    plan, operands, d_out, d_lse = build(case, size, dtype, device)
+    before = [array.clone() for array in (operands.q, operands.k, operands.v)]
+    with _loud_memory():
+        out, lse = forward(plan, operands)
+        found = backward(plan, operands, out, lse, d_out, d_lse)
+    for array, copy in zip((operands.q, operands.k, operands.v), before, strict=True):
+        assert torch.equal(array.nan_to_num(7.0), copy.nan_to_num(7.0)), "an input was changed"
+    exact = oracle.attention(plan.problem, operands)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert_accurate("out", out, exact.out)
+    assert_accurate("lse", lse, exact.lse)
+    exact_gradients = oracle.gradients(exact, d_out, d_lse)
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    for name, got, want in _pairs(found, exact_gradients):
+        assert_accurate(name, got, want, dtype=name_of_dtype)
+    if device != "cpu":
+        again, _ = forward(plan, operands)
+        twice = backward(plan, operands, out, lse, d_out, d_lse)
+        assert torch.equal(out.nan_to_num(7.0), again.nan_to_num(7.0)), "out differs between two runs"
+        for name, got, want in _pairs(found, twice):
+            assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)), f"{name} differs between two runs"
+
+
+def _pairs(found: Gradients, exact: Any) -> Iterator[tuple[str, Any, Any]]:
+    for name in ("q", "k", "v"):
+        yield name, getattr(found, name), getattr(exact, name)
+    for n, (got, want) in enumerate(zip(found.dense, exact.dense, strict=True)):
+        yield f"bias {n}", got, want
+    for name in ("table", "sinks"):
+        if getattr(found, name) is not None:
+            yield name, getattr(found, name), getattr(exact, name)
+
+
+@contextmanager
+def _loud_memory() -> Iterator[None]:
+    """Fresh floating-point memory holds NaN, so that an element that nobody wrote is seen."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def loud(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: Any, **options: Any) -> torch.Tensor:
+            array = make(*args, **options)
+            return array.fill_(float("nan")) if array.is_floating_point() else array
+
+        return made
+
+    torch.empty, torch.empty_like = loud(empty), loud(empty_like)
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like = empty, empty_like
+
+
+def main(device: str, dtype: str, size: int, names: list[str]) -> None:
+    """Check some cases, or all; a line of JSON for each: its name, and None or what went wrong."""
+    with np.errstate(all="ignore"):
+        for case in CASES:
+            if names and case.name not in names:
+                continue
+            error = None
+            try:
+                check(case, size, getattr(torch, dtype), device)
+            except Exception:
+                error = traceback.format_exc(limit=-2)
+            print(json.dumps({"case": case.name, "error": error}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:])
