@@ -34,7 +34,7 @@ types: venv  ## check types (mypy, strict for the public interface)
 	$(BIN)/mypy
 
 format: venv  ## format everything and make the repairs that ruff can make by itself
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --fix --exit-zero --quiet .
 	$(BIN)/ruff format .
 
 demo: venv  ## run the main job on real input, with progress

@@ -65,7 +65,7 @@ def test_what_is_no_array(name, value):
     assert "expected" in refuses(TypeError, name, {**arrays(), name: value})
 
 
-@pytest.mark.parametrize("dtype", ["int32", "int64", "bool", "complex64", "uint8", "longdouble", "object"])
+@pytest.mark.parametrize("dtype", ["int32", "int64", "bool", "complex64", "uint8", "longdouble", "object", ">f4"])
 def test_dtypes_that_are_no_floats(dtype):
     call = {name: array.astype(dtype) for name, array in arrays().items()}
     assert "expected float64" in refuses(TypeError, "q", call)
@@ -117,7 +117,6 @@ OPTIONS: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "mask", FLOATS.astype(int)),
     (TypeError, "mask", "causal"),
     (TypeError, "mask", tw.causal),
-    (TypeError, "mask", True),
     (ValueError, "mask", tw.causal()),
     (ValueError, "mask", tw.window(3, 0)),
     (ValueError, "mask", tw.lengths(k=np.arange(3))),
@@ -171,7 +170,7 @@ OPTIONS: list[tuple[type[Exception], str, Any]] = [
 def test_options(number):
     kind, argument, value = OPTIONS[number]
     message = refuses(kind, argument, {**arrays(), argument: value})
-    assert "got" in message or "expected" in message or "has" in message
+    assert any(word in message for word in ("got", "expected", "has", "needs"))
 
 
 def test_boolean_arrays_are_sent_to_mask_and_floats_to_bias():

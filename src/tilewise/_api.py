@@ -40,7 +40,8 @@ def attention(
         k: keys (B, Hkv, Sk, D), q's dtype; Hq is a multiple of Hkv, and query head h reads kv head h // (Hq // Hkv).
         v: values (B, Hkv, Sk, Dv), q's dtype.
         mask: who may see whom, from `causal`, `window`, `prefix`, `lengths`, `documents`, `intervals`, `dense`,
-            `blocks`, `predicate`, joined by `&`, `|`, `~`; or booleans that broadcast to (B, Hq, Sq, Sk), True = attend.
+            `blocks`, `predicate`, joined by `&`, `|`, `~`; or booleans that broadcast to (B, Hq, Sq, Sk), where True
+            means "attend".
         bias: added to the scores: floats that broadcast to (B, Hq, Sq, Sk), or `alibi`, `relative`, `t5`, or a sum.
         scale: factor of q.k; None is 1 / sqrt(D).
         softcap: c > 0 replaces scores s by c * tanh(s / c).

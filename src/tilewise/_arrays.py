@@ -40,7 +40,12 @@ def _jax_tracer(value: object) -> Family | None:
 
 def dtype_name(array: Array) -> str:
     """'float32', 'bfloat16', 'bool', … for an array of any framework."""
-    return str(array.dtype).removeprefix("torch.")
+    return _name_of_dtype(array.dtype)
+
+
+@lru_cache(maxsize=64)
+def _name_of_dtype(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def device_kind(array: Array) -> str:

@@ -6,7 +6,8 @@ A kernel is a folder `kernels/<name>/` with
 - `forward.py`: `forward(plan, operands) -> (out, lse)`;
 - `backward.py`, where it has one: `backward(plan, operands, out, lse, d_out, d_lse) -> Gradients`.
 
-`out` is (B, Hq, Sq, Dv) in q's dtype, strided as the plan's layout says; `lse` is (B, Hq, Sq) in the accumulator's dtype.
+`out` is (B, Hq, Sq, Dv) in q's dtype, strided as the plan's layout says; `lse` is (B, Hq, Sq) in the accumulator's
+dtype.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Unavailable:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Rows of queries and of keys that a kernel handles at once, and the fixed number of keys in one split (0: no split)."""
+    """Rows of queries and of keys that a kernel handles at once, and the fixed number of keys in a split (0: none)."""
 
     queries: int
     keys: int

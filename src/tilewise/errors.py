@@ -1,4 +1,7 @@
-"""The errors that are tilewise's own; wrong arguments raise plain `ValueError` and `TypeError` that begin with the argument's name."""
+"""The errors that are tilewise's own.
+
+Wrong arguments raise plain `ValueError` and `TypeError` that begin with the argument's name.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class MaskFacts:
 
 @dataclass(frozen=True, slots=True)
 class BiasFacts:
-    """What the biases lowered to: the broadcast shapes (B', H', Sq', Sk') of dense ones, whether a relative table is added."""
+    """What the biases lowered to: the broadcast shapes (B', H', Sq', Sk') of dense ones; whether there is a table."""
 
     dense: tuple[tuple[int, int, int, int], ...] = ()
     table: bool = False
@@ -47,7 +47,7 @@ class BiasFacts:
 
 @dataclass(frozen=True, slots=True)
 class AttentionProblem:
-    """One attention call: shapes q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), whatever the layout in memory.
+    """One attention call: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), whatever the layout in memory.
 
     Attributes:
         family: "numpy", "torch" or "jax"; device: "cpu", "cuda", "tpu", …

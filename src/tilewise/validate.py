@@ -61,7 +61,7 @@ def prepare(
     Raises:
         ValueError, TypeError: whose first word is the argument, with what was got and what was expected.
     """
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
     family = _family(q, k, v)
     _check_dtypes(q, k, v)
@@ -185,7 +185,7 @@ def _softcap(softcap: float | None) -> float | None:
 
 def _real(name: str, value: Any) -> float:
     """A finite real number; the value is part of the plan, so tracers and arrays that vary cannot be taken."""
-    if is_abstract(value) or isinstance(value, bool) or (getattr(value, "ndim", 0) > 0 and np.size(value) != 1):
+    if is_abstract(value) or isinstance(value, bool | str | bytes) or (getattr(value, "ndim", 0) > 0 and np.size(value) != 1):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a real number known at the call")
     try:
         number = float(value)
@@ -201,6 +201,8 @@ def _mask(mask: Mask | Array | None, family: Family, q: Array, sizes: tuple[int,
         mask = dense(mask)
     operands = mask.operands() if mask is not None else []
     _check_framework("mask", family, operands)
+    # A mask on the host is fine wherever q is: it is lowered on the host and its facts follow q.
+    _check_same_device("mask", family, q, [operand for operand in operands if device_kind(operand) != "cpu"])
     if mask is not None and any(isinstance(leaf, Predicate) for leaf in mask.primitives()):
         operands.append(q)  # a function may close over tracers; it is asked in the call's own world
     return lower(mask, site_for(family, getattr(q, "device", None), sizes, operands))

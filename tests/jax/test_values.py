@@ -30,17 +30,17 @@ def check(name: str, dtype) -> None:
         return both(smooth)
 
     out, lse, gradients = results(function)
-    simple = results(plain(plan, operands))
+    # In float64 the floors alone must do; elsewhere plain attention is the yardstick.
+    simple_out, _, simple = (None, None, None) if dtype == jnp.float64 else results(plain(plan, operands))
     oracle = dense.attention(plan.problem, operands)
     exact = dense.gradients(oracle, *cotangents(dtype, out, lse))
     assert out.dtype == dtype and lse.dtype == plan.problem.accumulator
-    assert_accurate("out", out, oracle.out, simple[0])
+    assert_accurate("out", out, oracle.out, simple_out)
     assert_accurate("lse", lse, oracle.lse)
     for field, got in gradients._asdict().items():
-        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(getattr(simple[2], field)), strict=True)
-        wanted = getattr(exact, field)
-        wanted = wanted if field == "dense" else (wanted,)
-        for (value, yardstick), truth in zip(pairs, wanted, strict=False):
+        wanted = getattr(exact, field) if field == "dense" else (getattr(exact, field),)
+        yardsticks = [None] * len(wanted) if dtype == jnp.float64 else jax.tree.leaves(getattr(simple, field))
+        for value, truth, yardstick in zip(jax.tree.leaves(got), wanted, yardsticks, strict=got is not None):
             assert_accurate(field, value, truth, yardstick, dtype=str(np.dtype(dtype)))
 
 
@@ -78,7 +78,9 @@ def test_any_length(sizes, kernel):
     q, k, v = (jnp.asarray(rng.standard_normal((2, 2, n, 3))) for n in (q_len, k_len, k_len))
     options = {"mask": tw.causal("end"), "return_lse": True, "kernel": kernel}
     out, lse = tw.attention(q, k, v, **options)
-    expected = tw.attention(*(np.asarray(x) for x in (q, k, v)), mask=tw.causal("end"), return_lse=True, kernel="portable")
+    expected = tw.attention(
+        *(np.asarray(x) for x in (q, k, v)), mask=tw.causal("end"), return_lse=True, kernel="portable"
+    )
     np.testing.assert_allclose(out, expected[0], atol=1e-12)
     np.testing.assert_allclose(lse, expected[1], atol=1e-12)
     gradient = jax.grad(lambda q: tw.attention(q, k, v, **options)[0].sum())(q)

@@ -102,12 +102,10 @@ def test_merge_of_empty_parts_and_its_gradients():
     torch.testing.assert_close(lse[..., 2], lse_a[..., 2])
     inputs = [tensor.requires_grad_() for tensor in (out_a, lse_a, out_b, lse_b)]
     out, lse = tw.merge(*inputs)
-    for gradient in torch.autograd.grad(out.sum() + lse.sum(), inputs):
-        assert (
-            gradient.isfinite().all() and (gradient[..., 0, :] == 0).all()
-            if gradient.ndim == 4
-            else gradient[..., 0] == 0
-        )
+    gradients = torch.autograd.grad(out.sum() + torch.where(lse == -torch.inf, 0.0, lse).sum(), inputs)
+    for gradient in gradients:
+        assert gradient.isfinite().all() and (gradient[:, :, 0] == 0).all()
+    assert (gradients[0][:, :, 1] == 0).all() and (gradients[1][:, :, 1] == 0).all()
 
 
 def test_merge_passes_gradcheck_twice():
@@ -143,9 +141,9 @@ def test_errors_name_the_argument():
         tw.merge([1.0], lse, out, lse)
     with pytest.raises(ValueError, match=r"^lse_b: has shape \(1, 2\)"):
         tw.merge(out, lse, out, lse[..., 0])
-    with pytest.raises(ValueError, match="^more: "):
+    with pytest.raises(ValueError, match=r"^more: "):
         tw.merge(out, lse, out, lse, out)
-    with pytest.raises(ValueError, match="^layout: "):
+    with pytest.raises(ValueError, match=r"^layout: "):
         tw.merge(out, lse, out, lse, layout="sbhd")
-    with pytest.raises(TypeError, match="^out_b: got dtype int64"):
+    with pytest.raises(TypeError, match=r"^out_b: got dtype int64"):
         tw.merge(out, lse, out.astype(np.int64), lse)

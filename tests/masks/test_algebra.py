@@ -164,9 +164,11 @@ MISFITS = [
     tw.lengths(q=np.zeros(5, int)), tw.lengths(k=np.zeros((2, 1), int)), tw.documents(np.zeros(5, int)),
     tw.documents(np.zeros(4, int)), tw.documents(np.zeros((3, 4), int), np.zeros(5, int)),
     tw.intervals(np.zeros(5, int), np.ones(5, int)), tw.intervals(np.zeros((3, 4, 1), int), np.zeros((3, 4, 1), int)),
-    tw.intervals(np.zeros((2, 2, 4, 1), int), np.zeros((2, 2, 4, 1), int)), tw.intervals(*[np.zeros((1,) * 4 + (4,), int)] * 2),
+    tw.intervals(np.zeros((2, 2, 4, 1), int), np.zeros((2, 2, 4, 1), int)),
+    tw.intervals(*[np.zeros((1,) * 4 + (4,), int)] * 2),
     tw.dense(np.ones((4, 4), bool)), tw.dense(np.ones((3, 1, 1, 1), bool)), tw.dense(np.ones((1,) * 5, bool)),
-    tw.blocks(np.ones((2, 2), bool), 2), tw.blocks(np.ones((3, 2, 3), bool), (2, 1)), tw.blocks(np.ones((2, 3, 3), bool), 2),
+    tw.blocks(np.ones((2, 2), bool), 2), tw.blocks(np.ones((3, 2, 3), bool), (2, 1)),
+    tw.blocks(np.ones((2, 3, 3), bool), 2),
     tw.blocks(np.ones(3, bool), 2), tw.causal("end") & ~(tw.prefix(3) | tw.dense(np.ones((4, 4), bool))),
 ]  # fmt: skip
 

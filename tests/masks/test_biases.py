@@ -149,8 +149,10 @@ def test_a_wrong_argument_is_named_first(kind, argument, build):
 
 
 MISFITS = [
-    tw.alibi(np.zeros(4), "end"), tw.alibi(np.zeros((3, 3)), "end"), tw.alibi(np.zeros(()), "end"), tw.alibi(np.zeros(3)),
-    tw.relative(np.zeros(9)), tw.relative(np.zeros((2, 8))), tw.relative(np.zeros((3, 3, 8))), tw.relative(np.zeros((1, 1, 1, 8))),
+    tw.alibi(np.zeros(4), "end"), tw.alibi(np.zeros((3, 3)), "end"), tw.alibi(np.zeros(()), "end"),
+    tw.alibi(np.zeros(3)),
+    tw.relative(np.zeros(9)), tw.relative(np.zeros((2, 8))), tw.relative(np.zeros((3, 3, 8))),
+    tw.relative(np.zeros((1, 1, 1, 8))),
     tw.relative(np.zeros(())), tw.t5(np.zeros((8, 4))), tw.t5(np.zeros((8,))), tw.t5(np.zeros((8, 1, 3))),
     tw.alibi(np.zeros(3), "end") + np.zeros((5, 5)), tw.alibi(np.zeros(3), "end") + np.zeros((1,) * 5),
 ]  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from support.portable_cases import CASES, arrays, planned
+
 from tilewise.contract import Operands, Plan
 from tilewise.jax.call import run
 from tilewise.kernels.portable.jax_scan import Smooth
@@ -52,7 +52,10 @@ def plain(plan: Plan, operands: Operands) -> Function:
         scores, seen = problem.scale * q @ k.mT, mask
         if problem.softcap is not None:
             scores = problem.softcap * jnp.tanh(scores / problem.softcap)
-        biases = [*smooth.dense, *([] if smooth.table is None else [smooth.table[:, :, j - i + problem.q_len - 1][:, :, 0, 0]])]
+        biases = [
+            *smooth.dense,
+            *([] if smooth.table is None else [smooth.table[:, :, j - i + problem.q_len - 1][:, :, 0, 0]]),
+        ]
         for bias in biases:
             scores, seen = scores + jnp.where(bias == -jnp.inf, 0, bias), seen & (bias != -jnp.inf)
         some = seen.any(-1)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.portable_cases import arrays
 
 import tilewise as tw
-from support.portable_cases import arrays
 from tilewise.contract import Tiles
 
 SIZES = {"batch": 1, "heads": 2, "kv": 1, "q_len": 4, "k_len": 5, "dim": 2, "value": 1}

@@ -55,7 +55,7 @@ def test_second_order(name):
     blind = torch.from_numpy(~rows_that_see(mask))
     spoilt = _tensors(poisoned(clean, np.nan))
     expected = _hvp(_tensors(clean), mask, blind)
-    got = _hvp(spoilt, mask, blind, list((2, 9)))
+    got = _hvp(spoilt, mask, blind, [2, 9])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 

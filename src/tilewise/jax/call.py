@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ..contract import Dropout, Operands, Plan
@@ -28,7 +29,8 @@ def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
     mask, native, bits = operands.mask, plan.kernel == "native", None
     if native and mask.lazy is not None:
         if mask.site.concrete:
-            bits = words_of(mask.tile_bits(0, plan.problem.q_len))
+            with jax.ensure_compile_time_eval():  # a predicate's answers are wanted now, also while something is traced
+                bits = words_of(mask.tile_bits(0, plan.problem.q_len))
         elif plan.forced:
             raise KernelRefused("native", ["it evaluates the mask before it runs, and the mask is traced"])
         else:

@@ -34,7 +34,7 @@ class Case:
 
 @partial(jax.jit, static_argnums=0)
 def attention(case: Case, smooth: Smooth, facts: Facts) -> tuple[Array, Array]:
-    """out (B, Hq, Sq, Dv) in q's dtype, lse (B, Hq, Sq) in the accumulator's; compiled once for each case and shapes."""
+    """out (B, Hq, Sq, Dv) in q's dtype, lse (B, Hq, Sq) in the accumulator's; compiled once for each case."""
     out, lse = _attention(case, smooth, facts)
     return out.astype(case.problem.dtype), lse
 

@@ -21,7 +21,7 @@ from ..masks.ranges import Ranges
 
 
 def _register(kind: type, is_child: Callable[[Any, str, Any], bool]) -> None:
-    """Register a dataclass whose fields that `is_child(value, name, field value)` are children, the others structure."""
+    """Register a dataclass; fields that `is_child(value, name, field value)` are children, the others structure."""
 
     def flatten(value: Any) -> tuple[list[tuple[Any, Any]], Hashable]:
         fields = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(kind)]

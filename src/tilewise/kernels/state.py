@@ -59,7 +59,9 @@ class State:
 
     def finish(self, xp: Any, sinks: Array | None = None) -> tuple[Array, Array]:
         """(out (…, rows, Dv), lse (…, rows)); `sinks` (broadcasting to rows) add exponents to the denominator alone."""
-        nothing = self.peak == _MINUS_INF
+        # Not by the peak: XLA's maximum may lose a NaN on the CPU, which the total keeps. A row that has seen a key has
+        # a total of at least 1.
+        nothing = self.total == 0
         peak, total, weighted = self.peak, self.total, self.weighted
         if sinks is not None:
             # A row that sees nothing keeps lse -inf in spite of its sink.
@@ -109,16 +111,16 @@ def _merge_pair(xp: Any, out_a: Array, lse_a: Array, out_b: Array, lse_b: Array,
     # values nor derivatives of any order ever see inf - inf.
     empty_a, empty_b = lse_a == _MINUS_INF, lse_b == _MINUS_INF
     nothing = empty_a & empty_b
-    safe_a, safe_b = xp.where(empty_a, lse_b, lse_a), xp.where(empty_b, lse_a, lse_b)
-    safe_a, safe_b = xp.where(nothing, 0 * safe_a, safe_a), xp.where(nothing, 0 * safe_b, safe_b)
-    base = xp.maximum(safe_a, safe_b)
-    a = xp.where(empty_a, 0.0, xp.exp(safe_a - base))
-    b = xp.where(empty_b, 0.0, xp.exp(safe_b - base))
+    held_a, held_b = xp.where(empty_a, 0.0, lse_a), xp.where(empty_b, 0.0, lse_b)
+    held_a, held_b = xp.where(empty_a, held_b, held_a), xp.where(empty_b, held_a, held_b)
+    base = xp.maximum(held_a, held_b)
+    a = xp.where(empty_a, 0.0, xp.exp(held_a - base))
+    b = xp.where(empty_b, 0.0, xp.exp(held_b - base))
     total = xp.where(nothing, 1.0, a + b)
     parts = []
     for out, weight, empty in ((out_a, a, empty_a), (out_b, b, empty_b)):
-        share, unseen = _beside(weight / total, layout), _beside(empty, layout)
-        parts.append(share * xp.where(unseen, 0.0, _like(out, lse_a)))
+        seen = xp.where(_beside(empty, layout), 0.0, _like(out, lse_a))
+        parts.append(_beside(weight / total, layout) * seen)
     lse = xp.where(nothing, _MINUS_INF, base + xp.log(total))
     return _like(parts[0] + parts[1], out_a), lse
 
@@ -166,6 +168,7 @@ def _check(*arrays: Array, layout: str) -> Family:
         expected = rows if n % 2 else out_shape
         if tuple(array.shape) != expected:
             raise ValueError(
-                f"{name}: has shape {tuple(array.shape)}, expected {expected} beside out_a {out_shape}, layout={layout!r}"
+                f"{name}: has shape {tuple(array.shape)}, expected {expected} "
+                f"beside out_a {out_shape}, layout={layout!r}"
             )
     return family

@@ -80,7 +80,9 @@ class Alibi(Bias):
     def check(self, site: Site) -> None:
         shape = tuple(self.slopes.shape)
         if shape not in ((site.heads,), (1, site.heads), (site.batch, site.heads)):
-            raise ValueError(f"bias: alibi(slopes) has shape {shape}, expected ({site.heads},) or ({site.batch}, {site.heads})")
+            raise ValueError(
+                f"bias: alibi(slopes) has shape {shape}, expected ({site.heads},) or ({site.batch}, {site.heads})"
+            )
         if self.align is None and site.q_len != site.k_len:
             raise ValueError(
                 f"bias: alibi() with {site.q_len} queries and {site.k_len} keys needs its diagonal named: "
@@ -177,7 +179,9 @@ def t5(weight: Array, *, bidirectional: bool = True, max_distance: int = 128, of
     weight = _floats("weight", "t5()", weight)
     buckets = int(weight.shape[0]) if weight.ndim else 0
     if buckets < 4 or (bidirectional and buckets % 2):
-        raise ValueError(f"weight: t5() got {buckets} buckets, expected at least 4, and an even number when bidirectional")
+        raise ValueError(
+            f"weight: t5() got {buckets} buckets, expected at least 4, and an even number when bidirectional"
+        )
     return T5(weight, bool(bidirectional), int(max_distance), int(offset))
 
 

@@ -30,7 +30,7 @@ _PNG_TILES = 128
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Picture:
-    """states: (nq, nk) of EMPTY, MIXED, FULL for tiles of q_tile x k_tile; sampled: whether only some pairs were seen."""
+    """states: (nq, nk) of EMPTY, MIXED, FULL for tiles of q_tile x k_tile; sampled: whether not all pairs were seen."""
 
     text: str
     q_len: int

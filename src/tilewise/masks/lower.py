@@ -91,7 +91,9 @@ class LoweredMask:
         xp, parts = self.site.xp, []
         b, h, i, j = self._positions(rows, keys, batch, heads)
         if self.ranges is not None:
-            starts, stops = (cut(side, batch, heads)[:, :, rows, None, :] for side in (self.ranges.starts, self.ranges.stops))
+            starts, stops = (
+                cut(side, batch, heads)[:, :, rows, None, :] for side in (self.ranges.starts, self.ranges.stops)
+            )
             inside = [(j >= starts[..., r]) & (j < stops[..., r]) for r in range(self.ranges.count)]
             parts.append(reduce(lambda x, y: x | y, inside))
         if self.q_labels is not None and self.k_labels is not None:
@@ -194,7 +196,11 @@ def _facts(mask: Mask, site: Site) -> _Facts:
             return _facts(And(tuple(Not(part) for part in parts)), site)
         case Not(part):
             facts = _facts(part, site)
-            return _within(site, mask, complement(site, facts.ranges)) if facts.only_ranges and facts.ranges else _Facts(bits=(mask,))
+            return (
+                _within(site, mask, complement(site, facts.ranges))
+                if facts.only_ranges and facts.ranges
+                else _Facts(bits=(mask,))
+            )
     ranges = mask.ranges(site)
     if ranges is not None:
         return _within(site, mask, ranges)
@@ -230,7 +236,9 @@ def _both(site: Site, a: _Facts, b: _Facts) -> _Facts:
 
 def _either(site: Site, mask: Or, parts: list[_Facts]) -> _Facts:
     if all(part.only_ranges and part.ranges for part in parts):
-        return _within(site, mask, reduce(lambda a, b: union(site, a, b), (part.ranges for part in parts if part.ranges)))
+        return _within(
+            site, mask, reduce(lambda a, b: union(site, a, b), (part.ranges for part in parts if part.ranges))
+        )
     return _Facts(bits=(mask,))
 
 

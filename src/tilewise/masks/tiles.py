@@ -42,7 +42,8 @@ def _from_ranges(
     """For each tile, whether some pair and whether every pair is visible: twice (B', H', nq, nk).
 
     Args:
-        starts, stops: (B', H', Sq, R), with the invariants of `ranges.py`: a row fills a tile by one interval or not at all.
+        starts, stops: (B', H', Sq, R), with the invariants of `ranges.py`: a row fills a tile by one interval, or not
+            at all.
     """
     nk = -(-k_len // k_tile)
     empty = stops <= starts
@@ -56,7 +57,7 @@ def _from_ranges(
 
 
 def _rows_per_tile(first: np.ndarray, last: np.ndarray, q_tile: int, nk: int) -> np.ndarray:
-    """How many of the tile intervals [first, last), (B', H', Sq, R), of each row of tiles hold each tile: (B', H', nq, nk).
+    """How many of the tile intervals [first, last), (B', H', Sq, R), of a row of tiles hold a tile: (B', H', nq, nk).
 
     An interval adds 1 where it begins and takes it back where it ends; running sums then count.
     """

@@ -40,7 +40,9 @@ def choose(problem: AttentionProblem, kernel: str | None = None, allow_quadratic
             f"pass allow_quadratic=True to accept that"
         )
     tiles = card.tiles(problem)
-    others = {name: reasons or (_slower(card, name, kernel),) for name, reasons in refusals.items() if name != card.name}
+    others = {
+        name: reasons or (_slower(card, name, kernel),) for name, reasons in refusals.items() if name != card.name
+    }
     backward = _backward(card, known, problem) if problem.gradients else None
     return Plan(problem, card.name, backward, tiles, card.workspace(problem, tiles), others, forced=kernel is not None)
 
@@ -52,7 +54,11 @@ def refusals_of(card: KernelCard, problem: AttentionProblem, kernel: str | None)
 
 
 def _slower(card: KernelCard, name: str, kernel: str | None) -> str:
-    return f"it could run, but {kernel!r} was asked for" if kernel else f"it could run, but {card.name} is estimated faster"
+    return (
+        f"it could run, but {kernel!r} was asked for"
+        if kernel
+        else f"it could run, but {card.name} is estimated faster"
+    )
 
 
 def _backward(chosen: KernelCard, known: tuple[KernelCard, ...], problem: AttentionProblem) -> str:

@@ -69,7 +69,8 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if "tiles" in details:
         yield "", str(details["tiles"])
     if "flops" in details:
-        yield "work", f"{quantity(float(str(details['flops'])), 'FLOP')}, {quantity(problem.io_bytes(), 'B')} of inputs and outputs"
+        flops = quantity(float(str(details["flops"])), "FLOP")
+        yield "work", f"{flops}, {quantity(problem.io_bytes(), 'B')} of inputs and outputs"
     yield "workspace", quantity(plan.workspace, "B")
     for name, reasons in plan.refusals.items():
         for n, reason in enumerate(reasons):
@@ -78,7 +79,9 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _sizes(problem: AttentionProblem) -> str:
     heads = f"{problem.q_heads}" if problem.group == 1 else f"{problem.q_heads}/{problem.kv_heads}"
-    width = f"{problem.head_dim}" if problem.head_dim == problem.value_dim else f"{problem.head_dim}/{problem.value_dim}"
+    width = (
+        f"{problem.head_dim}" if problem.head_dim == problem.value_dim else f"{problem.head_dim}/{problem.value_dim}"
+    )
     return f"batch {problem.batch}, heads {heads}, queries {problem.q_len}, keys {problem.k_len}, width {width}"
 
 

@@ -150,7 +150,7 @@ def tangent_formula(spec: Spec, tensors: Sequence[Tensor], tangents: Sequence[Te
     """Tangents of (out, lse); see `kernels/portable/local.py` for the formulas."""
     operands, (out, lse) = spec.parts.operands(tensors), tensors[-2:]
     call = make_call(spec.plan.problem, _accumulated(spec, operands), tiles_of(spec.plan))
-    verbs, dtype = call.verbs, call.verbs.dtype
+    _verbs, dtype = call.verbs, call.verbs.dtype
     empty = lse_is_empty(call, lse)
     held = torch.where(empty, 0.0, call.rows(lse))
     inputs = (*call.primals, (Axes.ROWS, held))

@@ -10,6 +10,8 @@ from .autograd import attend
 from .parts import Parts
 
 
+# Tracing would unroll the loop over tiles into the caller's graph; the call stands between two graphs instead.
+@torch.compiler.disable
 def run(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq) of the plan's kernel, with derivatives where they can be asked for."""
     if _may_be_differentiated(operands):

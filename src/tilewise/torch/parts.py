@@ -95,7 +95,7 @@ class Parts:
     def operands(self, tensors: Sequence[Tensor]) -> Operands:
         """The operands, from a list of the same layout (longer lists are read up to where the facts end)."""
         facts = self.facts_of(tensors)
-        by_name = {name: tensor for name, tensor in zip(self.names, tensors, strict=False)}
+        by_name = dict(zip(self.names, tensors, strict=False))
         dense = tuple(tensor for name, tensor in zip(self.names, tensors, strict=False) if name == "bias")
         q, k, v = tensors[:3]
         return Operands(q, k, v, facts.mask, dense, by_name.get("table"), by_name.get("sinks"), facts.dropout)

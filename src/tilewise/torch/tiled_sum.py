@@ -1,8 +1,8 @@
 """Sums over tiles as torch functions that can be differentiated to any order, in linear memory.
 
-A `TiledSum` cuts operands to tiles, applies a local function, and adds the results up. Its pull-back is the sum over the
-same tiles of the local function's pull-back, because cutting and adding are each other's transposes; its push-forward
-likewise. So one Function, closed under both, gives every order and every composition of the two.
+A `TiledSum` cuts operands to tiles, applies a local function, and adds the results up. Its pull-back is the sum over
+the same tiles of the local function's pull-back, because cutting and adding are each other's transposes; its
+push-forward likewise. So one Function, closed under both, gives every order and every composition of the two.
 """
 
 from __future__ import annotations

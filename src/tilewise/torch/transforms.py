@@ -50,7 +50,7 @@ def push_forward(
 def one_by_one(
     apply: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]
 ) -> tuple[Any, Any]:
-    """The vmap rule of all our functions: each call of the batch on its own, the results stacked along a new first axis.
+    """The vmap rule of all our functions: each call of the batch on its own, the results stacked on a new first axis.
 
     Right for whatever is mapped, biases, masks and seeds among them.
     """

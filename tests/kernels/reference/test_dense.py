@@ -79,9 +79,9 @@ def test_gradients_by_finite_differences(name):
         array = getattr(operands, field)
         if array is not None:
             check(getattr(got, field), array, lambda value, field=field: replace(operands, **{field: value}))
-    for n, array in enumerate(operands.dense):
-        others = operands.dense
-        check(got.dense[n], array, lambda value, n=n: replace(operands, dense=(*others[:n], value, *others[n + 1 :])))
+    given = operands.dense
+    for n, array in enumerate(given):
+        check(got.dense[n], array, lambda value, n=n: replace(operands, dense=(*given[:n], value, *given[n + 1 :])))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -12,7 +12,7 @@ from .call import Call, make_call, tiles_of
 
 
 def forward(plan: Plan, operands: Operands) -> tuple[Array, Array]:
-    """out (B, Hq, Sq, Dv) in q's dtype, strided as the plan's layout says; lse (B, Hq, Sq) in the accumulator's dtype."""
+    """out (B, Hq, Sq, Dv) in q's dtype, strided as the layout says; lse (B, Hq, Sq) in the accumulator's dtype."""
     if plan.problem.family == "jax":
         from . import jax_scan  # imports jax
 
@@ -22,7 +22,7 @@ def forward(plan: Plan, operands: Operands) -> tuple[Array, Array]:
     out = _output(call)
     lse = verbs.empty(tuple(out.shape[:-1]), verbs.dtype)
     if operands.sinks is not None:
-        sinks = verbs.cast(operands.sinks).reshape(plan.problem.kv_heads, -1, 1)
+        sinks = verbs.cast(operands.sinks).reshape(*call.q.shape[1:3], 1)
     with verbs.quiet():
         for block in call.walk.blocks():
             rows = block.batch, block.heads, slice(None), block.rows

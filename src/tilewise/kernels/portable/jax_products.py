@@ -79,14 +79,16 @@ def _sums_of_finite(w: Array, y: Array, seen: Array) -> Array:
 
 
 def _sums_of_visible(w: Array, y: Array, seen: Array) -> Array:
-    """Term by term, key after key: rare, so small rather than fast."""
+    """The finite part as above, bit for bit; then the rest term by term, key after key: rare, so small and not fast."""
+    finite = jnp.isfinite(y)
 
-    def add(total: Array, column: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        w, y, seen = column
-        return total + jnp.where(seen[..., None], w[..., None] * y[..., None, :], 0), None
+    def add(total: Array, column: tuple[Array, ...]) -> tuple[Array, None]:
+        w, seen, y, finite = column
+        reached = seen[..., None] & ~finite[..., None, :]
+        return total + jnp.where(reached, w[..., None] * y[..., None, :], 0), None
 
-    columns = (jnp.moveaxis(w, -1, 0), jnp.moveaxis(y, -2, 0), jnp.moveaxis(seen, -1, 0))
-    return jax.lax.scan(add, _sums(jnp.zeros_like(w), jnp.zeros_like(y)), columns)[0]
+    columns = (*(jnp.moveaxis(x, -1, 0) for x in (w, seen)), *(jnp.moveaxis(x, -2, 0) for x in (y, finite)))
+    return jax.lax.scan(add, _sums(w, jnp.where(finite, y, 0)), columns)[0]
 
 
 _pairs_p, _rows_p = Primitive("tilewise_pair_products"), Primitive("tilewise_weighted_rows")

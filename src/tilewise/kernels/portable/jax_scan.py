@@ -136,7 +136,7 @@ def tangent(
 
 
 def _step(grid: Grid, facts: Facts, smooth: Smooth, i: Array, q: Array, absorb: Callable) -> Callable:
-    """The body of a scan over blocks of keys: `absorb(carry, tile, operands, seen, extra)` where anything is visible."""
+    """Body of a scan over blocks of keys: `absorb(carry, tile, operands, seen, extra)` where anything is visible."""
     mask = facts.mask
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:

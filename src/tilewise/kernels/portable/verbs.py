@@ -7,7 +7,7 @@ are called on `verbs.xp` itself.
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,8 @@ class TorchVerbs:
 
     def quiet(self) -> AbstractContextManager:
         # An autocast region of the caller would round the accumulator's products to its own dtype.
-        return self.xp.autocast(self.device.type, enabled=False)
+        kind = self.device.type
+        return self.xp.autocast(kind, enabled=False) if self.xp.amp.is_autocast_available(kind) else nullcontext()
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
         return self.xp.zeros(shape, dtype=self.dtype, device=self.device)

@@ -71,7 +71,7 @@ class Walk:
             yield tile
 
     def guarded(self, tile: Tile, parts: Sequence[Array]) -> Tile:
-        """The tile, marked where its arithmetic must not touch what is hidden: some part of an operand is not finite."""
+        """The tile, marked where its arithmetic must not touch what is hidden: an operand is not finite there."""
         if tile.visible is None:
             return tile
         xp = self.verbs.xp
@@ -100,7 +100,7 @@ class Walk:
         return int(starts[some].min()), int(stops[some].max())
 
     def _visible(self, block: Block, keys: slice, starts: np.ndarray | None, stops: np.ndarray | None) -> Array | None:
-        """Visibility (b', h', G', rows, keys); None when everybody sees everything, `_NOBODY` when nobody sees anything."""
+        """Visibility (b', h', G', rows, keys); None when everybody sees all, `_NOBODY` when nobody sees any."""
         mask = self.mask
         if mask.trivial:
             return None

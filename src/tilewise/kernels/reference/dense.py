@@ -62,12 +62,11 @@ def attention(problem: AttentionProblem, operands: Operands) -> Dense:
     s = np.where(seen, s, -np.inf)
 
     peak = s.max(-1, initial=-np.inf)
-    peak = np.where(peak == -np.inf, 0.0, peak)
+    nothing = peak == -np.inf
+    sinks = -np.inf if operands.sinks is None else float64(operands.sinks)[:, None]
+    peak = np.where(nothing, 0.0, np.maximum(peak, sinks))
     weights = np.exp(s - peak[..., None])
-    total = weights.sum(-1)
-    nothing = total == 0
-    if operands.sinks is not None:
-        total = total + np.exp(float64(operands.sinks)[:, None] - peak)
+    total = weights.sum(-1) + np.exp(sinks - peak)
     lse = np.where(nothing, -np.inf, peak + np.log(np.where(nothing, 1.0, total)))
     p = weights / np.where(nothing, 1.0, total)[..., None]
     z = _dropout(problem, operands)

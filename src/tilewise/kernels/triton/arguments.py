@@ -9,9 +9,8 @@ import triton.language as tl
 
 from ...contract import Dropout as DropoutRule
 from ...contract import Operands, Plan
-from ...problem import AttentionProblem
+from ...problem import ITEM_BYTES, AttentionProblem
 from .device.records import Call, Dropout, Mask, rows, shape_of, view
-from .device.walk import Grid
 
 _NO_MASK = Mask(tl.constexpr(0), None, None, None, None, None)
 
@@ -42,17 +41,14 @@ def can_leak(plan: Plan) -> bool:
     return bool(mask.ranges or mask.labels or mask.bits or bias.dense or bias.table)
 
 
-def grid_of(first: int, tiles: int, heads: int, problem: AttentionProblem, masked: bool) -> Grid:
-    """A launch over some tiles of B * heads heads.
+def heads_together(problem: AttentionProblem, heads: int, masked: bool) -> int:
+    """How many of the B * heads heads run side by side.
 
     Without a mask all programs are equally long and neighbours share a head; with one, as many heads run side by side
     as the cache holds, so that the longest rows of all of them come first.
     """
-    together = 1
-    if masked:
-        bytes_of_head = problem.k_len * (problem.head_dim + problem.value_dim) * 2
-        together = max(1, min(problem.batch * heads, _CACHE_BYTES // max(1, bytes_of_head)))
-    return Grid(first, tiles, heads, together)
+    bytes_of_head = problem.k_len * (problem.head_dim + problem.value_dim) * ITEM_BYTES[problem.dtype]
+    return max(1, min(problem.batch * heads, _CACHE_BYTES // bytes_of_head)) if masked else 1
 
 
 def _dropout(rule: DropoutRule | None, device: torch.device) -> Dropout | None:

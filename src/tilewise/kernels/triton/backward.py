@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...contract import Gradients, Operands, Plan
-from .arguments import call_of, can_leak, grid_of
+from .arguments import call_of, can_leak, heads_together
 from .bias_kernels import d_dense_kernel, d_table_kernel
 from .d_kv_kernel import d_kv_kernel
 from .d_q_kernel import d_q_kernel
@@ -76,11 +76,12 @@ class _Step:
         d_q = like_layout(problem.layout, tuple(q.shape), q)
         blocks = blocks_of("d_q", q, self.width)
         for slab in self.facts.slabs("queries", blocks):
-            grid = grid_of(slab.first, slab.tiles, problem.q_heads, problem, slab.lists is not None)
+            masked = slab.lists is not None
             launch(
                 d_q_kernel, (slab.tiles * problem.batch * problem.q_heads,),
-                *self.tiles, view(d_q), self.call._replace(mask=slab.mask), slab.lists, grid,
-                LAST_FIRST=slab.lists is not None, CAN_LEAK=can_leak(self.plan), blocks=blocks,
+                *self.tiles, view(d_q), self.call._replace(mask=slab.mask),
+                slab.lists, slab.first, slab.tiles, heads_together(problem, problem.q_heads, masked),
+                LAST_FIRST=masked, CAN_LEAK=can_leak(self.plan), blocks=blocks,
             )  # fmt: skip
         return d_q
 
@@ -91,11 +92,12 @@ class _Step:
         blocks = blocks_of("d_kv", k, self.width)
         passes = ((True, False), (False, True)) if self.width >= KEYS_AND_VALUES_APART else ((True, True),)
         for slab in self.facts.slabs("keys", blocks):
-            grid = grid_of(slab.first, slab.tiles, problem.kv_heads, problem, slab.lists is not None)
+            together = heads_together(problem, problem.kv_heads, slab.lists is not None)
             for want_k, want_v in passes:
                 launch(
                     d_kv_kernel, (slab.tiles * problem.batch * problem.kv_heads,),
-                    *self.tiles, view(d_k), view(d_v), self.call._replace(mask=slab.mask), slab.lists, grid,
+                    *self.tiles, view(d_k), view(d_v), self.call._replace(mask=slab.mask),
+                    slab.lists, slab.first, slab.tiles, together,
                     WANT_K=want_k, WANT_V=want_v, CAN_LEAK=can_leak(self.plan), blocks=blocks,
                 )  # fmt: skip
         return d_k, d_v

@@ -13,8 +13,11 @@ from .device.arithmetic import INF, load_tile, product
 from .device.mask import visible
 from .device.slopes import load_row, probabilities, slopes
 
+# Numbers that the compiler need not know, and would compile anew for each kind of.
+COUNTS = ["first", "q_tiles", "all_q_tiles", "k_tiles", "batch"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=COUNTS)
 def d_dense_kernel(
     q, k, v, d_out, level, delta, d_bias, call, first, q_tiles, k_tiles, batch,
     OVER_B: tl.constexpr, OVER_H: tl.constexpr, OVER_Q: tl.constexpr, OVER_K: tl.constexpr,
@@ -48,7 +51,7 @@ def d_dense_kernel(
     tl.store(place, tl.load(place, mask=inside, other=0.0) + acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def d_table_kernel(
     q, k, v, d_out, level, delta, parts, call, first, q_tiles, all_q_tiles, k_tiles, batch,
     OVER_B: tl.constexpr, OVER_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,

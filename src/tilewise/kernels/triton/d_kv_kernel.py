@@ -11,41 +11,43 @@ import triton.language as tl
 from .device.arithmetic import INF, dot, load_tile, product, store_tile
 from .device.careful import CAREFUL_ROWS, add_seen, all_finite
 from .device.slopes import after_dropout, load_row, probabilities, slopes
-from .device.walk import counts_of, full_tile, mixed_tile, place
+from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRID)
 def d_kv_kernel(
-    q, k, v, d_out, level, delta, d_k, d_v, call, lists, grid,
+    q, k, v, d_out, level, delta, d_k, d_v, call, lists, first_tile, tiles, together,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d_k and d_v of one tile of keys of one kv head; CAN_LEAK as in the forward kernel."""
-    tile, b, kv_head = place(grid, False)
-    first = (grid.first + tile) * BLOCK_K
+    tile, b, kv_head = place(tiles, together, call.shape.q_heads // call.shape.group, False)
+    first = (first_tile + tile) * BLOCK_K
     k_tile = load_tile(k, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, False)
     v_tile = load_tile(v, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, False)
     acc_k = tl.zeros([BLOCK_K, call.shape.block_d if WANT_K else 1], tl.float32)
     acc_v = tl.zeros([BLOCK_K, call.shape.block_dv if WANT_V else 1], tl.float32)
     for member in range(0, call.shape.group):
         h = kv_head * call.shape.group + member
-        mixed, full = counts_of(lists, tile, b, h, call.shape.q_len, BLOCK_Q, False)
+        row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
+        mixed, full = counts_of(lists, row, call.shape.q_len, BLOCK_Q, False)
         for n in range(0, mixed):
-            queries = mixed_tile(lists, tile, b, h, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
+            queries = mixed_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
             acc_k, acc_v = _absorb(acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries, first, b, h, call, WANT_K, WANT_V, True, False, BLOCK_Q, BLOCK_K)
         for n in range(0, full):
-            queries = full_tile(lists, tile, b, h, n) * BLOCK_Q
+            queries = full_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
             acc_k, acc_v = _absorb(acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries, first, b, h, call, WANT_K, WANT_V, False, False, BLOCK_Q, BLOCK_K)
     if CAN_LEAK and not (all_finite(acc_k) & all_finite(acc_v)):
         acc_k = tl.zeros([BLOCK_K, call.shape.block_d if WANT_K else 1], tl.float32)
         acc_v = tl.zeros([BLOCK_K, call.shape.block_dv if WANT_V else 1], tl.float32)
         for member in range(0, call.shape.group):
             h = kv_head * call.shape.group + member
-            mixed, full = counts_of(lists, tile, b, h, call.shape.q_len, BLOCK_Q, False)
+            row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
+            mixed, full = counts_of(lists, row, call.shape.q_len, BLOCK_Q, False)
             for n in range(0, mixed + full):
                 if n < mixed:
-                    queries = mixed_tile(lists, tile, b, h, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
+                    queries = mixed_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
                 else:
-                    queries = full_tile(lists, tile, b, h, n - mixed) * BLOCK_Q
+                    queries = full_tile(lists, row, n - mixed, call.shape.q_len, BLOCK_Q) * BLOCK_Q
                 for part in range(0, BLOCK_Q, CAREFUL_ROWS):
                     acc_k, acc_v = _absorb(
                         acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries + part, first, b, h, call, WANT_K, WANT_V, True, True, CAREFUL_ROWS, BLOCK_K

@@ -113,8 +113,7 @@ class Facts:
             list_kernel, (tiles, leading),
             mask, states, index, counts, first, self.heads, site.q_len, site.k_len, **sizes, **at_once,
         )  # fmt: skip
-        head_stride = tiles if self.heads > 1 else 0
-        return Lists(index, counts, self.heads * tiles if self.batch > 1 else 0, head_stride, other)
+        return Lists(index, counts, tl.constexpr(self.batch > 1), tl.constexpr(self.heads > 1))
 
 
 def facts_of(lowered: LoweredMask, device: torch.device) -> Facts:

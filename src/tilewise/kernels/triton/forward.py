@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...contract import Operands, Plan
-from .arguments import call_of, can_leak, grid_of
+from .arguments import call_of, can_leak, heads_together
 from .device.records import rows, view
 from .facts import facts_of
 from .forward_kernel import forward_kernel
@@ -32,11 +32,12 @@ def forward(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]
     blocks = blocks_of("forward", q, max(call.shape.block_d.value, call.shape.block_dv.value))
     with on_device_of(q):
         for slab in facts_of(operands.mask, q.device).slabs("queries", blocks):
-            grid = grid_of(slab.first, slab.tiles, problem.q_heads, problem, slab.lists is not None)
+            masked = slab.lists is not None
             launch(
                 forward_kernel, (slab.tiles * problem.batch * problem.q_heads,),
-                view(q), view(k), view(v), view(out), rows(lse), call._replace(mask=slab.mask), operands.sinks, slab.lists, grid,
-                LAST_FIRST=slab.lists is not None, CAN_LEAK=can_leak(plan), blocks=blocks,
+                view(q), view(k), view(v), view(out), rows(lse), call._replace(mask=slab.mask), operands.sinks,
+                slab.lists, slab.first, slab.tiles, heads_together(problem, problem.q_heads, masked),
+                LAST_FIRST=masked, CAN_LEAK=can_leak(plan), blocks=blocks,
             )  # fmt: skip
     return out, lse
 

@@ -9,29 +9,30 @@ from .device.arithmetic import INF, LN2, LOG2E, dot, load_tile, product, store_t
 from .device.careful import CAREFUL_ROWS, add_seen, all_finite
 from .device.philox import kept
 from .device.scores import score
-from .device.walk import counts_of, full_tile, mixed_tile, place
+from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRID)
 def forward_kernel(
-    q, k, v, out, lse, call, sinks, lists, grid, LAST_FIRST: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    q, k, v, out, lse, call, sinks, lists, first_tile, tiles, together, LAST_FIRST: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """One tile of queries of one head: out and lse.
 
     CAN_LEAK says that some pair may be unseen in a tile that is read, so that 0 * NaN has to be thought of.
     """
-    tile, b, h = place(grid, LAST_FIRST)
-    first = (grid.first + tile) * BLOCK_Q
+    tile, b, h = place(tiles, together, call.shape.q_heads, LAST_FIRST)
+    first = (first_tile + tile) * BLOCK_Q
     q_tile = load_tile(q, b, h, first, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
-    mixed, full = counts_of(lists, tile, b, h, call.shape.k_len, BLOCK_K, True)
+    row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
+    mixed, full = counts_of(lists, row, call.shape.k_len, BLOCK_K, True)
     acc = tl.zeros([BLOCK_Q, call.shape.block_dv], tl.float32)
     peak = tl.full([BLOCK_Q], -INF, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     for n in range(0, mixed):
-        keys = mixed_tile(lists, tile, b, h, n, call.shape.k_len, BLOCK_K) * BLOCK_K
+        keys = mixed_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
         acc, peak, total = _absorb(acc, peak, total, q_tile, k, v, keys, first, b, h, call, True, False, BLOCK_Q, BLOCK_K)
     for n in range(0, full):
-        keys = full_tile(lists, tile, b, h, n) * BLOCK_K
+        keys = full_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
         acc, peak, total = _absorb(acc, peak, total, q_tile, k, v, keys, first, b, h, call, False, False, BLOCK_Q, BLOCK_K)
     if CAN_LEAK and not all_finite(acc):
         acc = tl.zeros([BLOCK_Q, call.shape.block_dv], tl.float32)
@@ -39,9 +40,9 @@ def forward_kernel(
         total = tl.zeros([BLOCK_Q], tl.float32)
         for n in range(0, mixed + full):
             if n < mixed:
-                keys = mixed_tile(lists, tile, b, h, n, call.shape.k_len, BLOCK_K) * BLOCK_K
+                keys = mixed_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
             else:
-                keys = full_tile(lists, tile, b, h, n - mixed) * BLOCK_K
+                keys = full_tile(lists, row, n - mixed, call.shape.k_len, BLOCK_K) * BLOCK_K
             for part in range(0, BLOCK_K, CAREFUL_ROWS):
                 acc, peak, total = _absorb(acc, peak, total, q_tile, k, v, keys + part, first, b, h, call, True, True, BLOCK_Q, CAREFUL_ROWS)
     _finish(acc, peak, total, out, lse, call, sinks, first, b, h, BLOCK_Q)

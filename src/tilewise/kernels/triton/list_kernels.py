@@ -12,7 +12,11 @@ import triton.language as tl
 from .device.mask import bit
 
 
-@triton.jit
+# Numbers that the compiler need not know, and would compile anew for each kind of.
+COUNTS = ["first", "q_first", "k_first", "q_len", "k_len", "heads"]
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def bit_states_kernel(bits, states, q_first, k_first, q_len, k_len, heads, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """states (B'H', q tiles, k tiles) int8 of the launch's tiles: 0 no bit is set, 1 some are, 2 all real ones are."""
     bh = tl.program_id(2)
@@ -27,7 +31,7 @@ def bit_states_kernel(bits, states, q_first, k_first, q_len, k_len, heads, BLOCK
     tl.store(states + place, (some + some * every).to(tl.int8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def list_kernel(
     mask, states, index, counts, first, heads, q_len, k_len,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr,

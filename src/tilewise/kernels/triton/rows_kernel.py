@@ -9,7 +9,7 @@ from .device.arithmetic import INF, LOG2E, load_tile
 from .device.slopes import load_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grid_rows", "heads", "q_len"])
 def rows_kernel(out, d_out, lse, d_lse, delta, level, grid_rows, heads, q_len, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """What the backward pass wants of each row.
 

@@ -26,7 +26,7 @@ _HALF: dict[tuple[Pass, str], dict[int, Blocks]] = {
         64: Blocks(128, 128, 8, 3),
         128: Blocks(128, 64, 8, 3),
         256: Blocks(128, 64, 8, 2),
-        512: Blocks(64, 32, 8, 2),
+        512: Blocks(32, 32, 8, 2),
     },
     ("forward", "small"): {
         64: Blocks(128, 64, 4, 2),
@@ -38,7 +38,7 @@ _HALF: dict[tuple[Pass, str], dict[int, Blocks]] = {
         64: Blocks(64, 128, 8, 2),
         128: Blocks(64, 128, 8, 2),
         256: Blocks(32, 128, 8, 2),
-        512: Blocks(16, 64, 8, 1),
+        512: Blocks(16, 32, 8, 1),
     },
     ("d_kv", "small"): {
         64: Blocks(32, 64, 4, 1),
@@ -50,7 +50,7 @@ _HALF: dict[tuple[Pass, str], dict[int, Blocks]] = {
         64: Blocks(128, 64, 8, 2),
         128: Blocks(128, 64, 8, 2),
         256: Blocks(128, 32, 8, 2),
-        512: Blocks(64, 16, 8, 1),
+        512: Blocks(32, 16, 8, 1),
     },
     ("d_q", "small"): {
         64: Blocks(64, 32, 4, 1),

@@ -10,4 +10,15 @@ from .predicate import Predicate, predicate
 from .prefix import prefix
 from .window import window
 
-__all__ = ["Predicate", "blocks", "causal", "dense", "documents", "intervals", "lengths", "predicate", "prefix", "window"]
+__all__ = [
+    "Predicate",
+    "blocks",
+    "causal",
+    "dense",
+    "documents",
+    "intervals",
+    "lengths",
+    "predicate",
+    "prefix",
+    "window",
+]

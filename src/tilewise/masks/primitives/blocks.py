@@ -26,7 +26,10 @@ class Blocks(Mask):
         full = (site.batch, site.heads, -(-site.q_len // self.size[0]), -(-site.k_len // self.size[1]))
         leading = all(s in (1, f) for s, f in zip(shape[-3::-1], full[1::-1], strict=False))
         if not 2 <= len(shape) <= 4 or shape[-2:] != full[2:] or not leading:
-            raise ValueError(f"mask: blocks(map) has shape {shape}, expected {full[2:]} after optional batch and head axes, for blocks of {self.size}")
+            raise ValueError(
+                f"mask: blocks(map) has shape {shape}, expected {full[2:]} after optional batch and head axes, "
+                f"for blocks of {self.size}"
+            )
 
     def extent(self) -> tuple[int, int]:
         batch, heads = (1, 1, *self.map.shape[:-2])[-2:]

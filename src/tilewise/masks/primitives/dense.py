@@ -23,7 +23,9 @@ class Dense(Mask):
         shape, full = tuple(self.array.shape), (site.batch, site.heads, site.q_len, site.k_len)
         fits = len(shape) <= 4 and all(s in (1, f) for s, f in zip(shape[::-1], full[::-1], strict=False))
         if not fits:
-            raise ValueError(f"mask: the boolean array has shape {shape}, which does not broadcast to (B, H, Sq, Sk) = {full}")
+            raise ValueError(
+                f"mask: the boolean array has shape {shape}, which does not broadcast to (B, H, Sq, Sk) = {full}"
+            )
 
     def extent(self) -> tuple[int, int]:
         batch, heads, _, _ = (1, 1, 1, 1, *self.array.shape)[-4:]
@@ -54,7 +56,9 @@ def dense(array: Array) -> Mask:
     """
     array = np.asarray(array) if isinstance(array, list | tuple | bool | np.bool_) else array
     if family_of(array) is None:
-        raise TypeError(f"mask: got {type(array).__name__}, expected a mask such as tilewise.causal() or a boolean array")
+        raise TypeError(
+            f"mask: got {type(array).__name__}, expected a mask such as tilewise.causal() or a boolean array"
+        )
     if dtype_name(array) != "bool":
         hint = "; an array to be added to the scores goes to bias=" if "float" in dtype_name(array) else ""
         raise TypeError(f"mask: got an array of dtype {dtype_name(array)}, expected bool (True = attend){hint}")

@@ -26,7 +26,9 @@ class Documents(Mask):
         for name, ids, length in (("q_ids", self.q_ids, site.q_len), ("k_ids", self.k_ids, site.k_len)):
             shape = tuple(ids.shape)
             if shape not in ((length,), (1, length), (site.batch, length)):
-                raise ValueError(f"mask: documents({name}) has shape {shape}, expected ({length},) or ({site.batch}, {length})")
+                raise ValueError(
+                    f"mask: documents({name}) has shape {shape}, expected ({length},) or ({site.batch}, {length})"
+                )
 
     def extent(self) -> tuple[int, int]:
         return told_apart(*(ids.shape[0] if ids.ndim == 2 else 1 for ids in (self.q_ids, self.k_ids))), 1

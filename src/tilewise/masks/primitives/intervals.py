@@ -27,7 +27,9 @@ class Intervals(Mask):
             shape = tuple(bounds.shape)
             leading = {3: shape[:1], 4: shape[:2]}.get(len(shape), ())
             rows = shape[len(leading)] if len(shape) in (1, 2, 3, 4) else None
-            if rows != site.q_len or any(s not in (1, f) for s, f in zip(leading, (site.batch, site.heads), strict=False)):
+            if rows != site.q_len or any(
+                s not in (1, f) for s, f in zip(leading, (site.batch, site.heads), strict=False)
+            ):
                 raise ValueError(
                     f"mask: intervals({name}) has shape {shape}, expected (Sq,), (Sq, R), (B, Sq, R) or (B, H, Sq, R)"
                     f" with Sq = {site.q_len}, B = {site.batch} or 1, H = {site.heads} or 1"
@@ -64,7 +66,10 @@ def intervals(starts: Array, stops: Array) -> Mask:
     check_integers("starts", "intervals()", starts)
     check_integers("stops", "intervals()", stops)
     if np.shape(starts) != np.shape(stops) or np.ndim(starts) == 0:
-        raise ValueError(f"stops: intervals() got shape {np.shape(stops)}, expected that of starts, {np.shape(starts)}, with a query axis")
+        raise ValueError(
+            f"stops: intervals() got shape {np.shape(stops)}, expected that of starts, {np.shape(starts)}, "
+            f"with a query axis"
+        )
     return Intervals(starts, stops)
 
 

@@ -42,8 +42,8 @@ def edge_of(site: Site, align: Align | None, offset: Array | int | None, shift: 
 def per_batch(site: Site, value: Array | int, shift: int = 0) -> Array | int:
     """value + shift: an int for an int, (B, 1, 1, 1) for one value per batch row, (1, 1, 1, 1) for a scalar array.
 
-    The sum is clipped to -(Sq + Sk) … Sq + Sk, beyond which no pair is told apart, and only then: an offset far away and
-    a window as wide may well meet.
+    The sum is clipped to -(Sq + Sk) … Sq + Sk, beyond which no pair is told apart, and only then: an offset far away
+    and a window as wide may well meet.
     """
     bound = site.q_len + site.k_len
     if isinstance(value, int):

@@ -29,7 +29,9 @@ class Predicate(Mask):
         full = np.broadcast_shapes(*(tuple(place.shape) for place in (b, h, i, j)))
         shape = (1,) * (4 - answer.ndim) + tuple(answer.shape)
         if len(shape) > 4 or any(got not in (1, size) for got, size in zip(shape, full, strict=True)):
-            raise ValueError(f"mask: the predicate returned shape {tuple(answer.shape)}, expected one that broadcasts to {full}")
+            raise ValueError(
+                f"mask: the predicate returned shape {tuple(answer.shape)}, expected one that broadcasts to {full}"
+            )
         return site.array(answer).reshape(shape)
 
     def describe(self) -> str:

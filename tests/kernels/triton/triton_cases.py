@@ -1,6 +1,6 @@
 """The problems that the Triton kernels are held to, and the check: shared by the interpreter's tests and the GPU's script.
 
-Run as a script it checks some cases and prints a line of JSON for each: `python cases.py DEVICE DTYPE [NAME ...]`.
+Run as a script it checks some cases and prints a line of JSON for each: `python triton_cases.py DEVICE DTYPE [NAME ...]`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.append(str(Path(__file__).parents[2]))
 
 from accuracy import assert_accurate  # noqa: E402
 
@@ -169,14 +169,16 @@ def check(case: Case, size: int, dtype: torch.dtype, device: Any) -> None:
         found = backward(plan, operands, out, lse, d_out, d_lse)
     for array, copy in zip((operands.q, operands.k, operands.v), before, strict=True):
         assert torch.equal(array.nan_to_num(7.0), copy.nan_to_num(7.0)), "an input was changed"
-    exact = oracle.attention(plan.problem, operands)
+    # The oracle is NumPy's: it gets the same problem, built on the CPU.
+    host = build(case, size, dtype, "cpu")
+    exact = oracle.attention(plan.problem, host[1])
     assert out.dtype == dtype and lse.dtype == torch.float32
-    assert_accurate("out", out, exact.out)
-    assert_accurate("lse", lse, exact.lse)
-    exact_gradients = oracle.gradients(exact, d_out, d_lse)
+    assert_accurate("out", out.cpu(), exact.out)
+    assert_accurate("lse", lse.cpu(), exact.lse)
+    exact_gradients = oracle.gradients(exact, *host[2:])
     name_of_dtype = str(dtype).removeprefix("torch.")
     for name, got, want in _pairs(found, exact_gradients):
-        assert_accurate(name, got, want, dtype=name_of_dtype)
+        assert_accurate(name, got.cpu(), want, dtype=name_of_dtype)
     if device != "cpu":
         again, _ = forward(plan, operands)
         twice = backward(plan, operands, out, lse, d_out, d_lse)
