@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import tilewise as tw
+import tilewise.jax.pytrees
 
 IDS = np.array([0, 0, 1, 1, 0, 1, 1, 0, 2])
 
@@ -18,12 +19,13 @@ def arrays():
     return [rng.standard_normal((1, heads, 9, 4)) for heads in (2, 1, 1)]
 
 
-def gradients(q, k, v, weight, mask, bias=None):
+@jax.jit
+def gradients(q, k, v, weight, mask):
     def loss(q, k, v):
-        out, lse = tw.attention(q, k, v, mask=mask, bias=bias, return_lse=True, kernel="portable")
+        out, lse = tw.attention(q, k, v, mask=mask, return_lse=True, kernel="portable")
         return (out * weight).sum() + jnp.where(lse == -jnp.inf, 0, lse).sum()
 
-    return jax.jit(jax.grad(loss, (0, 1, 2)))(*map(jnp.asarray, (q, k, v)))
+    return jax.grad(loss, (0, 1, 2))(q, k, v)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
@@ -36,8 +38,8 @@ def test_a_neighbouring_document_is_not_seen(arrays, place, poison):
     dirty = gradients(*inputs.values(), tw.documents(IDS))
     for got, wanted in zip(dirty, clean, strict=True):
         np.testing.assert_array_equal(got[..., IDS != 1, :], wanted[..., IDS != 1, :])
-        # The poisoned document itself must not pretend to be well.
-        assert place == "cotangent" or not np.isfinite(got[..., IDS == 1, :]).all()
+    # The poisoned document itself must not pretend to be well.
+    assert not all(np.isfinite(got[..., IDS == 1, :]).all() for got in dirty)
 
 
 def test_padding_is_not_seen(arrays):

@@ -5,6 +5,8 @@ A kernel is let off only where its card refuses, and then the door must refuse w
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support.conformance import check
 
@@ -81,3 +83,10 @@ def test_forward_alone(name, family, kernel):
 def test_the_reference_conforms_to_itself():
     for name in ("gpt-oss-20b-local", "alphafold-row"):
         assert check(example(PRESETS[name]), "reference", "numpy", gradients=True) == ()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("family", ["numpy", "torch"])
+def test_a_cap_low_enough_to_bend_ordinary_scores(family, kernel):
+    case = example(PRESETS["gemma2-9b-local"])
+    _skip_if_refused(check(replace(case, options={**case.options, "softcap": 0.5}), kernel, family, gradients=True))

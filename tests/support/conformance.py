@@ -114,9 +114,9 @@ def check_forward(plan: Plan, operands: Operands, oracle: reference.Dense, out: 
 def check_gradients(
     plan: Plan, operands: Operands, oracle: reference.Dense, found: Gradients, d_out: Any, d_lse: Any
 ) -> None:
-    """Shapes and values of all gradients. The yardstick leaves lse out, as plain attention has none."""
+    """Shapes and values of all gradients."""
     exact = reference.gradients(oracle, d_out, d_lse)
-    yard = plain_gradients(plan.problem, oracle, operands, d_out) or Gradients(dense=(None,) * len(operands.dense))
+    yard = plain_gradients(plan.problem, oracle, operands, d_out, d_lse) or Gradients(dense=(None,) * len(operands.dense))
     names = ("q", "k", "v", *(f"bias {n}" for n in range(len(operands.dense))), "table", "sinks")
     triples = zip(names, flat(found), flat(exact), flat(yard), strict=True)
     for name, got, truth, measure in triples:

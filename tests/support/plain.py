@@ -23,8 +23,8 @@ def leaves(operands: Operands) -> Leaves:
     return (operands.q, operands.k, operands.v, *operands.dense, operands.table, operands.sinks)
 
 
-def plain(problem: AttentionProblem, oracle: Dense, values: Leaves) -> Any:
-    """out (B, Hq, Sq, Dv) in q's dtype; mask and dropout are taken from the oracle as arrays."""
+def plain(problem: AttentionProblem, oracle: Dense, values: Leaves) -> tuple[Any, Any]:
+    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), all in q's dtype; mask and dropout are the oracle's, as arrays."""
     q, k, v, *dense, table, sinks = values
     xp = {"numpy": np, "torch": sys.modules.get("torch")}.get(family_of(q)) or sys.modules["jax"].numpy
     dtype = q.dtype
@@ -52,8 +52,9 @@ def plain(problem: AttentionProblem, oracle: Dense, values: Leaves) -> Any:
     total = weights.sum(-1)[..., None]
     if sinks is not None:
         total = total + xp.exp(cast(sinks)[:, None, None] - peak)
-    p = weights / xp.where(total == 0, 1.0, total)
-    return (p * cast(constant(np.broadcast_to(oracle.z, s.shape)))) @ v
+    total = xp.where(constant(oracle.lse == -np.inf)[..., None], 1.0, total)
+    out = (weights / total * cast(constant(np.broadcast_to(oracle.z, s.shape)))) @ v
+    return out, (peak + xp.log(total))[..., 0]
 
 
 def plain_out(problem: AttentionProblem, oracle: Dense, operands: Operands) -> Any:
@@ -64,24 +65,27 @@ def plain_out(problem: AttentionProblem, oracle: Dense, operands: Operands) -> A
     if problem.family == "numpy" and problem.dtype == "bfloat16":
         return None
     with np.errstate(all="ignore"):
-        return plain(problem, oracle, values)
+        return plain(problem, oracle, values)[0]
 
 
-def plain_gradients(problem: AttentionProblem, oracle: Dense, operands: Operands, d_out: Any) -> Gradients | None:
+def plain_gradients(
+    problem: AttentionProblem, oracle: Dense, operands: Operands, d_out: Any, d_lse: Any
+) -> Gradients | None:
     """The yardstick's gradients by the framework's own differentiation; NumPy has none and borrows torch's."""
     if not problem.scores:
         return None
     values = leaves(operands)
     if problem.family == "jax":
-        return _by_jax(problem, oracle, values, d_out)
+        return _by_jax(problem, oracle, values, d_out, d_lse)
     if find_spec("torch") is None:
         return None
     torch = import_module("torch")
     dtype = getattr(torch, problem.dtype)
     tensors = [_leaf(torch, value, dtype if n < 3 else None) for n, value in enumerate(values)]
-    out = plain(problem, oracle, tuple(tensors))
+    out, lse = plain(problem, oracle, tuple(tensors))
     wanted = [tensor for tensor in tensors if tensor is not None]
-    found = iter(torch.autograd.grad(out, wanted, _tensor(torch, d_out).to(out.dtype), allow_unused=True))
+    pulled = [_tensor(torch, given).to(dtype) for given in (d_out, d_lse)]
+    found = iter(torch.autograd.grad((out, lse), wanted, pulled))
     return _gradients([None if tensor is None else next(found) for tensor in tensors])
 
 
@@ -96,10 +100,10 @@ def _leaf(torch: Any, value: Any, dtype: Any) -> Any:
     return tensor.to(dtype or tensor.dtype).clone().requires_grad_()
 
 
-def _by_jax(problem: AttentionProblem, oracle: Dense, values: Leaves, d_out: Any) -> Gradients:
+def _by_jax(problem: AttentionProblem, oracle: Dense, values: Leaves, d_out: Any, d_lse: Any) -> Gradients:
     jax = sys.modules["jax"]
-    out, pull = jax.vjp(lambda *leaves: plain(problem, oracle, leaves), *values)
-    return _gradients(list(pull(d_out.astype(out.dtype))))
+    (out, lse), pull = jax.vjp(lambda *leaves: plain(problem, oracle, leaves), *values)
+    return _gradients(list(pull((d_out.astype(out.dtype), d_lse.astype(lse.dtype)))))
 
 
 def _gradients(found: list[Any]) -> Gradients:

@@ -53,3 +53,41 @@ def test_changed_input_is_noticed():
     scaled.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+# Dynamo tells that it traces through an lru_cache, and that it deprecates something of its own.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["values", "gradient", "tangent"])
+def test_compiled_callers(what):
+    q, k, v = (tensor.detach() for tensor in _tensors())
+
+    def attend(q):
+        return tw.attention(q, k, v, mask=tw.causal("end"), kernel="portable")
+
+    functions = {
+        "values": attend,
+        "gradient": torch.func.grad(lambda q: attend(q).square().sum()),
+        "tangent": lambda q: torch.func.jvp(attend, (q,), (q,))[1],
+    }
+    got = torch.compile(functions[what], backend="aot_eager")(q)
+    torch.testing.assert_close(got, functions[what](q), rtol=0, atol=1e-13)
+
+
+def test_exported_callers():
+    class Caller(torch.nn.Module):
+        def forward(self, q, k, v):
+            return tw.attention(q, k, v, mask=tw.causal("end"), kernel="portable")
+
+    inputs = tuple(tensor.detach() for tensor in _tensors())
+    exported = torch.export.export(Caller(), inputs).module()
+    torch.testing.assert_close(exported(*inputs), Caller()(*inputs), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_shapes_without_values(device):
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode() if device == "fake" else torch.device("meta"):
+        q, k, v = (torch.empty(array.shape) for array in arrays().values())
+        out, lse = tw.attention(q, k, v, mask=tw.causal("end"), sinks=1.0, kernel="portable", return_lse=True)
+    assert tuple(out.shape) == (2, 4, 13, 5) and tuple(lse.shape) == (2, 4, 13)

@@ -70,17 +70,13 @@ def _rows(w: Array, y: Array, *seen: Array) -> Array:
     # the barrier the two stay apart.
     if not seen:
         return _sums(jax.lax.optimization_barrier(w), y)
-    w = jax.lax.optimization_barrier(jnp.where(seen[0], w, 0))
-    return jax.lax.cond(jnp.isfinite(y).all(), _sums_of_finite, _sums_of_visible, w, y, seen[0])
+    w, finite = jax.lax.optimization_barrier(jnp.where(seen[0], w, 0)), jnp.isfinite(y)
+    total = _sums(w, jnp.where(finite, y, 0))
+    return jax.lax.cond(finite.all(), lambda total, *_: total, _add_the_rest, total, w, seen[0], y, finite)
 
 
-def _sums_of_finite(w: Array, y: Array, seen: Array) -> Array:
-    return _sums(w, y)
-
-
-def _sums_of_visible(w: Array, y: Array, seen: Array) -> Array:
-    """The finite part as above, bit for bit; then the rest term by term, key after key: rare, so small and not fast."""
-    finite = jnp.isfinite(y)
+def _add_the_rest(total: Array, w: Array, seen: Array, y: Array, finite: Array) -> Array:
+    """`total` plus what is not finite, term by term, key after key: rare, so small and not fast."""
 
     def add(total: Array, column: tuple[Array, ...]) -> tuple[Array, None]:
         w, seen, y, finite = column
@@ -88,7 +84,7 @@ def _sums_of_visible(w: Array, y: Array, seen: Array) -> Array:
         return total + jnp.where(reached, w[..., None] * y[..., None, :], 0), None
 
     columns = (*(jnp.moveaxis(x, -1, 0) for x in (w, seen)), *(jnp.moveaxis(x, -2, 0) for x in (y, finite)))
-    return jax.lax.scan(add, _sums(w, jnp.where(finite, y, 0)), columns)[0]
+    return jax.lax.scan(add, total, columns)[0]
 
 
 _pairs_p, _rows_p = Primitive("tilewise_pair_products"), Primitive("tilewise_weighted_rows")

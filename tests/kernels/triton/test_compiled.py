@@ -1,0 +1,73 @@
+"""What the Triton kernels compile to, for GPUs that need not be here: matrix instructions, shared memory, spilled registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+# Bytes of shared memory that one block may have.
+SHARED = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+INSTRUCTION = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
+# Bytes of stack a thread may use, where registers go that do not fit. The forward pass spills nothing; the two
+# accumulators and the NaN-proof path of the backward pass leave a few, whose cost was accepted over smaller tiles.
+STACK = {"forward_kernel": 64, "d_kv_kernel": 160, "d_q_kernel": 96, "d_dense_kernel": 0}
+
+QUICK = ["64,bfloat16,causal", "128,bfloat16,backward+causal"]
+EVERY = [
+    *(f"{d},{dtype},backward{mask}" for d in (64, 128, 256) for dtype in ("bfloat16", "float16") for mask in ("", "+causal")),
+    "128,bfloat16,backward+labels",
+    "128,bfloat16,backward+dense",
+    "128,bfloat16,backward+bias",
+    "128,bfloat16,backward+softcap+sinks",
+    "128,bfloat16,backward+dropout",
+]
+
+
+@lru_cache
+def reports(arch: str, problems: tuple[str, ...]) -> list[dict[str, Any]]:
+    """What `compile_for.py` prints, in a process of its own."""
+    source = Path(__import__("tilewise").__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(source)}
+    script = Path(__file__).with_name("compile_for.py")
+    done = subprocess.run([sys.executable, str(script), arch, ";".join(problems)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(arch: str, problems: tuple[str, ...]) -> None:
+    found = reports(arch, problems)
+    assert {report["problem"] for report in found} == set(problems)
+    for report in found:
+        assert report["shared"] <= SHARED[arch], report
+        if report["kernel"] in STACK:
+            assert report[INSTRUCTION[arch]] > 0, report
+        if report["kernel"] in STACK and arch == "sm_90":
+            assert report["stack"] <= STACK[report["kernel"]], report
+
+
+def test_hopper() -> None:
+    check("sm_90", tuple(QUICK))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", EVERY)
+def test_hopper_everything(problem: str) -> None:
+    check("sm_90", (problem,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_100", "gfx942"])
+@pytest.mark.parametrize("problem", QUICK)
+def test_other_architectures(arch: str, problem: str) -> None:
+    check(arch, (problem,))
