@@ -57,7 +57,7 @@ class Shape:
 
 
 def shapes() -> Iterator[Shape]:
-    """Short and narrow ones first, so that a short run has something of each kind; the token count is the same in all."""
+    """Short and narrow ones first, so that a short run has something of each kind; all have as many tokens."""
     for length in LENGTHS:
         for d in WIDTHS:
             for kind in KINDS:
@@ -70,7 +70,10 @@ def shapes() -> Iterator[Shape]:
 
 def options(shape: Shape) -> dict[str, Any]:
     """The arguments of `tilewise.attention` for a configuration."""
-    given = dict.fromkeys(("mask", "bias", "scale", "softcap", "sinks", "dropout")) | {"layout": "bhsd", "return_lse": False}
+    given = dict.fromkeys(("mask", "bias", "scale", "softcap", "sinks", "dropout")) | {
+        "layout": "bhsd",
+        "return_lse": False,
+    }
     n = shape.sk
     document = torch.arange(n) * 8 // n
     scattered = torch.randint(0, 64, (n // 64,), generator=torch.Generator().manual_seed(0)).repeat_interleave(64)
@@ -106,10 +109,18 @@ class Problem:
     def make(cls, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Problem:
         torch.manual_seed(0)
         q = torch.randn(shape.batch, shape.heads, shape.sq, shape.d, dtype=dtype, device=DEVICE)
-        k, v = (torch.randn(shape.batch, shape.kv_heads, shape.sk, shape.d, dtype=dtype, device=DEVICE) for _ in range(2))
+        k, v = (
+            torch.randn(shape.batch, shape.kv_heads, shape.sk, shape.d, dtype=dtype, device=DEVICE) for _ in range(2)
+        )
         call = prepare(q, k, v, **options(shape))
-        wanted = {"q", "k", "v"} | ({"bias"} if shape.kind == "bias" else set()) | ({"table"} if shape.kind == "alibi" else set())
-        return cls(shape, replace(call, problem=replace(call.problem, gradients=frozenset(wanted))), torch.randn_like(q))
+        wanted = (
+            {"q", "k", "v"}
+            | ({"bias"} if shape.kind == "bias" else set())
+            | ({"table"} if shape.kind == "alibi" else set())
+        )
+        return cls(
+            shape, replace(call, problem=replace(call.problem, gradients=frozenset(wanted))), torch.randn_like(q)
+        )
 
     @property
     def plan(self) -> Plan:
@@ -133,7 +144,7 @@ def _tensor(array: Any) -> torch.Tensor:
 
 
 def error_of(problem: Problem) -> float:
-    """Largest error of out and the gradients to q, k, v against float64, relative to the largest value, outputs poisoned."""
+    """Largest error of out, d_q, d_k, d_v against float64, relative to the largest value; outputs start poisoned."""
     operands, given = problem.call.operands, problem.call.problem
     q, k, v = (array.double().requires_grad_() for array in (operands.q, operands.k, operands.v))
     group = problem.shape.heads // problem.shape.kv_heads
@@ -214,7 +225,9 @@ def sdpa(problem: Problem, backend: str) -> dict[str, Callable[[], Any]]:
     def run() -> torch.Tensor:
         with sdpa_kernel(chosen):
             causal = shape.kind == "causal"
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped
+            )
 
     out = run()
     inputs = (q, k, v) if bias is None else (q, k, v, bias)
@@ -263,7 +276,14 @@ def rows_of(shape: Shape, peak: float, with_flex: bool) -> Iterator[dict[str, An
                 continue
             ms = milliseconds(run)
             rate = flops * (2.5 if step == "backward" else 1.0) / ms / 1e9
-            yield {"shape": vars(shape), "who": who, "step": step, "ms": ms, "tflops": rate, "share_of_peak": rate / peak}
+            yield {
+                "shape": vars(shape),
+                "who": who,
+                "step": step,
+                "ms": ms,
+                "tflops": rate,
+                "share_of_peak": rate / peak,
+            }
 
 
 def compile_ahead() -> None:
@@ -278,7 +298,11 @@ def checked(kind: str, d: int) -> float:
     """The error of a kind and width at the shortest length, on a few heads."""
     shape = next(shape for shape in shapes() if shape.kind == kind and shape.d == d)
     few = min(2, shape.batch), (8 if kind == "decode" and HAS_GPU else min(4, shape.heads))
-    return error_of(Problem.make(replace(shape, batch=few[0], heads=few[1], kv_heads=min(few[1], 2) if kind == "decode" else few[1])))
+    return error_of(
+        Problem.make(
+            replace(shape, batch=few[0], heads=few[1], kv_heads=min(few[1], 2) if kind == "decode" else few[1])
+        )
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -306,7 +330,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(14, 2 + 0.3 * len(names)), sharey=True)
     for panel, step in zip(panels, ("forward", "backward"), strict=True):
         for n, who in enumerate(everybody):
-            found = {Shape(**row["shape"]).name: row["tflops"] for row in timed if row["who"] == who and row["step"] == step}
+            found = {
+                Shape(**row["shape"]).name: row["tflops"] for row in timed if row["who"] == who and row["step"] == step
+            }
             places = [names.index(name) + n / (len(everybody) + 1) for name in found]
             panel.barh(places, list(found.values()), height=1 / (len(everybody) + 1), label=who)
         panel.set_title(step)
@@ -320,11 +346,15 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where the results go; the picture stands beside them")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu.json"), help="where the results go; the picture stands beside them"
+    )
     parser.add_argument("--seconds", type=float, default=480, help="no configuration is started after this time")
     parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
     parser.add_argument("--flex", action="store_true", help="time FlexAttention too (it compiles for long)")
-    parser.add_argument("--only-check", nargs=2, metavar=("KIND", "D"), help="check one kind and width, and print its error")
+    parser.add_argument(
+        "--only-check", nargs=2, metavar=("KIND", "D"), help="check one kind and width, and print its error"
+    )
     arguments = parser.parse_args()
     if arguments.only_check:
         print(checked(arguments.only_check[0], int(arguments.only_check[1])))
@@ -353,7 +383,10 @@ def main() -> None:
             print(line, flush=True)
     device = torch.cuda.get_device_name() if HAS_GPU else "CPU, interpreted"
     arguments.out.write_text(
-        json.dumps({"device": device, "torch": torch.__version__, "matmul_tflops": peak, "errors": errors, "rows": rows}, indent=1)
+        json.dumps(
+            {"device": device, "torch": torch.__version__, "matmul_tflops": peak, "errors": errors, "rows": rows},
+            indent=1,
+        )
     )
     picture(rows, arguments.out.with_suffix(".png"))
     print(f"{len(rows)} rows in {time.time() - start:.0f} s, matmul {peak:.0f} TFLOP/s -> {arguments.out}")

@@ -169,6 +169,7 @@ def test_torch_operands_lower_without_being_looked_at(case):
         check_ranges(lowered.ranges, site)
 
 
+@settings(max_examples=20)
 @given(cases(largest=6, far=False))
 def test_jax_operands_lower_without_being_looked_at(case):
     jnp = pytest.importorskip("jax.numpy")

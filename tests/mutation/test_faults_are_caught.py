@@ -1,4 +1,4 @@
-"""Kernels broken on purpose: the conformance check must notice each fault, or it could not be believed when it passes."""
+"""Kernels broken on purpose: the conformance check must notice each fault, or it cannot be believed when it passes."""
 
 from __future__ import annotations
 
@@ -82,14 +82,20 @@ BEFORE: dict[str, tuple[str, Callable]] = {
     "the diagonal is one to the right": ("llama3-8b", seen(lambda s: np.roll(s, 1, 3) | s)),
     "the diagonal is one to the left": ("llama3-8b", seen(lambda s: s & np.roll(s, -1, 3))),
     "the diagonal stands at the start": ("llama3-8b-chunk", seen(lambda s: s & np.tri(*s.shape[2:], dtype=bool))),
-    "the window is one key too wide": ("mistral-7b", seen(lambda s: s | np.roll(s, 1, 2) & np.tri(*s.shape[2:], dtype=bool))),
+    "the window is one key too wide": (
+        "mistral-7b",
+        seen(lambda s: s | np.roll(s, 1, 2) & np.tri(*s.shape[2:], dtype=bool)),
+    ),
     "the last key is dropped": ("whisper-encoder", seen(lambda s: put(s, np.s_[..., -1], False))),
     "a tile of keys is dropped": ("whisper-encoder", seen(lambda s: put(s, np.s_[..., 64:128], False))),
     "the first batch row's mask is used for all": ("bert-base", seen(lambda s: np.repeat(s[:1], len(s), 0))),
     "one head's mask is used for all": ("dense-mask", seen(lambda s: np.repeat(s[:, :1], s.shape[1], 1))),
     "documents see one another": ("packed-varlen", operand("mask", lambda mask: LoweredMask(mask.site))),
-    "labels are ignored": ("interleaved-documents", operand("mask", lambda m: replace(m, q_labels=None, k_labels=None))),
-    "a second interval is ignored": ("streaming-llm", seen(lambda s: s & np.cumprod(np.roll(s, 1, 3) <= s, 3, dtype=bool))),
+    "labels are ignored": (
+        "interleaved-documents",
+        operand("mask", lambda mask: replace(mask, q_labels=None, k_labels=None)),
+    ),
+    "a second interval is ignored": ("streaming-llm", seen(lambda s: put(s, np.s_[:, :, 40:, :4], False))),
     "bits are transposed": ("dense-mask", seen(lambda s: s.swapaxes(2, 3).copy())),
     "the scale is 1 % off": ("llama3-8b", problem(scale=lambda scale: 1.01 * scale)),
     "the scale is 1 / sqrt(D) whatever was asked": ("t5-encoder", problem(scale=0.25)),
@@ -103,7 +109,10 @@ BEFORE: dict[str, tuple[str, Callable]] = {
     "the bias is scaled": ("swin-t", operand("dense", lambda dense: (0.25 * dense[0],))),
     "the table is one distance off": ("mpt-7b", operand("table", lambda table: np.roll(table, 1, -1))),
     "the table is read backwards": ("t5-encoder", operand("table", lambda table: table[..., ::-1].copy())),
-    "dropout uses another stream": ("bert-base-training", operand("dropout", lambda d: replace(d, stream=d.stream + 1))),
+    "dropout uses another stream": (
+        "bert-base-training",
+        operand("dropout", lambda d: replace(d, stream=d.stream + 1)),
+    ),
     "dropout is skipped": ("bert-base-training", operand("dropout", lambda dropout: None)),
     "inputs are rounded to half": ("llama3-8b", operand("q", lambda q: q.astype(np.float16).astype(q.dtype))),
 }  # fmt: skip
@@ -131,11 +140,17 @@ GRADIENTS: dict[str, tuple[str, Callable]] = {
     "the gradient of k is 1 % off": ("llama3-8b", gradient("k", lambda x: np.float32(1.01) * x)),
     "the gradient of v is zero": ("llama3-8b", gradient("v", lambda x: 0 * x)),
     "the gradient of v is missing": ("llama3-8b", gradient("v", lambda x: None)),
-    "the gradient of a key tile is dropped": ("whisper-encoder", gradient("k", lambda x: put(x.copy(), np.s_[:, :, 64:], 0))),
+    "the gradient of a key tile is dropped": (
+        "whisper-encoder",
+        gradient("k", lambda x: put(x.copy(), np.s_[:, :, 64:], 0)),
+    ),
     "the gradient of the bias is not reduced": ("alphafold-row", gradient("dense", lambda x: (x[0] / 3,))),
     "the gradient of the table is one distance off": ("mpt-7b", gradient("table", lambda x: np.roll(x, 1, -1))),
     "the gradient of the sinks has the other sign": ("gpt-oss-20b-local", gradient("sinks", lambda x: -x)),
-    "a gradient is NaN in an empty row": ("rows-that-see-nothing", gradient("q", lambda x: put(x.copy(), np.s_[0, 0, -1], np.nan))),
+    "a gradient is NaN in an empty row": (
+        "rows-that-see-nothing",
+        gradient("q", lambda x: put(x.copy(), np.s_[0, 0, -1], np.nan)),
+    ),
 }  # fmt: skip
 
 BACKWARD_BEFORE: dict[str, tuple[str, Callable]] = {

@@ -1,4 +1,4 @@
-"""The check that every kernel must pass on every problem; a function, so that broken kernels can be shown to fail it."""
+"""The check that every kernel must pass on every problem; a function, so that broken kernels can be seen to fail."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def _names(operands: Operands) -> frozenset[Gradient]:
     return frozenset({"q", "k", "v"} | {name for name, there in given.items() if there})
 
 
-def check(example: Example, kernel: str, family: str, dtype: str = "float32", *, gradients: bool = False) -> tuple[str, ...]:
+def check(
+    example: Example, kernel: str, family: str, dtype: str = "float32", *, gradients: bool = False
+) -> tuple[str, ...]:
     """Raise AssertionError unless the kernel computes the example as accurately as promised.
 
     Returns:
@@ -116,7 +118,9 @@ def check_gradients(
 ) -> None:
     """Shapes and values of all gradients."""
     exact = reference.gradients(oracle, d_out, d_lse)
-    yard = plain_gradients(plan.problem, oracle, operands, d_out, d_lse) or Gradients(dense=(None,) * len(operands.dense))
+    yard = plain_gradients(plan.problem, oracle, operands, d_out, d_lse) or Gradients(
+        dense=(None,) * len(operands.dense)
+    )
     names = ("q", "k", "v", *(f"bias {n}" for n in range(len(operands.dense))), "table", "sinks")
     triples = zip(names, flat(found), flat(exact), flat(yard), strict=True)
     for name, got, truth, measure in triples:

@@ -1,4 +1,4 @@
-"""Plain attention, the yardstick of accuracy: the three lines of every textbook, in the caller's dtype and framework."""
+"""Plain attention, the yardstick of accuracy: the lines of every textbook, in the caller's dtype and framework."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from ..kernels.portable.tiles import default_tiles
 from . import pytrees  # noqa: F401  (operands cross into jit as pytrees)
 from .derivative import Case, attention
 from .ffi import words_of
+from .predicates import capture
 
 Array = Any
 
@@ -26,7 +27,9 @@ def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
     """
     if plan.kernel == "reference":
         return forward_of("reference").forward(plan, operands)
-    mask, native, bits = operands.mask, plan.kernel == "native", None
+    # Derivatives are the portable kernel's, so its tiles are needed whichever kernel runs forward.
+    tiles = plan.tiles if plan.kernel == "portable" else default_tiles(plan.problem)
+    mask, native, bits = capture(operands.mask, plan.problem, tiles), plan.kernel == "native", None
     if native and mask.lazy is not None:
         if mask.site.concrete:
             with jax.ensure_compile_time_eval():  # a predicate's answers are wanted now, also while something is traced
@@ -37,8 +40,6 @@ def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
             native = False
     smooth = Smooth(operands.q, operands.k, operands.v, operands.dense, operands.table, operands.sinks)
     facts = Facts(mask, _seeded(operands.dropout), bits)
-    # Derivatives are the portable kernel's, so its tiles are needed whichever kernel runs forward.
-    tiles = plan.tiles if plan.kernel == "portable" else default_tiles(plan.problem)
     return attention(Case(plan.problem, tiles, native), smooth, facts)
 
 

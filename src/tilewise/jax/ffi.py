@@ -41,7 +41,10 @@ def forward(problem: AttentionProblem, smooth: Smooth, facts: Facts) -> tuple[Ar
     kinds = tuple(kind for kind, group in given.items() for _ in group)
     operands = (jnp.asarray(array) for group in given.values() for array in group)
     static = None if dropout is None else Dropout(dropout.p, None, dropout.stream)
-    return _foreign(problem, kinds, static)(smooth.q, smooth.k, smooth.v, *operands)
+    out, lse = _foreign(problem, kinds, static)(smooth.q, smooth.k, smooth.v, *operands)
+    # A zero that costs nothing: inside `shard_map` the results must be known to vary where the operands do.
+    zero = sum(jnp.zeros_like(x, shape=()) for x in jax.tree.leaves(smooth[:3]))
+    return out + zero, lse + zero
 
 
 def words_of(bits: TileBits) -> tuple[np.ndarray, np.ndarray]:
@@ -147,6 +150,6 @@ def _labels(q: Array, k: Array) -> tuple[Array, Array]:
     """Labels as 32-bit integers that agree where those given agree."""
     q, k = jnp.asarray(q), jnp.asarray(k)
     if q.dtype.itemsize > 4 or k.dtype.itemsize > 4:
-        ranks = jnp.sort(jnp.concatenate([q.ravel(), k.ravel()]))
-        return tuple(jnp.searchsorted(ranks, x.ravel()).astype(jnp.int32).reshape(x.shape) for x in (q, k))
+        order = jnp.sort(jnp.concatenate([q.ravel(), k.ravel()]))
+        q, k = (jnp.searchsorted(order, x.ravel()).reshape(x.shape) for x in (q, k))
     return q.astype(jnp.int32), k.astype(jnp.int32)

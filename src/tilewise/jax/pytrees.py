@@ -18,6 +18,7 @@ from ..masks.algebra import Mask
 from ..masks.biases import Bias
 from ..masks.lower import LoweredMask
 from ..masks.ranges import Ranges
+from . import predicates  # noqa: F401  (likewise)
 
 
 def _register(kind: type, is_child: Callable[[Any, str, Any], bool]) -> None:

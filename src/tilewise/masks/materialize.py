@@ -15,6 +15,10 @@ def materialize(mask: Mask, q_len: int, k_len: int, *, batch: int = 1, heads: in
 
     This is the other road to the same answer as lowering, so that one can be held against the other.
 
+    Args:
+        mask: a mask whose operands are on the host.
+        q_len, k_len, batch, heads: Sq, Sk, B and Hq of the call it is for.
+
     Raises:
         ValueError, TypeError: beginning with "mask:", when an operand does not fit the sizes.
     """

@@ -70,7 +70,11 @@ def _report(name: str, compiled: Any) -> dict[str, Any]:
     if "ptx" in compiled.asm:
         ptx = compiled.asm["ptx"]
         registers, stack = _resources(compiled.asm["cubin"])
-        report |= {"wgmma": ptx.count("wgmma.mma_async"), "tcgen05": ptx.count("tcgen05.mma"), "mma": ptx.count("mma.sync")}
+        report |= {
+            "wgmma": ptx.count("wgmma.mma_async"),
+            "tcgen05": ptx.count("tcgen05.mma"),
+            "mma": ptx.count("mma.sync"),
+        }
         return report | {"registers": registers, "stack": stack}
     code = compiled.asm["amdgcn"]
     spills = re.findall(r"\.(?:sgpr|vgpr)_spill_count:\s*(\d+)", code)

@@ -19,7 +19,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))
 
-from triton_cases import CASES, DEFAULTS  # noqa: E402
+from triton_cases import CASES, DEFAULTS
 
 SIZES = {"bfloat16": 300, "float16": 300, "float32": 200}
 
@@ -40,7 +40,10 @@ def _run_cases(job: tuple[str, int, list[str]]) -> list[tuple[str, str | None]]:
     script = Path(__file__).with_name("triton_cases.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), "cuda", dtype, str(size), *names], capture_output=True, text=True, env=environment
+        [sys.executable, "-W", "ignore", str(script), "cuda", dtype, str(size), *names],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     found = {}
     for line in done.stdout.splitlines():
@@ -110,7 +113,11 @@ def linear_memory() -> None:
     n = 65_536
     q, k, v = (torch.randn(1, 1, n, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     ids = torch.randint(0, 8, (n,), device="cuda")
-    masks = {"window": tilewise.window(1000, 0), "labels": tilewise.documents(ids), "predicate": tilewise.predicate(lambda b, h, i, j: i - j < 500)}
+    masks = {
+        "window": tilewise.window(1000, 0),
+        "labels": tilewise.documents(ids),
+        "predicate": tilewise.predicate(lambda b, h, i, j: i - j < 500),
+    }
     for name, mask in masks.items():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, for GPUs that need not be here: matrix instructions, shared memory, spilled registers."""
+"""What the Triton kernels compile to, for GPUs that need not be here: instructions, shared memory, spills."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ STACK = {"forward_kernel": 64, "d_kv_kernel": 160, "d_q_kernel": 96, "d_dense_ke
 
 QUICK = ["64,bfloat16,causal", "128,bfloat16,backward+causal"]
 EVERY = [
-    *(f"{d},{dtype},backward{mask}" for d in (64, 128, 256) for dtype in ("bfloat16", "float16") for mask in ("", "+causal")),
+    *(
+        f"{d},{dtype},backward{mask}"
+        for d in (64, 128, 256)
+        for dtype in ("bfloat16", "float16")
+        for mask in ("", "+causal")
+    ),
     "128,bfloat16,backward+labels",
     "128,bfloat16,backward+dense",
     "128,bfloat16,backward+bias",
@@ -38,9 +43,13 @@ EVERY = [
 def reports(arch: str, problems: tuple[str, ...]) -> list[dict[str, Any]]:
     """What `compile_for.py` prints, in a process of its own."""
     source = Path(__import__("tilewise").__file__).parents[1]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(source)}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(source)
+    }
     script = Path(__file__).with_name("compile_for.py")
-    done = subprocess.run([sys.executable, str(script), arch, ";".join(problems)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(script), arch, ";".join(problems)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -1,6 +1,7 @@
-"""The problems that the Triton kernels are held to, and the check: shared by the interpreter's tests and the GPU's script.
+"""The problems that the Triton kernels are held to, and the check: shared by the tests and the GPU's script.
 
-Run as a script it checks some cases and prints a line of JSON for each: `python triton_cases.py DEVICE DTYPE [NAME ...]`.
+Run as a script it checks some cases and prints a line of JSON for each:
+`python triton_cases.py DEVICE DTYPE [NAME ...]`.
 """
 
 from __future__ import annotations
@@ -11,69 +12,95 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from accuracy import assert_accurate  # noqa: E402
+from accuracy import assert_accurate
 
-import tilewise as tw  # noqa: E402
-from tilewise.contract import Gradients, Operands, Plan, Tiles  # noqa: E402
-from tilewise.kernels.reference import dense as oracle  # noqa: E402
-from tilewise.validate import prepare  # noqa: E402
+import tilewise as tw
+from tilewise.contract import Gradients, Operands, Plan, Tiles
+from tilewise.kernels.reference import dense as oracle
+from tilewise.validate import prepare
 
 Options = dict[str, Any]
-DEFAULTS: Options = dict.fromkeys(("mask", "bias", "scale", "softcap", "sinks", "dropout")) | {"layout": "bhsd", "return_lse": True}
+DEFAULTS: Options = dict.fromkeys(("mask", "bias", "scale", "softcap", "sinks", "dropout")) | {
+    "layout": "bhsd",
+    "return_lse": True,
+}
+
+
+class Site(NamedTuple):
+    """Sq, Sk, Hq and the device of a case."""
+
+    sq: int
+    sk: int
+    h: int
+    device: Any
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem: sizes, a function from (Sq, Sk, Hq, device) to options, and what to plant among the inputs."""
+    """A problem: sizes, a function from the sizes to options, and what to plant among the inputs."""
 
     name: str
-    options: Callable[[int, int, int, Any], Options] = lambda sq, sk, h, device: {}
+    options: Callable[[Site], Options] = lambda s: {}
     batch: int = 1
     heads: tuple[int, int] = (2, 1)
     lengths: tuple[float, float] = (0.8, 1.0)
     widths: tuple[int, int] = (24, 40)
     plant: Callable[..., None] | None = None
-    tags: frozenset[str] = field(default=frozenset())
+    wide: bool = False
+
+
+CAUSAL: Options = {"mask": tw.causal("end")}
 
 
 def _random(shape: tuple[int, ...], device: Any, seed: int = 5) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def _dense(sq: int, sk: int, h: int, device: Any) -> Options:
-    array = _random((1, h, sq, sk), "cpu") > 0
+def _dense(s: Site) -> Options:
+    array = _random((1, s.h, s.sq, s.sk), "cpu") > 0
     array[:, :, 5] = False
-    return {"mask": tw.dense(array.to(device))}
+    return {"mask": tw.dense(array.to(s.device))}
 
 
-def _minus_inf(sq: int, sk: int, h: int, device: Any) -> Options:
-    bias = _random((1, h, sq, sk), "cpu")
-    bias[0, 0, :, sk // 2 :] = -np.inf
+def _minus_inf(s: Site) -> Options:
+    bias = _random((1, s.h, s.sq, s.sk), "cpu")
+    bias[0, 0, :, s.sk // 2 :] = -np.inf
     bias[0, -1, 3] = -np.inf
-    return {"bias": bias.to(device)}
+    return {"bias": bias.to(s.device)}
 
 
-def _three_biases(sq: int, sk: int, h: int, device: Any) -> Options:
-    first, second, third = (_random(shape, device) for shape in ((1, h, sq, sk), (sq, 1), (1, 1, 1, sk)))
-    return {"bias": tw.relative(_random((h, sq + sk - 1), device)) + first + second + third, "mask": tw.causal("end")}
+def _three_biases(s: Site) -> Options:
+    first, second, third = (_random(shape, s.device) for shape in ((1, s.h, s.sq, s.sk), (s.sq, 1), (1, 1, 1, s.sk)))
+    return {
+        "bias": tw.relative(_random((s.h, s.sq + s.sk - 1), s.device)) + first + second + third,
+        "mask": tw.causal("end"),
+    }
 
 
-def _scattered(sq: int, sk: int, h: int, device: Any) -> tw.Mask:
-    ids = np.random.default_rng(0).integers(0, 3, sk)
-    return tw.documents(ids[:sq], ids)
+def _row_mask(s: Site) -> Options:
+    return {"mask": tw.dense(_random((1, 1, s.sq, 1), s.device) > 0) & tw.causal("end")}
 
 
-def _thirds(sq: int, sk: int, h: int, device: Any) -> Options:
-    return {"mask": tw.documents(np.arange(sk)[sk - sq :] * 3 // sk, np.arange(sk) * 3 // sk)}
+def _one_table(s: Site) -> Options:
+    return {"bias": tw.relative(_random((1, s.sq + s.sk - 1), s.device)), "mask": tw.predicate(_some)}
+
+
+def _scattered(s: Site) -> tw.Mask:
+    ids = np.random.default_rng(0).integers(0, 3, s.sk)
+    return tw.documents(ids[: s.sq], ids)
+
+
+def _thirds(s: Site) -> Options:
+    return {"mask": tw.documents(np.arange(s.sk)[s.sk - s.sq :] * 3 // s.sk, np.arange(s.sk) * 3 // s.sk)}
 
 
 def _plant_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -95,44 +122,45 @@ def _some(b: Any, h: Any, i: Any, j: Any) -> Any:
 CASES = (
     Case("plain"),
     Case("batch and group", batch=2, heads=(4, 2)),
-    Case("causal end", lambda sq, sk, h, device: {"mask": tw.causal("end")}, batch=2, heads=(4, 2)),
-    Case("causal start", lambda sq, sk, h, device: {"mask": tw.causal("start")}, lengths=(1.0, 0.6)),
-    Case("rows that see nothing", lambda sq, sk, h, device: {"mask": tw.causal("end"), "sinks": 0.5}, lengths=(1.0, 0.4)),
-    Case("window or prefix", lambda sq, sk, h, device: {"mask": tw.window(sk // 5, 3, "end") | tw.prefix(4)}),
-    Case("lengths", lambda sq, sk, h, device: {"mask": tw.lengths(k=torch.tensor([sk // 2, sk - 1], device=device))}, batch=2),
-    Case("scattered documents", lambda sq, sk, h, device: {"mask": _scattered(sq, sk, h, device)}),
-    Case("scattered and causal", lambda sq, sk, h, device: {"mask": _scattered(sq, sk, h, device) & tw.causal("end")}),
+    Case("causal", lambda s: CAUSAL),  # before the same mask with a batch of two: what is kept must serve both
+    Case("causal end", lambda s: CAUSAL, batch=2, heads=(4, 2)),
+    Case("causal start", lambda s: {"mask": tw.causal("start")}, lengths=(1.0, 0.6)),
+    Case("rows that see nothing", lambda s: {"mask": tw.causal("end"), "sinks": 0.5}, lengths=(1.0, 0.4)),
+    Case("window or prefix", lambda s: {"mask": tw.window(s.sk // 5, 3, "end") | tw.prefix(4)}),
+    Case("lengths", lambda s: {"mask": tw.lengths(k=torch.tensor([s.sk // 2, s.sk - 1], device=s.device))}, batch=2),
+    Case("scattered documents", lambda s: {"mask": _scattered(s)}),
+    Case("scattered and causal", lambda s: {"mask": _scattered(s) & tw.causal("end")}),
     Case("dense mask", _dense),
-    Case("row mask and causal", lambda sq, sk, h, device: {"mask": tw.dense(_random((1, 1, sq, 1), device) > 0) & tw.causal("end")}),
-    Case("predicate", lambda sq, sk, h, device: {"mask": tw.predicate(_some)}, batch=2),
-    Case("predicate or causal", lambda sq, sk, h, device: {"mask": tw.predicate(_some) | tw.causal("start")}),
-    Case("bias", lambda sq, sk, h, device: {"bias": _random((2, h, sq, sk), device)}, batch=2),
-    Case("bias for all heads", lambda sq, sk, h, device: {"bias": _random((sq, sk), device)}, batch=2),
+    Case("row mask and causal", _row_mask),
+    Case("predicate", lambda s: {"mask": tw.predicate(_some)}, batch=2),
+    Case("predicate or causal", lambda s: {"mask": tw.predicate(_some) | tw.causal("start")}),
+    Case("bias", lambda s: {"bias": _random((2, s.h, s.sq, s.sk), s.device)}, batch=2),
+    Case("bias for all heads", lambda s: {"bias": _random((s.sq, s.sk), s.device)}, batch=2),
     Case("bias with -inf", _minus_inf),
     Case("three biases and a table", _three_biases),
-    Case("alibi", lambda sq, sk, h, device: {"bias": tw.alibi(_random((h,), device).abs(), "end"), "mask": tw.causal("end")}, batch=2),
-    Case("one table, predicate", lambda sq, sk, h, device: {"bias": tw.relative(_random((1, sq + sk - 1), device)), "mask": tw.predicate(_some)}),
-    Case("soft cap", lambda sq, sk, h, device: {"softcap": 1.5, "mask": tw.causal("end")}),
-    Case("soft cap far", lambda sq, sk, h, device: {"softcap": 50.0}),
-    Case("negative scale", lambda sq, sk, h, device: {"scale": -0.3, "mask": tw.causal("end")}),
-    Case("no scale", lambda sq, sk, h, device: {"scale": 0.0}),
-    Case("sinks", lambda sq, sk, h, device: {"sinks": _random((h,), device), "mask": tw.causal("end")}, batch=2),
-    Case("dropout", lambda sq, sk, h, device: {"dropout": tw.Dropout(0.3, seed=2**40 + 5, stream=3), "mask": tw.causal("end")}, batch=2),
-    Case("drop all", lambda sq, sk, h, device: {"dropout": tw.Dropout(1.0, seed=1)}),
-    Case("one query", lambda sq, sk, h, device: {"mask": tw.causal("end")}, lengths=(0.0, 1.0), heads=(4, 1)),
+    Case("alibi", lambda s: CAUSAL | {"bias": tw.alibi(_random((s.h,), s.device).abs(), "end")}, batch=2),
+    Case("one table, predicate", _one_table),
+    Case("soft cap", lambda s: {"softcap": 1.5, "mask": tw.causal("end")}),
+    Case("soft cap far", lambda s: {"softcap": 50.0}),
+    Case("negative scale", lambda s: {"scale": -0.3, "mask": tw.causal("end")}),
+    Case("no scale", lambda s: {"scale": 0.0}),
+    Case("sinks", lambda s: {"sinks": _random((s.h,), s.device), "mask": tw.causal("end")}, batch=2),
+    Case("dropout", lambda s: CAUSAL | {"dropout": tw.Dropout(0.3, seed=2**40 + 5, stream=3)}, batch=2),
+    Case("drop all", lambda s: {"dropout": tw.Dropout(1.0, seed=1)}),
+    Case("one query", lambda s: CAUSAL, lengths=(0.0, 1.0), heads=(4, 1)),
     Case("one key", lengths=(1.0, 0.0)),
     Case("width 1", widths=(1, 1)),
-    Case("width 64", lambda sq, sk, h, device: {"mask": tw.causal("end")}, widths=(64, 64)),
-    Case("width 128", lambda sq, sk, h, device: {"mask": tw.causal("end")}, widths=(128, 128), tags=frozenset({"wide"})),
-    Case("width 192 and 128", lambda sq, sk, h, device: {"mask": tw.causal("end")}, widths=(192, 128), tags=frozenset({"wide"})),
-    Case("width 256", lambda sq, sk, h, device: {"mask": tw.causal("end")}, widths=(256, 256), tags=frozenset({"wide"})),
-    Case("width 512", lambda sq, sk, h, device: {"mask": tw.causal("end")}, widths=(512, 512), tags=frozenset({"wide"})),
-    Case("tokens before heads", lambda sq, sk, h, device: {"mask": tw.causal("end"), "layout": "bshd"}, batch=2),
+    Case("width 64", lambda s: CAUSAL, widths=(64, 64)),
+    Case("width 128", lambda s: CAUSAL, widths=(128, 128), wide=True),
+    Case("width 192 and 128", lambda s: CAUSAL, widths=(192, 128), wide=True),
+    Case("width 256", lambda s: CAUSAL, widths=(256, 256), wide=True),
+    Case("width 512", lambda s: CAUSAL, widths=(512, 512), wide=True),
+    Case("tokens before heads", lambda s: {"mask": tw.causal("end"), "layout": "bshd"}, batch=2),
     Case("no queries", lengths=(-1.0, 1.0)),
     Case("no keys", lengths=(1.0, -1.0)),
     Case("rubbish in a document", _thirds, plant=_plant_documents),
-    Case("rubbish and soft cap", lambda *site: _thirds(*site) | {"softcap": 2.0}, plant=_plant_documents),
-    Case("rubbish in late keys", lambda sq, sk, h, device: {"mask": tw.causal("start")}, plant=_plant_late, lengths=(0.6, 1.0)),
+    Case("rubbish and soft cap", lambda s: _thirds(s) | {"softcap": 2.0}, plant=_plant_documents),
+    Case("rubbish in late keys", lambda s: {"mask": tw.causal("start")}, plant=_plant_late, lengths=(0.6, 1.0)),
     Case("rubbish behind a dense mask", _dense, plant=_plant_late),
     Case("rubbish behind -inf", _minus_inf, plant=_plant_late),
 )  # fmt: skip
@@ -143,12 +171,17 @@ def build(case: Case, size: int, dtype: torch.dtype, device: Any) -> tuple[Plan,
     sq, sk = (0 if share < 0 else max(1, int(size * share)) for share in case.lengths)
     (heads, kv_heads), (d, dv) = case.heads, case.widths
     random = torch.Generator().manual_seed(3)
-    shapes = (case.batch, heads, sq, d), (case.batch, kv_heads, sk, d), (case.batch, kv_heads, sk, dv), (case.batch, heads, sq, dv)
+    shapes = (
+        (case.batch, heads, sq, d),
+        (case.batch, kv_heads, sk, d),
+        (case.batch, kv_heads, sk, dv),
+        (case.batch, heads, sq, dv),
+    )
     q, k, v, d_out = (torch.randn(shape, generator=random).to(dtype) for shape in shapes)
     d_lse = torch.randn(shapes[0][:3], generator=random).to(device)
     if case.plant is not None:
         case.plant(q, k, v)
-    options = DEFAULTS | case.options(sq, sk, heads, device)
+    options = DEFAULTS | case.options(Site(sq, sk, heads, device))
     if options["layout"] == "bshd":
         q, k, v = (array.transpose(1, 2).contiguous() for array in (q, k, v))
     call = prepare(q.to(device), k.to(device), v.to(device), **options)
@@ -158,7 +191,7 @@ def build(case: Case, size: int, dtype: torch.dtype, device: Any) -> tuple[Plan,
 
 
 def check(case: Case, size: int, dtype: torch.dtype, device: Any) -> None:
-    """Raise AssertionError unless forward and backward are as accurate as promised, everywhere written, and repeatable."""
+    """Raise AssertionError unless forward and backward are as accurate as promised, complete and repeatable."""
     from tilewise.kernels.triton.backward import backward
     from tilewise.kernels.triton.forward import forward
 

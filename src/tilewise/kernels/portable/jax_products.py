@@ -115,7 +115,7 @@ def _jvp(primitive: Primitive, primals: tuple, tangents: tuple) -> tuple[Array, 
     out = primitive.bind(a, b, *seen)
     parts = [] if type(da) is ad.Zero else [primitive.bind(da, b, *seen)]
     parts += [] if type(db) is ad.Zero else [primitive.bind(a, db, *seen)]
-    return out, sum(parts[1:], parts[0]) if parts else ad.Zero.from_primal_value(out)
+    return out, sum(parts[1:], parts[0])
 
 
 def _batch(primitive: Primitive, operands: tuple, axes: tuple) -> tuple[Array, int]:

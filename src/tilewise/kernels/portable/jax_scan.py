@@ -12,6 +12,7 @@ that knot). The bodies of its scans are rematerialised: a backward pass keeps th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +76,7 @@ def attend(problem: AttentionProblem, tiles: Tiles, smooth: Smooth, facts: Facts
         empty = State.empty(zeros, (problem.batch, problem.kv_heads, grid.rows), problem.value_dim)
         carry = (empty.peak, empty.total, empty.weighted)
         carry = jax.lax.scan(_step(grid, facts, smooth, i, q, absorb), carry, (keys, None))[0]
-        return State(*carry).finish(jnp, _per_row(grid, smooth.sinks))
+        return State(*carry).finish(jnp, _if_given(partial(_per_row, grid), smooth.sinks))
 
     starts = jnp.asarray(grid.queries.starts)
     _, (out, lse) = jax.lax.scan(lambda _, xs: (None, block(*xs)), None, (starts, _query_blocks(grid, smooth.q)))
@@ -95,7 +96,7 @@ def tangent(
     # biases themselves would have the transpose add a whole (Sq, Sk) gradient for every tile.
     full = [d is not None and 1 not in d.shape[2:] for d in moving.dense]
     bias_rows = tuple(grid.queries.split(d, 2) if whole else None for d, whole in zip(moving.dense, full, strict=True))
-    key_blocks = (_key_blocks(grid, smooth), _blocks(grid.keys, moving.k, 2), _blocks(grid.keys, moving.v, 2))
+    key_blocks = (_key_blocks(grid, smooth), *(_if_given(grid.keys.split, x, 2) for x in (moving.k, moving.v)))
 
     def block(i: Array, q: Array, out: Array, lse: Array, d_q: Array | None, bias_rows: tuple) -> tuple[Array, Array]:
         unseen = lse == -jnp.inf
@@ -104,9 +105,9 @@ def tangent(
         def absorb(carry: tuple, tile: Tile, at: Smooth, seen: Array | None, blocks: tuple) -> tuple:
             (d_weighted, d_lse), (d_k, d_v, bias_tiles) = carry, blocks
             d_dense = tuple(
-                b if b is not None else _cut(tile, d) for b, d in zip(bias_tiles, moving.dense, strict=True)
+                b if b is not None else _if_given(tile.cut, d) for b, d in zip(bias_tiles, moving.dense, strict=True)
             )
-            along = Smooth(d_q, d_k, dense=d_dense, table=_band(tile, moving.table))
+            along = Smooth(d_q, d_k, dense=d_dense, table=_if_given(tile.band, moving.table))
             scores, d_scores = _scores_along(grid, at, along, seen)
             p = _visible(jnp.exp(_visible(scores, seen, -jnp.inf) - base[..., None]), seen)
             if d_scores is not None:
@@ -117,7 +118,7 @@ def tangent(
                 d_weighted = d_weighted + weighted_rows(_dropped(p, tile, facts), d_v, seen)
             return d_weighted, d_lse
 
-        columns = tuple(_blocks(grid.keys, rows, 3) for rows in bias_rows)
+        columns = tuple(_if_given(grid.keys.split, rows, 3) for rows in bias_rows)
         step = jax.checkpoint(_step(grid, facts, smooth, i, q, absorb), prevent_cse=False)
         shape = (problem.batch, problem.kv_heads, grid.rows)
         carry = (zeros((*shape, problem.value_dim)), zeros(shape))
@@ -130,7 +131,7 @@ def tangent(
 
     body = jax.checkpoint(lambda xs: block(*xs), prevent_cse=False)
     rows = (*(_query_blocks(grid, x) for x in (smooth.q, out)), _query_blocks(grid, lse[..., None])[..., 0])
-    xs = (jnp.asarray(grid.queries.starts), *rows, _query_blocks(grid, moving.q), bias_rows)
+    xs = (jnp.asarray(grid.queries.starts), *rows, _if_given(partial(_query_blocks, grid), moving.q), bias_rows)
     _, (d_out, d_lse) = jax.lax.scan(lambda _, xs: (None, body(xs)), None, xs)
     return _join(grid, d_out), _join(grid, d_lse[..., None])[..., 0]
 
@@ -144,9 +145,9 @@ def _step(grid: Grid, facts: Facts, smooth: Smooth, i: Array, q: Array, absorb: 
         tile = Tile(grid, i, j, fresh)
 
         def visit(carry: tuple) -> tuple:
-            at = Smooth(q, k, v, tuple(_cut(tile, bias) for bias in smooth.dense), _band(tile, smooth.table))
+            at = Smooth(q, k, v, tuple(map(tile.cut, smooth.dense)), _if_given(tile.band, smooth.table))
             seen = tile.seen(mask, at.dense, at.table)
-            if mask.dense is None and mask.lazy is None:
+            if seen is None or (mask.dense is None and mask.lazy is None):
                 return absorb(carry, tile, at, seen, extra)
             return jax.lax.cond(
                 seen.any(), lambda carry: absorb(carry, tile, at, seen, extra), lambda carry: carry, carry
@@ -196,18 +197,12 @@ def _visible(x: Array, seen: Array | None, otherwise: float = 0.0) -> Array:
     return x if seen is None else jnp.where(seen, x, otherwise)
 
 
-def _cut(tile: Tile, bias: Array | None) -> Array | None:
-    return None if bias is None else tile.cut(bias)
+def _if_given(function: Callable, x: Array | None, *more: Any) -> Any:
+    return None if x is None else function(x, *more)
 
 
-def _band(tile: Tile, table: Array | None) -> Array | None:
-    return None if table is None else tile.band(table)
-
-
-def _query_blocks(grid: Grid, x: Array | None) -> Array | None:
+def _query_blocks(grid: Grid, x: Array) -> Array:
     """(B, Hq, Sq, D) as blocks (count, B, Hkv, R, D)."""
-    if x is None:
-        return None
     blocks = grid.queries.split(x, 2)
     return blocks.reshape(blocks.shape[0], x.shape[0], grid.problem.kv_heads, grid.rows, x.shape[3])
 
@@ -224,14 +219,8 @@ def _key_blocks(grid: Grid, smooth: Smooth) -> tuple[Array, ...]:
     return jnp.asarray(grid.keys.starts), fresh, grid.keys.split(smooth.k, 2), grid.keys.split(smooth.v, 2)
 
 
-def _blocks(along: Any, x: Array | None, axis: int) -> Array | None:
-    return None if x is None else along.split(x, axis)
-
-
-def _per_row(grid: Grid, sinks: Array | None) -> Array | None:
+def _per_row(grid: Grid, sinks: Array) -> Array:
     """(Hq,) as (1, Hkv, R)."""
-    if sinks is None:
-        return None
     problem = grid.problem
     heads = sinks.reshape(1, problem.kv_heads, problem.group, 1)
     return jnp.broadcast_to(heads, (*heads.shape[:3], grid.queries.size)).reshape(1, problem.kv_heads, grid.rows)
@@ -240,8 +229,8 @@ def _per_row(grid: Grid, sinks: Array | None) -> Array | None:
 def _accumulating(problem: AttentionProblem, x: Smooth) -> Smooth:
     """In the accumulator's dtype, all that many tiles share: gradients are summed in that dtype and rounded once."""
 
-    def wide(array: Array | None) -> Array | None:
-        return None if array is None else array.astype(problem.accumulator)
+    def wide(array: Array | None) -> Any:
+        return _if_given(lambda array: array.astype(problem.accumulator), array)
 
     # A full dense bias belongs to one tile in each of its elements, and is too large to be converted whole.
     dense = tuple(wide(d) if d is not None and 1 in d.shape[2:] else d for d in x.dense)

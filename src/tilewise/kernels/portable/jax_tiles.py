@@ -57,17 +57,25 @@ class Blocks:
 
     def split(self, x: Array, axis: int) -> Array:
         """(…, length, …) as (count, …, size, …); linear, so its transpose puts gradients back where they belong."""
-        whole = jax.lax.slice_in_dim(x, 0, self.length - self.size + self.overlap, axis=axis)
-        shape = (*x.shape[:axis], self.count - 1, self.size, *x.shape[axis + 1 :])
-        last = jax.lax.slice_in_dim(x, self.length - self.size, self.length, axis=axis)
-        return jnp.concatenate([jnp.moveaxis(whole.reshape(shape), axis, 0), last[None]])
+        if self.count == 1:
+            return x[None]
+        if self.overlap:
+            whole = Blocks(self.length + self.overlap - self.size, self.size)
+            first = jax.lax.slice_in_dim(x, 0, whole.length, axis=axis)
+            last = jax.lax.slice_in_dim(x, self.length - self.size, self.length, axis=axis)
+            return jnp.concatenate([whole.split(first, axis), last[None]])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], self.count, self.size, *x.shape[axis + 1 :]), axis, 0)
 
     def join(self, blocks: Array, axis: int) -> Array:
         """(count, …, size, …) as (…, length, …), `axis` being that of the result."""
-        whole = jnp.moveaxis(blocks[:-1], 0, axis)
-        whole = whole.reshape(*whole.shape[:axis], (self.count - 1) * self.size, *whole.shape[axis + 2 :])
-        last = jax.lax.slice_in_dim(blocks[-1], self.overlap, self.size, axis=axis)
-        return jnp.concatenate([whole, last], axis)
+        if self.count == 1:
+            return blocks[0]
+        if self.overlap:
+            whole = Blocks(self.length + self.overlap - self.size, self.size)
+            last = jax.lax.slice_in_dim(blocks[-1], self.overlap, self.size, axis=axis)
+            return jnp.concatenate([whole.join(blocks[:-1], axis), last], axis)
+        x = jnp.moveaxis(blocks, 0, axis)
+        return x.reshape(*x.shape[:axis], self.length, *x.shape[axis + 2 :])
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,12 @@ _CACHE_BYTES = 32 << 20
 def call_of(plan: Plan, operands: Operands) -> Call:
     """All that decides a score, with no mask yet: each slab brings its own."""
     problem = plan.problem
-    full = (problem.batch, problem.q_heads, problem.q_len, problem.k_len)
     table = operands.table
     return Call(
         shape=shape_of(operands.q, operands.k, operands.v),
         mask=_NO_MASK,
-        dense=tuple(view(array, full) for array in operands.dense),
-        table=rows(table, (problem.batch, problem.q_heads, table.shape[2])) if table is not None else None,
+        dense=tuple(view(array) for array in operands.dense),
+        table=rows(table) if table is not None else None,
         dropout=_dropout(operands.dropout, operands.q.device),
         scale=float(problem.scale),
         rising=tl.constexpr(problem.scale > 0),

@@ -32,7 +32,7 @@ def backward(
     """Gradients of one call to the operands named in `plan.problem.gradients`.
 
     Args:
-        out (B, Hq, Sq, Dv), lse (B, Hq, Sq): what the forward pass gave. d_out, d_lse: gradients to them, d_lse or None.
+        out (B, Hq, Sq, Dv), lse (B, Hq, Sq): what the forward pass gave. d_out, d_lse: their gradients; d_lse or None.
 
     Returns:
         Gradients in the operands' shapes and dtypes, None for those not wanted.
@@ -105,7 +105,6 @@ class _Step:
     def d_dense(self, bias: torch.Tensor) -> torch.Tensor:
         """(B', H', Sq', Sk'), summed where the bias was broadcast."""
         problem = self.plan.problem
-        full = (problem.batch, problem.q_heads, problem.q_len, problem.k_len)
         over_b, over_h, over_q, over_k = (size == 1 for size in bias.shape)
         d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         blocks = blocks_of("d_bias", self.operands.q, self.width)
@@ -114,7 +113,8 @@ class _Step:
             grid = (1 if over_q else slab.tiles, 1 if over_k else k_tiles, bias.shape[0] * bias.shape[1])
             launch(
                 d_dense_kernel, grid,
-                *self.tiles, view(d_bias, full), self.call._replace(mask=slab.mask), slab.first, slab.tiles, k_tiles, problem.batch,
+                *self.tiles, view(d_bias), self.call._replace(mask=slab.mask),
+                slab.first, slab.tiles, k_tiles, problem.batch,
                 OVER_B=over_b, OVER_H=over_h, OVER_Q=over_q, OVER_K=over_k, blocks=blocks,
             )  # fmt: skip
         return d_bias.to(bias.dtype)
@@ -130,10 +130,11 @@ class _Step:
         for slab in self.facts.slabs("queries", blocks):
             launch(
                 d_table_kernel, (parts.shape[1], parts.shape[0]),
-                *self.tiles, parts, self.call._replace(mask=slab.mask), slab.first, slab.tiles, q_tiles, k_tiles, problem.batch,
+                *self.tiles, parts, self.call._replace(mask=slab.mask),
+                slab.first, slab.tiles, q_tiles, k_tiles, problem.batch,
                 OVER_B=batch == 1, OVER_H=heads == 1, blocks=blocks,
             )  # fmt: skip
-        # Neighbouring parts overlap by half: the right half of one and the left half of the next are the same distances.
+        # Neighbouring parts overlap by half: the right half of one and the left of the next are the same distances.
         sums = torch.zeros((batch * heads, q_tiles + k_tiles, side), dtype=torch.float32, device=table.device)
         sums[:, :-1] += parts[..., :side]
         sums[:, 1:] += parts[..., side:]
@@ -147,15 +148,24 @@ class _Step:
 
 
 def _begin(
-    plan: Plan, operands: Operands, out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor, d_lse: torch.Tensor | None
+    plan: Plan,
+    operands: Operands,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
 ) -> _Step:
     call = call_of(plan, operands)
-    delta, level = torch.empty_like(lse, memory_format=torch.contiguous_format), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    delta, level = (
+        torch.empty_like(lse, memory_format=torch.contiguous_format),
+        torch.empty_like(lse, memory_format=torch.contiguous_format),
+    )
     batch, heads, q_len = lse.shape
     steps = -(-q_len // _ROWS_AT_ONCE)
     launch(
         rows_kernel, (steps * batch * heads,),
-        view(out), view(d_out), rows(lse), rows(d_lse) if d_lse is not None else None, rows(delta), rows(level), steps, heads, q_len,
+        view(out), view(d_out), rows(lse), rows(d_lse) if d_lse is not None else None, rows(delta), rows(level),
+        steps, heads, q_len,
         WIDTH=call.shape.dv.value, BLOCK=call.shape.block_dv.value, ROWS=_ROWS_AT_ONCE,
     )  # fmt: skip
     tiles = (view(operands.q), view(operands.k), view(operands.v), view(d_out), rows(level), rows(delta))

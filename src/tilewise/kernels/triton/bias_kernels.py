@@ -84,15 +84,19 @@ def d_table_kernel(
 
 
 @triton.jit
-def _add_tile(acc, q, k, v, d_out, level, delta, queries, keys, b, h, call, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+def _add_tile(
+    acc, q, k, v, d_out, level, delta, queries, keys, b, h, call, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """acc plus the d_scores of a tile, of which nothing is read where no pair is visible."""
     row = queries + tl.arange(0, BLOCK_Q)
     i, j = row[:, None], (keys + tl.arange(0, BLOCK_K))[None, :]
     seen = visible(call.mask, b, h, i, j, call.shape.q_len, call.shape.k_len)
-    if tl.max(tl.max(seen.to(tl.int32), axis=1), axis=0) != 0:
+    if tl.max(seen.to(tl.int32), axis=None) != 0:
         kv_head = h // call.shape.group
         q_tile = load_tile(q, b, h, queries, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
-        d_out_tile = load_tile(d_out, b, h, queries, call.shape.q_len, BLOCK_Q, call.shape.dv, call.shape.block_dv, False)
+        d_out_tile = load_tile(
+            d_out, b, h, queries, call.shape.q_len, BLOCK_Q, call.shape.dv, call.shape.block_dv, False
+        )
         k_tile = load_tile(k, b, kv_head, keys, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, False)
         v_tile = load_tile(v, b, kv_head, keys, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, False)
         row_level = load_row(level, b, h, row, call.shape.q_len, INF)[:, None]

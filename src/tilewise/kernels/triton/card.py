@@ -24,7 +24,9 @@ def _available() -> Unavailable | None:
         return Unavailable("Triton is not installed", "install tilewise[torch] on Linux, or triton beside torch")
     torch = sys.modules.get("torch")
     if torch is not None and not _interpreted() and not torch.cuda.is_available():
-        return Unavailable("torch sees no GPU", "run on a machine with one, or set TRITON_INTERPRET=1 to try the kernels slowly")
+        return Unavailable(
+            "torch sees no GPU", "run on a machine with one, or set TRITON_INTERPRET=1 to try the kernels slowly"
+        )
     return None
 
 
@@ -40,7 +42,9 @@ class _TritonCard(KernelCard):
             *super()._reasons(problem),
             "on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1)" if on_cpu else None,
             f"it takes head dimensions up to {_WIDEST}, not {widest}" if widest > _WIDEST else None,
-            f"it takes at most {_MOST_KEYS} queries and there are {problem.q_len}" if problem.q_len > _MOST_KEYS else None,
+            f"it takes at most {_MOST_KEYS} queries and there are {problem.q_len}"
+            if problem.q_len > _MOST_KEYS
+            else None,
         ]
 
 
@@ -52,7 +56,7 @@ def _tiles(problem: AttentionProblem) -> Tiles:
 
 
 def _workspace(problem: AttentionProblem, tiles: Tiles) -> int:
-    """Bounds of ranges, and lists of tiles: at most 64 MiB of those exist at once, and 32 MiB of evaluated predicates."""
+    """Bounds of ranges, and lists of tiles: at most 64 MiB of those at once, and 32 MiB of evaluated predicates."""
     leading = (problem.batch if problem.mask.batch else 1) * (problem.q_heads if problem.mask.heads else 1)
     bounds = 8 * leading * problem.q_len * problem.mask.ranges
     masked = problem.mask.ranges or problem.mask.labels or problem.mask.bits

@@ -32,10 +32,50 @@ def d_kv_kernel(
         mixed, full = counts_of(lists, row, call.shape.q_len, BLOCK_Q, False)
         for n in range(0, mixed):
             queries = mixed_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
-            acc_k, acc_v = _absorb(acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries, first, b, h, call, WANT_K, WANT_V, True, False, BLOCK_Q, BLOCK_K)
+            acc_k, acc_v = _absorb(
+                acc_k,
+                acc_v,
+                k_tile,
+                v_tile,
+                q,
+                d_out,
+                level,
+                delta,
+                queries,
+                first,
+                b,
+                h,
+                call,
+                WANT_K,
+                WANT_V,
+                True,
+                False,
+                BLOCK_Q,
+                BLOCK_K,
+            )
         for n in range(0, full):
             queries = full_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
-            acc_k, acc_v = _absorb(acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries, first, b, h, call, WANT_K, WANT_V, False, False, BLOCK_Q, BLOCK_K)
+            acc_k, acc_v = _absorb(
+                acc_k,
+                acc_v,
+                k_tile,
+                v_tile,
+                q,
+                d_out,
+                level,
+                delta,
+                queries,
+                first,
+                b,
+                h,
+                call,
+                WANT_K,
+                WANT_V,
+                False,
+                False,
+                BLOCK_Q,
+                BLOCK_K,
+            )
     if CAN_LEAK and not (all_finite(acc_k) & all_finite(acc_v)):
         acc_k = tl.zeros([BLOCK_K, call.shape.block_d if WANT_K else 1], tl.float32)
         acc_v = tl.zeros([BLOCK_K, call.shape.block_dv if WANT_V else 1], tl.float32)
@@ -50,10 +90,13 @@ def d_kv_kernel(
                     queries = full_tile(lists, row, n - mixed, call.shape.q_len, BLOCK_Q) * BLOCK_Q
                 for part in range(0, BLOCK_Q, CAREFUL_ROWS):
                     acc_k, acc_v = _absorb(
-                        acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries + part, first, b, h, call, WANT_K, WANT_V, True, True, CAREFUL_ROWS, BLOCK_K
+                        acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries + part, first, b, h, call,
+                        WANT_K, WANT_V, True, True, CAREFUL_ROWS, BLOCK_K,
                     )  # fmt: skip
     if WANT_K:
-        store_tile(d_k, b, kv_head, first, call.shape.k_len, acc_k * call.scale, BLOCK_K, call.shape.d, call.shape.block_d)
+        store_tile(
+            d_k, b, kv_head, first, call.shape.k_len, acc_k * call.scale, BLOCK_K, call.shape.d, call.shape.block_d
+        )
     if WANT_V:
         store_tile(d_v, b, kv_head, first, call.shape.k_len, acc_v, BLOCK_K, call.shape.dv, call.shape.block_dv)
 
@@ -61,7 +104,8 @@ def d_kv_kernel(
 @triton.jit
 def _absorb(
     acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, first_query, first, b, h, call,
-    WANT_K: tl.constexpr, WANT_V: tl.constexpr, MIXED: tl.constexpr, CAREFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WANT_K: tl.constexpr, WANT_V: tl.constexpr, MIXED: tl.constexpr, CAREFUL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc_k (BLOCK_K, D) and acc_v (BLOCK_K, Dv) plus what one tile of queries contributes.
 
@@ -71,7 +115,9 @@ def _absorb(
     row = first_query + tl.arange(0, BLOCK_Q)
     i, j = row[None, :], (first + tl.arange(0, BLOCK_K))[:, None]
     q_tile = load_tile(q, b, h, first_query, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
-    d_out_tile = load_tile(d_out, b, h, first_query, call.shape.q_len, BLOCK_Q, call.shape.dv, call.shape.block_dv, False)
+    d_out_tile = load_tile(
+        d_out, b, h, first_query, call.shape.q_len, BLOCK_Q, call.shape.dv, call.shape.block_dv, False
+    )
     row_level = load_row(level, b, h, row, call.shape.q_len, INF)[None, :]
     p, keep, seen, bend = probabilities(product(k_tile, tl.trans(q_tile)), call, row_level, b, h, i, j, MIXED)
     if WANT_V:

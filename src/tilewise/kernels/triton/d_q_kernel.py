@@ -29,10 +29,14 @@ def d_q_kernel(
     acc = tl.zeros([BLOCK_Q, call.shape.block_d], tl.float32)
     for n in range(0, mixed):
         keys = mixed_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
-        acc = _absorb(acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys, first, b, h, call, True, False, BLOCK_Q, BLOCK_K)
+        acc = _absorb(
+            acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys, first, b, h, call, True, False, BLOCK_Q, BLOCK_K
+        )
     for n in range(0, full):
         keys = full_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
-        acc = _absorb(acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys, first, b, h, call, False, False, BLOCK_Q, BLOCK_K)
+        acc = _absorb(
+            acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys, first, b, h, call, False, False, BLOCK_Q, BLOCK_K
+        )
     if CAN_LEAK and not all_finite(acc):
         acc = tl.zeros([BLOCK_Q, call.shape.block_d], tl.float32)
         for n in range(0, mixed + full):
@@ -42,7 +46,8 @@ def d_q_kernel(
                 keys = full_tile(lists, row, n - mixed, call.shape.k_len, BLOCK_K) * BLOCK_K
             for part in range(0, BLOCK_K, CAREFUL_ROWS):
                 acc = _absorb(
-                    acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys + part, first, b, h, call, True, True, BLOCK_Q, CAREFUL_ROWS
+                    acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys + part, first, b, h, call,
+                    True, True, BLOCK_Q, CAREFUL_ROWS,
                 )  # fmt: skip
     store_tile(d_q, b, h, first, call.shape.q_len, acc * call.scale, BLOCK_Q, call.shape.d, call.shape.block_d)
 
@@ -56,7 +61,9 @@ def _absorb(
     i, j = (first + tl.arange(0, BLOCK_Q))[:, None], (first_key + tl.arange(0, BLOCK_K))[None, :]
     kv_head = h // call.shape.group
     k_tile = load_tile(k, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, not MIXED)
-    v_tile = load_tile(v, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, not MIXED)
+    v_tile = load_tile(
+        v, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, not MIXED
+    )
     p, keep, seen, bend = probabilities(product(q_tile, tl.trans(k_tile)), call, level[:, None], b, h, i, j, MIXED)
     d_weights = product(d_out_tile, tl.trans(v_tile))
     _, d_inner = slopes(p, d_weights, delta[:, None], keep, seen, bend, call, MIXED)

@@ -89,7 +89,7 @@ class Facts:
         else:
             k_start, k_stop = first * blocks.keys, min((first + tiles) * blocks.keys, site.k_len)
         array = _lazy_part(self.lowered).visible(slice(q_start, q_stop), slice(k_start, k_stop))
-        return _bits(_on_device(array, self.device), (site.batch, site.heads, q_stop - q_start, k_stop - k_start), q_start, k_start)
+        return _bits(_on_device(array, self.device), q_start, k_start)
 
     def _lists(self, mask: Mask, axis: Axis, blocks: Blocks, first: int, tiles: int) -> Lists:
         site = self.lowered.site
@@ -118,7 +118,11 @@ class Facts:
 
 def facts_of(lowered: LoweredMask, device: torch.device) -> Facts:
     """The facts of a mask on a device; those of a mask without operands are moved there once."""
-    shared = lowered.ranges is not None and isinstance(lowered.ranges.starts, np.ndarray) and not lowered.ranges.starts.flags.writeable
+    shared = (
+        lowered.ranges is not None
+        and isinstance(lowered.ranges.starts, np.ndarray)
+        and not lowered.ranges.starts.flags.writeable
+    )
     shared = shared and lowered.q_labels is None and lowered.dense is None and lowered.lazy is None
     if shared:
         facts = _remembered(lowered, device, "facts", lambda: _move(lowered, device, True))
@@ -128,20 +132,18 @@ def facts_of(lowered: LoweredMask, device: torch.device) -> Facts:
 
 def _move(lowered: LoweredMask, device: torch.device, shared: bool) -> Facts:
     site, ranges = lowered.site, lowered.ranges
-    full = (site.batch, site.heads)
     starts = stops = q_labels = k_labels = bits = None
     shapes = []
     if ranges is not None:
-        bounds = (*full, site.q_len, ranges.count)
         # Bounds are at most Sk, and a kernel takes fewer than 2^31 keys.
-        starts, stops = (view(_on_device(side, device).to(torch.int32), bounds) for side in (ranges.starts, ranges.stops))
+        starts, stops = (view(_on_device(side, device).to(torch.int32)) for side in (ranges.starts, ranges.stops))
         shapes += [ranges.starts.shape, ranges.stops.shape]
     if lowered.q_labels is not None and lowered.k_labels is not None:
-        q_labels = rows(_on_device(lowered.q_labels, device), (*full, site.q_len))
-        k_labels = rows(_on_device(lowered.k_labels, device), (*full, site.k_len))
+        q_labels = rows(_on_device(lowered.q_labels, device))
+        k_labels = rows(_on_device(lowered.k_labels, device))
         shapes += [lowered.q_labels.shape, lowered.k_labels.shape]
     if lowered.dense is not None:
-        bits = _bits(_on_device(lowered.dense, device), (*full, site.q_len, site.k_len), 0, 0)
+        bits = _bits(_on_device(lowered.dense, device), 0, 0)
         shapes.append(lowered.dense.shape)
     if lowered.lazy is not None:
         # One pair tells which axes the answer depends on.
@@ -156,8 +158,8 @@ def _lazy_part(lowered: LoweredMask) -> LoweredMask:
     return LoweredMask(lowered.site, lazy=lowered.lazy)
 
 
-def _bits(array: torch.Tensor, full: tuple[int, int, int, int], query: int, key: int) -> Bits:
-    return Bits(view(array.view(torch.uint8), full), query, key)
+def _bits(array: torch.Tensor, query: int, key: int) -> Bits:
+    return Bits(view(array.view(torch.uint8)), query, key)
 
 
 def _on_device(array: Any, device: torch.device) -> torch.Tensor:

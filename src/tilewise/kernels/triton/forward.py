@@ -29,13 +29,16 @@ def forward(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]
         # Triton need not be asked: no pair exists, so every row there is sees nothing.
         return out.zero_(), lse.fill_(float("-inf"))
     call = call_of(plan, operands)
+    sinks = (
+        operands.sinks.contiguous() if operands.sinks is not None else None
+    )  # a number stands there as a broadcast one
     blocks = blocks_of("forward", q, max(call.shape.block_d.value, call.shape.block_dv.value))
     with on_device_of(q):
         for slab in facts_of(operands.mask, q.device).slabs("queries", blocks):
             masked = slab.lists is not None
             launch(
                 forward_kernel, (slab.tiles * problem.batch * problem.q_heads,),
-                view(q), view(k), view(v), view(out), rows(lse), call._replace(mask=slab.mask), operands.sinks,
+                view(q), view(k), view(v), view(out), rows(lse), call._replace(mask=slab.mask), sinks,
                 slab.lists, slab.first, slab.tiles, heads_together(problem, problem.q_heads, masked),
                 LAST_FIRST=masked, CAN_LEAK=can_leak(plan), blocks=blocks,
             )  # fmt: skip

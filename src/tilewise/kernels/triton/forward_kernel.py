@@ -14,7 +14,8 @@ from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
 
 @triton.jit(do_not_specialize=GRID)
 def forward_kernel(
-    q, k, v, out, lse, call, sinks, lists, first_tile, tiles, together, LAST_FIRST: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    q, k, v, out, lse, call, sinks, lists, first_tile, tiles, together,
+    LAST_FIRST: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: out and lse.
 
@@ -30,10 +31,14 @@ def forward_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     for n in range(0, mixed):
         keys = mixed_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
-        acc, peak, total = _absorb(acc, peak, total, q_tile, k, v, keys, first, b, h, call, True, False, BLOCK_Q, BLOCK_K)
+        acc, peak, total = _absorb(
+            acc, peak, total, q_tile, k, v, keys, first, b, h, call, True, False, BLOCK_Q, BLOCK_K
+        )
     for n in range(0, full):
         keys = full_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
-        acc, peak, total = _absorb(acc, peak, total, q_tile, k, v, keys, first, b, h, call, False, False, BLOCK_Q, BLOCK_K)
+        acc, peak, total = _absorb(
+            acc, peak, total, q_tile, k, v, keys, first, b, h, call, False, False, BLOCK_Q, BLOCK_K
+        )
     if CAN_LEAK and not all_finite(acc):
         acc = tl.zeros([BLOCK_Q, call.shape.block_dv], tl.float32)
         peak = tl.full([BLOCK_Q], -INF, tl.float32)
@@ -44,7 +49,9 @@ def forward_kernel(
             else:
                 keys = full_tile(lists, row, n - mixed, call.shape.k_len, BLOCK_K) * BLOCK_K
             for part in range(0, BLOCK_K, CAREFUL_ROWS):
-                acc, peak, total = _absorb(acc, peak, total, q_tile, k, v, keys + part, first, b, h, call, True, True, BLOCK_Q, CAREFUL_ROWS)
+                acc, peak, total = _absorb(
+                    acc, peak, total, q_tile, k, v, keys + part, first, b, h, call, True, True, BLOCK_Q, CAREFUL_ROWS
+                )
     _finish(acc, peak, total, out, lse, call, sinks, first, b, h, BLOCK_Q)
 
 
@@ -53,10 +60,12 @@ def _absorb(
     acc, peak, total, q_tile, k, v, first_key, first, b, h, call,
     MIXED: tl.constexpr, CAREFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One more tile of keys in the state: acc (BLOCK_Q, Dv), peak of the scores and total of the exponentials (BLOCK_Q,)."""
+    """One more tile of keys in the state: acc (BLOCK_Q, Dv), peak of scores and total of exponentials (BLOCK_Q,)."""
     plain: tl.constexpr = call.softcap is None and len(call.dense) == 0 and call.table is None
     i, j = (first + tl.arange(0, BLOCK_Q))[:, None], (first_key + tl.arange(0, BLOCK_K))[None, :]
-    k_tile = load_tile(k, b, h // call.shape.group, first_key, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, not MIXED)
+    k_tile = load_tile(
+        k, b, h // call.shape.group, first_key, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, not MIXED
+    )
     products = product(q_tile, tl.trans(k_tile))
     s, seen, _ = score(products, call, b, h, i, j, MIXED)
     if plain and call.rising and not MIXED:
@@ -72,7 +81,9 @@ def _absorb(
     if call.dropout is not None:
         p = tl.where(kept(call.dropout, b, h, i, j, call.shape), p, 0.0)
     acc = acc * decay[:, None]
-    v_tile = load_tile(v, b, h // call.shape.group, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, not MIXED)
+    v_tile = load_tile(
+        v, b, h // call.shape.group, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, not MIXED
+    )
     if CAREFUL:
         acc = add_seen(acc, p, seen, v_tile)
     else:

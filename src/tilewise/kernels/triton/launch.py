@@ -17,7 +17,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, blocks: Blocks |
     if 0 in grid:
         return
     if blocks is not None:
-        constants |= {"BLOCK_Q": blocks.queries, "BLOCK_K": blocks.keys, "num_warps": blocks.warps, "num_stages": blocks.stages}
+        constants |= {
+            "BLOCK_Q": blocks.queries,
+            "BLOCK_K": blocks.keys,
+            "num_warps": blocks.warps,
+            "num_stages": blocks.stages,
+        }
     kernel[grid](*arguments, **constants)
 
 
@@ -33,7 +38,7 @@ def blocks_of(purpose: Pass, array: torch.Tensor, width: int) -> Blocks:
 
 @lru_cache
 def architecture(device: torch.device) -> str:
-    """"sm_90", "gfx942", …, or "interpreter" where kernels are interpreted."""
+    """ "sm_90", "gfx942", …, or "interpreter" where kernels are interpreted."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
     if torch.version.hip:

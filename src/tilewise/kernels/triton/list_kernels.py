@@ -1,7 +1,7 @@
 """Which tiles are empty, mixed or full, from ranges, labels and bits: the lists that the other kernels walk.
 
-Ranges are judged by their hull over a tile's rows and labels by their smallest and largest, so a tile may be called mixed
-that is in truth empty or full; never the other way round.
+Ranges are judged by their hull over a tile's rows and labels by their smallest and largest, so a tile may be called
+mixed that is in truth empty or full; never the other way round.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import triton.language as tl
 
 from .device.mask import bit
 
-
 # Numbers that the compiler need not know, and would compile anew for each kind of.
 COUNTS = ["first", "q_first", "k_first", "q_len", "k_len", "heads"]
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def bit_states_kernel(bits, states, q_first, k_first, q_len, k_len, heads, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+def bit_states_kernel(
+    bits, states, q_first, k_first, q_len, k_len, heads, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """states (B'H', q tiles, k tiles) int8 of the launch's tiles: 0 no bit is set, 1 some are, 2 all real ones are."""
     bh = tl.program_id(2)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
@@ -25,8 +26,8 @@ def bit_states_kernel(bits, states, q_first, k_first, q_len, k_len, heads, BLOCK
     j = ((k_first + tl.program_id(1)) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
     inside = (i < q_len) & (j < k_len)
     seen = (bit(bits, b, h, i, j, inside) != 0) & inside
-    some = tl.max(tl.max(seen.to(tl.int32), axis=1), axis=0)
-    every = tl.min(tl.min((seen | (inside == 0)).to(tl.int32), axis=1), axis=0)
+    some = tl.max(seen.to(tl.int32), axis=None)
+    every = tl.min((seen | (inside == 0)).to(tl.int32), axis=None)
     place = (bh.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     tl.store(states + place, (some + some * every).to(tl.int8))
 
@@ -55,7 +56,11 @@ def list_kernel(
         some, every = tl.reshape(some, [Q_TILES * K_TILES]), tl.reshape(every, [Q_TILES * K_TILES])
         real = others < other_tiles
         if states is not None:
-            place = row * other_tiles + others if owns_queries else (tl.program_id(1).to(tl.int64) * other_tiles + others) * tl.num_programs(0) + own
+            place = (
+                row * other_tiles + others
+                if owns_queries
+                else (tl.program_id(1).to(tl.int64) * other_tiles + others) * tl.num_programs(0) + own
+            )
             state = tl.load(states + place, mask=real, other=0)
             some, every = some & (state > 0), every & (state == 2)
         is_full = some & every & real
@@ -72,7 +77,7 @@ def list_kernel(
 
 @triton.jit
 def _states(mask, b, h, q_tile, k_tile, q_len, k_len, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(some, every), booleans (q tiles, k tiles): may the tile have a visible pair, are all its pairs surely visible."""
+    """(some, every), booleans (q tiles, k tiles): may a pair of the tile be visible, are all pairs surely visible."""
     i = q_tile[:, None] * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
     low, high = (k_tile * BLOCK_K)[None, :], (k_tile * BLOCK_K + BLOCK_K)[None, :]
     some = (q_tile[:, None] * BLOCK_Q < q_len) & (low < k_len)
@@ -94,7 +99,9 @@ def _states(mask, b, h, q_tile, k_tile, q_len, k_len, BLOCK_Q: tl.constexpr, BLO
         some, every = some & touched, every & covered
     if mask.q_labels is not None:
         q_least, q_most = _label_span(mask.q_labels, b, h, i, q_len)
-        k_least, k_most = _label_span(mask.k_labels, b, h, k_tile[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :], k_len)
+        k_least, k_most = _label_span(
+            mask.k_labels, b, h, k_tile[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :], k_len
+        )
         q_least, q_most, k_least, k_most = q_least[:, None], q_most[:, None], k_least[None, :], k_most[None, :]
         some = some & (q_least <= k_most) & (k_least <= q_most)
         every = every & (q_least == q_most) & (k_least == k_most) & (q_least == k_least)

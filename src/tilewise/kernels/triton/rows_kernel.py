@@ -10,7 +10,20 @@ from .device.slopes import load_row
 
 
 @triton.jit(do_not_specialize=["grid_rows", "heads", "q_len"])
-def rows_kernel(out, d_out, lse, d_lse, delta, level, grid_rows, heads, q_len, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def rows_kernel(
+    out,
+    d_out,
+    lse,
+    d_lse,
+    delta,
+    level,
+    grid_rows,
+    heads,
+    q_len,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """What the backward pass wants of each row.
 
     delta: sum of out * d_out over the width, less d_lse: what all probabilities of a row share in their gradient.

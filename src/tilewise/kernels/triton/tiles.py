@@ -100,4 +100,7 @@ def blocks_for(purpose: Pass, arch: str, width: int, item_bytes: int) -> Blocks:
     width = max(64, width)
     if item_bytes == 4:
         return _SINGLE[width]
-    return _HALF[purpose, "large" if arch in ("sm_80", "sm_90", "sm_100", "sm_103") else "small"][width]
+    blocks = _HALF[purpose, "large" if arch in ("sm_80", "sm_90", "sm_100", "sm_103") else "small"][width]
+    if arch == "sm_80" and width >= 256:
+        blocks = blocks._replace(stages=1)  # 163 KiB hold one stage less than the 227 KiB of its successors
+    return blocks

@@ -27,7 +27,9 @@ def product(a, b):
 
 
 @triton.jit
-def load_tile(array, b, h, first, size, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def load_tile(
+    array, b, h, first, size, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+):
     """Rows [first, first + ROWS) of array[b, h], (ROWS, BLOCK), 0 beyond `size` rows and WIDTH columns.
 
     WHOLE promises that all rows are inside, which saves their check.

@@ -27,7 +27,7 @@ def add_seen(acc, weights, seen, rows):
     wide = rows.to(tl.float32)
     sound = tl.min(is_finite(wide).to(tl.int32), axis=1) != 0
     acc = dot(weights.to(rows.dtype), tl.where(sound[:, None], wide, 0.0).to(rows.dtype), acc)
-    if tl.min(sound.to(tl.int32), axis=0) == 0:
+    if not all_finite(wide):
         m = tl.arange(0, rows.shape[0])
         for n in range(rows.shape[0]):
             this = (m == n) & (sound == 0)
@@ -41,4 +41,4 @@ def add_seen(acc, weights, seen, rows):
 @triton.jit
 def all_finite(x):
     """Whether a 2-D tile has neither NaN nor infinities, as a scalar."""
-    return tl.min(tl.min(is_finite(x).to(tl.int32), axis=1), axis=0) != 0
+    return tl.min(is_finite(x).to(tl.int32), axis=None) != 0

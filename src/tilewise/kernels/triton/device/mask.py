@@ -8,21 +8,33 @@ import triton.language as tl
 
 @triton.jit
 def visible(mask, b, h, i, j, q_len, k_len):
-    """Whether query i sees key j; i and j are (n, 1) and (1, m), or the other way round, int32. Outside the sizes: no."""
+    """Whether query i sees key j; i and j are (n, 1) and (1, m), or the other way round. Outside the sizes: no."""
     seen = (i < q_len) & (j < k_len)
     b, h = b.to(tl.int64), h.to(tl.int64)
     if mask.starts is not None:
         starts, stops = mask.starts, mask.stops
         inside = seen & (j < 0)
         for r in tl.static_range(mask.ranges):
-            start = tl.load(starts.ptr + b * starts.b + h * starts.h + i.to(tl.int64) * starts.row + r * starts.column, mask=i < q_len, other=0)
-            stop = tl.load(stops.ptr + b * stops.b + h * stops.h + i.to(tl.int64) * stops.row + r * stops.column, mask=i < q_len, other=0)
+            start = tl.load(
+                starts.ptr + b * starts.b + h * starts.h + i.to(tl.int64) * starts.row + r * starts.column,
+                mask=i < q_len,
+                other=0,
+            )
+            stop = tl.load(
+                stops.ptr + b * stops.b + h * stops.h + i.to(tl.int64) * stops.row + r * stops.column,
+                mask=i < q_len,
+                other=0,
+            )
             inside = inside | ((j >= start) & (j < stop))
         seen = seen & inside
     if mask.q_labels is not None:
         q_labels, k_labels = mask.q_labels, mask.k_labels
-        own = tl.load(q_labels.ptr + b * q_labels.b + h * q_labels.h + i.to(tl.int64) * q_labels.row, mask=i < q_len, other=0)
-        other = tl.load(k_labels.ptr + b * k_labels.b + h * k_labels.h + j.to(tl.int64) * k_labels.row, mask=j < k_len, other=0)
+        own = tl.load(
+            q_labels.ptr + b * q_labels.b + h * q_labels.h + i.to(tl.int64) * q_labels.row, mask=i < q_len, other=0
+        )
+        other = tl.load(
+            k_labels.ptr + b * k_labels.b + h * k_labels.h + j.to(tl.int64) * k_labels.row, mask=j < k_len, other=0
+        )
         seen = seen & (own == other)
     if mask.bits is not None:
         seen = seen & (bit(mask.bits, b, h, i, j, seen) != 0)

@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 
 class Bits(NamedTuple):
-    """Booleans (B', H', rows, keys), 0 or 1 in bytes, of which element [0, 0] belongs to query `query` and key `key`."""
+    """Booleans (B', H', rows, keys), 0 or 1 in bytes, of which element [0, 0] is query `query` and key `key`."""
 
     view: View
     query: int
@@ -91,22 +91,21 @@ class Call(NamedTuple):
 _FARTHEST_ROWS = 2**31 // 512
 
 
-def view(array: torch.Tensor, full: tuple[int, ...] | None = None) -> View:
-    """A 4-D tensor as an argument. Axes of size 1 where `full` says more get stride 0."""
-    full = full or tuple(array.shape)
+def view(array: torch.Tensor) -> View:
+    """A 4-D tensor as an argument."""
     if array.stride(2) >= _FARTHEST_ROWS:
         array = array.contiguous()
-    return View(array, *_strides(array, full))
+    return View(array, *_strides(array))
 
 
-def rows(array: torch.Tensor, full: tuple[int, ...] | None = None) -> Rows:
+def rows(array: torch.Tensor) -> Rows:
     """A 3-D tensor as an argument."""
-    return Rows(array, *_strides(array, full or tuple(array.shape)))
+    return Rows(array, *_strides(array))
 
 
-def _strides(array: torch.Tensor, full: tuple[int, ...]) -> list[int]:
-    broadcast = [size == 1 and want != 1 for size, want in zip(array.shape, full, strict=True)]
-    return [0 if repeated else stride for stride, repeated in zip(array.stride(), broadcast, strict=True)]
+def _strides(array: torch.Tensor) -> list[int]:
+    """Strides, 0 for axes of size 1: those are broadcast, for whatever batch and heads a record is used again."""
+    return [0 if size == 1 else stride for size, stride in zip(array.shape, array.stride(), strict=True)]
 
 
 def shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Shape:

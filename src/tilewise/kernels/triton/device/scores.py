@@ -35,7 +35,9 @@ def score(product, call, b, h, i, j, MIXED: tl.constexpr):
         if call.table is not None:
             table = call.table
             row = b.to(tl.int64) * table.b + h.to(tl.int64) * table.h
-            added = tl.load(table.ptr + row + (j - i + call.shape.q_len - 1).to(tl.int64) * table.row, mask=inside, other=0.0)
+            added = tl.load(
+                table.ptr + row + (j - i + call.shape.q_len - 1).to(tl.int64) * table.row, mask=inside, other=0.0
+            )
             seen, s = seen & (added != -INF), s + added
         s = s * LOG2E
     if MIXED:

@@ -38,7 +38,7 @@ def probabilities(products, call, level, b, h, i, j, MIXED: tl.constexpr):
 
 @triton.jit
 def after_dropout(x, keep, call):
-    """x / (1 - p) where kept and 0 where dropped: probabilities on their way to the values, and gradients on the way back."""
+    """x / (1 - p) where kept, 0 where dropped: probabilities on their way to the values, gradients on the way back."""
     if call.dropout is not None:
         x = tl.where(keep, x * call.dropout.inverse_keep, 0.0)
     return x
