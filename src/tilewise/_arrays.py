@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +37,15 @@ def _jax_tracer(value: object) -> Family | None:
     # jax.Array answers isinstance() through a metaclass for tracers too, but not issubclass(): ask per value.
     jax = sys.modules.get("jax")
     return "jax" if jax is not None and isinstance(value, getattr(jax, "Array", ())) else None
+
+
+def introduce() -> None:
+    """Make masks, biases and dropout pytrees once jax is there, so that `jit` takes them before any call of ours.
+
+    Masks and biases call this when they are made; it loads jax's room only where the caller has loaded jax.
+    """
+    if "jax" in sys.modules:
+        import_module(f"{__package__}.jax.pytrees")
 
 
 def dtype_name(array: Array) -> str:

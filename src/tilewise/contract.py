@@ -120,6 +120,7 @@ class KernelCard:
         gradients: operands its own backward differentiates; empty when it has no backward.
         lazy_bits: whether it evaluates predicates itself, tile by tile.
         max_dense_biases, max_key_length: largest counts it takes; None is unbounded.
+        further: limits that are no plain set, as a function from the problem to reasons.
         linear_memory: whether its memory is linear in Sq + Sk.
         automatic: whether the planner may choose it unasked.
         rate: a rough number of operations per second, for ranking only; overhead: seconds per call, likewise.
@@ -138,6 +139,7 @@ class KernelCard:
     lazy_bits: bool = True
     max_dense_biases: int | None = None
     max_key_length: int | None = None
+    further: Callable[[AttentionProblem], tuple[str, ...]] = field(default=lambda problem: (), compare=False)
     linear_memory: bool = True
     automatic: bool = True
     rate: float = 1e9
@@ -166,6 +168,7 @@ class KernelCard:
             f"it takes at most {self.max_key_length} keys and there are {problem.k_len}"
             if self.max_key_length is not None and problem.k_len > self.max_key_length
             else None,
+            *self.further(problem),
         ]
 
     def refuse_backward(self, problem: AttentionProblem) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ class MaskFacts:
         bits: None, "dense" (the caller's own boolean array, read in place) or "lazy" (evaluated tile by tile).
         heads: whether any fact differs between heads.
         batch: whether any fact differs between batch rows.
+        known: whether the operands' values could be looked at when the mask was lowered.
     """
 
     text: str = "none"
@@ -35,6 +36,7 @@ class MaskFacts:
     bits: Bits | None = None
     heads: bool = False
     batch: bool = False
+    known: bool = True
 
 
 @dataclass(frozen=True, slots=True)

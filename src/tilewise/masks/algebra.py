@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .._arrays import Array, dtype_name, family_of
+from .._arrays import Array, dtype_name, family_of, introduce
 from .ranges import Ranges
 from .site import Site
 
@@ -29,6 +29,7 @@ class Mask:
     arrays: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        introduce()
         for name in self.arrays:
             value = getattr(self, name)
             if isinstance(value, list | tuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import Array, dtype_name, family_of
+from .._arrays import Array, dtype_name, family_of, introduce
 from .primitives.positions import Align, check_alignment
 from .site import Site
 
@@ -17,6 +17,9 @@ from .site import Site
 @dataclass(frozen=True, eq=False)
 class Bias:
     """Base of biases. `a + b` adds two; a plain array may stand on either side."""
+
+    def __post_init__(self) -> None:
+        introduce()
 
     __array_ufunc__ = None  # `array + bias` must come to `__radd__`, not be taken apart by NumPy
 

@@ -74,6 +74,7 @@ class LoweredMask:
             bits="dense" if self.dense is not None else "lazy" if lazy else None,
             heads=lazy or any(shape[1] > 1 for shape in shapes),
             batch=lazy or any(shape[0] > 1 for shape in shapes),
+            known=self.site.concrete,
         )
 
     @property

@@ -159,7 +159,7 @@ def _lazy_part(lowered: LoweredMask) -> LoweredMask:
 
 
 def _bits(array: torch.Tensor, query: int, key: int) -> Bits:
-    return Bits(view(array.view(torch.uint8)), query, key)
+    return Bits(*view(array.view(torch.uint8)), query, key)
 
 
 def _on_device(array: Any, device: torch.device) -> torch.Tensor:

@@ -44,6 +44,5 @@ def visible(mask, b, h, i, j, q_len, k_len):
 @triton.jit
 def bit(bits, b, h, i, j, inside):
     """The bytes of `bits` at (b, h, i, j), 0 where not `inside`."""
-    array = bits.view
-    row = b * array.b + h * array.h + (i - bits.query).to(tl.int64) * array.row
-    return tl.load(array.ptr + row + (j - bits.key).to(tl.int64) * array.column, mask=inside, other=0)
+    row = b * bits.b + h * bits.h + (i - bits.query).to(tl.int64) * bits.row
+    return tl.load(bits.ptr + row + (j - bits.key).to(tl.int64) * bits.column, mask=inside, other=0)

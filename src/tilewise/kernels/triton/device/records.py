@@ -32,9 +32,16 @@ class Rows(NamedTuple):
 
 
 class Bits(NamedTuple):
-    """Booleans (B', H', rows, keys), 0 or 1 in bytes, of which element [0, 0] is query `query` and key `key`."""
+    """A view of booleans, 0 or 1 in bytes, whose element [0, 0] is query `query` and key `key`.
 
-    view: View
+    The fields of `View` are repeated: Triton 3.6 cannot ask whether a record within a record is None.
+    """
+
+    ptr: Any
+    b: Stride
+    h: Stride
+    row: Stride
+    column: Stride
     query: int
     key: int
 
