@@ -47,9 +47,8 @@ tw_tensor tensor_of(nb::handle tuple) {
     throw std::runtime_error(message);
 }
 
-void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
-             uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
-             nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout) {
+tw_problem problem_of(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v,
+                      nb::tuple out, uintptr_t lse, double scale, double softcap) {
     tw_problem p = {};
     p.dtype = dtype;
     p.threads = threads;
@@ -64,8 +63,21 @@ void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple 
     p.lse = reinterpret_cast<void *>(lse);
     p.scale = scale;
     p.softcap = softcap;
-    if (!ranges.is_none()) {
-        Fields f(ranges);
+    return p;
+}
+
+// The keywords that say what is visible and what is added, for both passes.
+struct Facts {
+    nb::object ranges, labels, mask, bits;
+    nb::tuple biases;
+    nb::object table;
+    uintptr_t sinks;
+    nb::object dropout;
+};
+
+void read_facts(const Facts &facts, tw_problem &p) {
+    if (!facts.ranges.is_none()) {
+        Fields f(facts.ranges);
         p.ranges.starts = f.pointer<const void *>();
         p.ranges.stops = f.pointer<const void *>();
         p.ranges.wide = int32_t(f.next());
@@ -73,53 +85,89 @@ void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple 
         p.ranges.stride_b = f.next();
         p.ranges.stride_h = f.next();
     }
-    if (!labels.is_none()) {
-        Fields f(labels);
+    if (!facts.labels.is_none()) {
+        Fields f(facts.labels);
         p.labels.q = f.pointer<const int32_t *>();
         p.labels.k = f.pointer<const int32_t *>();
         for (int64_t *field : {&p.labels.q_stride_b, &p.labels.q_stride_h, &p.labels.k_stride_b, &p.labels.k_stride_h}) *field = f.next();
     }
-    if (!mask.is_none()) {
-        Fields f(mask);
+    if (!facts.mask.is_none()) {
+        Fields f(facts.mask);
         p.mask.data = f.pointer<const uint8_t *>();
         for (int64_t *field : {&p.mask.stride_b, &p.mask.stride_h, &p.mask.stride_i, &p.mask.stride_j}) *field = f.next();
     }
-    if (!bits.is_none()) {
-        Fields f(bits);
+    if (!facts.bits.is_none()) {
+        Fields f(facts.bits);
         p.bits.index = f.pointer<const int32_t *>();
         p.bits.words = f.pointer<const uint64_t *>();
         for (int64_t *field : {&p.bits.stride_b, &p.bits.stride_h, &p.bits.tiles_q, &p.bits.tiles_k, &p.bits.q_offset}) *field = f.next();
     }
-    if (nb::len(biases) > TW_MAX_BIASES) throw nb::value_error("bias: at most 4 dense biases");
-    for (nb::handle bias : biases) {
+    if (nb::len(facts.biases) > TW_MAX_BIASES) throw nb::value_error("bias: at most 4 dense biases");
+    for (nb::handle bias : facts.biases) {
         Fields f(bias);
         tw_bias &own = p.bias[p.bias_count++];
         own.data = f.pointer<const void *>();
         own.dtype = int32_t(f.next());
         for (int64_t *field : {&own.stride_b, &own.stride_h, &own.stride_i, &own.stride_j}) *field = f.next();
     }
-    if (!table.is_none()) {
-        Fields f(table);
+    if (!facts.table.is_none()) {
+        Fields f(facts.table);
         p.table.data = f.pointer<const void *>();
         p.table.stride_b = f.next();
         p.table.stride_h = f.next();
     }
-    p.sinks = reinterpret_cast<const void *>(sinks);
-    if (!dropout.is_none()) {
-        Fields f(dropout);
+    p.sinks = reinterpret_cast<const void *>(facts.sinks);
+    if (!facts.dropout.is_none()) {
+        Fields f(facts.dropout);
         p.dropout.enabled = 1;
         p.dropout.threshold = f.next_unsigned();
         p.dropout.inverse_keep = f.next_number();
         p.dropout.seed = f.next_unsigned();
         p.dropout.stream = f.next_unsigned();
     }
+}
+
+// Runs with the GIL released and raises what goes wrong.
+template <class Run> void unlocked(Run run) {
     const char *message = nullptr;
     int status;
     {
-        nb::gil_scoped_release unlocked;
-        status = tw_forward(&p, &message);
+        nb::gil_scoped_release released;
+        status = run(&message);
     }
     if (status != TW_OK) raise(status, message);
+}
+
+void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
+             uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
+             nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout) {
+    tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
+    read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout}, p);
+    unlocked([&p](const char **message) { return tw_forward(&p, message); });
+}
+
+void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
+              uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
+              nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, nb::tuple d_out,
+              uintptr_t d_lse, nb::tuple d_q, nb::tuple d_k, nb::tuple d_v, nb::tuple gather, bool diagonal, uintptr_t d_sinks) {
+    tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
+    read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout}, p);
+    tw_gradients g = {};
+    g.d_out = tensor_of(d_out);
+    g.d_lse = reinterpret_cast<const void *>(d_lse);
+    g.d_q = tensor_of(d_q);
+    g.d_k = tensor_of(d_k);
+    g.d_v = tensor_of(d_v);
+    if (nb::len(gather) > TW_MAX_BIASES + 1) throw nb::value_error("bias: at most 4 dense biases");
+    for (nb::handle array : gather) {
+        Fields f(array);
+        tw_gather &own = g.gather[g.gather_count++];
+        own.data = f.pointer<void *>();
+        for (int64_t *field : {&own.stride_b, &own.stride_h, &own.stride_i, &own.stride_j}) *field = f.next();
+    }
+    g.diagonal = diagonal;
+    g.sinks = reinterpret_cast<void *>(d_sinks);
+    unlocked([&](const char **message) { return tw_backward(&p, &g, message); });
 }
 
 const tw_kernel_table *page() {
@@ -135,12 +183,14 @@ uint32_t philox_word(uint64_t seed, uint64_t stream, uint64_t index) {
     return word;
 }
 
-nb::tuple dtypes() {
-    static const char *names[TW_DTYPES] = {"float32", "float64", "float16", "bfloat16"};
-    nb::list list;
-    for (int t = 0; t < TW_DTYPES; ++t)
-        if (page()->kernels[t].tile_rows) list.append(names[t]);
-    return nb::tuple(list);
+nb::tuple describe(int dtype, int threads, nb::tuple sizes) {
+    const nb::tuple nowhere = nb::make_tuple(0, 0, 0, 0);
+    const tw_problem p = problem_of(dtype, threads, sizes, nb::make_tuple(0, sizes[3]), nowhere, nowhere, nowhere, nowhere, 0, 1, 0);
+    tw_description found;
+    const char *message = nullptr;
+    const int status = tw_describe(&p, &found, &message);
+    if (status != TW_OK) raise(status, message);
+    return nb::make_tuple(found.tile_rows, found.chunk_keys, found.split_keys, found.workspace);
 }
 
 nb::dict build_info() {
@@ -206,8 +256,14 @@ NB_MODULE(_native, m) {
           "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(),
           "One forward pass. Tuples of addresses and strides in elements, in the order of native/core/problem.h; "
           "None (0 for sinks): absent. The GIL is released.");
+    m.def("backward", &backward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
+          "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
+          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a,
+          "gather"_a, "diagonal"_a, "d_sinks"_a,
+          "One backward pass, after the same keywords: tw_gradients of native/core/problem.h, address 0: not wanted.");
     m.def("isa", [] { return std::string(page()->name); }, "Name of the kernel page in use (TILEWISE_ISA chooses).");
-    m.def("dtypes", &dtypes, "Names of the element types that the page in use computes.");
+    m.def("describe", &describe, "dtype"_a, "threads"_a, "sizes"_a,
+          "(query rows of a tile, keys of a chunk, keys of a split or 0, bytes of workspace) of a forward pass.");
     m.def("build_info", &build_info, "compiler, pages (compiled in, best first), supported_pages, xla_ffi_version.");
     m.def("num_threads", &tilewise::default_threads, "Threads a call uses where it does not say.");
     m.def("set_num_threads", &set_num_threads, "threads"_a, "Set that number for the process; 0 returns to the default.");

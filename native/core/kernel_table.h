@@ -17,14 +17,30 @@ struct tw_item {
     void *partial;
 };
 
+// A segment of the keys of one (batch, kv head), for the backward pass: all its tiles in order, against these keys.
+struct tw_segment {
+    int64_t b, kv_head, key_begin, key_end;
+    char *records;          // of the head's tiles, record_bytes each
+    uint64_t *done;         // for each tile, a bit per segment of the head that has added to what the tile gathers
+    int64_t number, tiles;  // of this segment; of the head
+    void (*rest)(int tries); // called while waiting for a segment before this one
+};
+
 // The kernels of one element type.
 struct tw_kernels {
-    int64_t tile_rows; // query rows of one tile; 0: this page has no kernel for the type
+    int64_t tile_rows, chunk_keys; // query rows of one tile, and keys that all tiles of an item use before the next
     size_t (*scratch_bytes)(const tw_problem *, int64_t tiles);
     // Runs an item of at most `tiles` tiles in `scratch` (64-byte aligned, as large as scratch_bytes says).
     void (*forward)(const tw_problem *, const tw_item *, int64_t tiles, void *scratch);
     // Merges `splits` partial states of `rows` rows, in key order, and writes out and lse. Item: the rows meant.
     void (*merge)(const tw_problem *, const tw_item *, void *partials, int64_t splits);
+    // The backward pass: a record is opened for each tile, segments run, and each record is closed: its d_q is written.
+    size_t (*record_bytes)(const tw_problem *);
+    size_t (*segment_bytes)(const tw_problem *, int64_t keys);
+    void (*open_tile)(const tw_problem *, const tw_gradients *, int64_t b, int64_t kv_head, int64_t tile, void *record);
+    void (*run_segment)(const tw_problem *, const tw_gradients *, const tw_segment *, void *scratch);
+    void (*close_tile)(const tw_problem *, const tw_gradients *, int64_t b, void *record);
+    void (*close_sinks)(const tw_problem *, const tw_gradients *, void *record);
 };
 
 struct tw_kernel_table {

@@ -92,4 +92,31 @@ struct tw_problem {
 
 // Computes out and lse. Returns a tw_status; on failure *message points to static text that begins with the argument.
 int tw_forward(const tw_problem *problem, const char **message);
+
+// An array that gathers the gradient of the scores: (b, h, i, j) goes to b * stride_b + h * stride_h + i * stride_i +
+// j * stride_j, so that a stride of 0 sums over an axis and stride_i = -stride_j sums along diagonals.
+struct tw_gather {
+    void *data; // accumulator's type, added to
+    int64_t stride_b, stride_h, stride_i, stride_j;
+};
+
+// What the backward pass takes beside the problem, whose out and lse are then the results of the forward pass, and what
+// it gives. data = NULL: not wanted. What is added to, calls over parts of the rows add up in.
+struct tw_gradients {
+    tw_tensor d_out;        // as out
+    const void *d_lse;      // as lse, or NULL for zeros
+    tw_tensor d_q;          // elements, written
+    tw_tensor d_k, d_v;     // accumulator's type, added to
+    tw_gather gather[TW_MAX_BIASES + 1]; // gradients of dense biases and of the table
+    int32_t gather_count, diagonal;      // diagonal: some array sums along diagonals
+    void *sinks;            // (Hq,) in the accumulator's type, added to
+};
+int tw_backward(const tw_problem *problem, const tw_gradients *gradients, const char **message);
+
+// How tw_forward would run a problem, of which it reads sizes, dtype and threads alone.
+struct tw_description {
+    int64_t tile_rows, chunk_keys, split_keys; // keys of a split; 0: the keys are not split
+    int64_t workspace;                         // bytes
+};
+int tw_describe(const tw_problem *problem, tw_description *description, const char **message);
 }

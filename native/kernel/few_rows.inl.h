@@ -15,8 +15,6 @@ template <class A> struct Row {
     A scores[block_keys];
 };
 
-template <class A> TW_INLINE int64_t padded(int64_t n) { return (n + lanes<A> - 1) / lanes<A> * lanes<A>; }
-
 template <class A> static size_t few_rows_bytes(const tw_problem *p, int64_t rows) {
     return size_t(rows) * (rounded(sizeof(Row<A>)) + rounded(size_t(padded<A>(p->head_dim) + padded<A>(p->value_dim)) * sizeof(A)));
 }
@@ -29,11 +27,11 @@ TW_INLINE vec<A> dot_products(const T *const *keys, const A *query, int64_t head
     int64_t d = 0;
     for (; d + W <= head_dim; d += W) {
         const vec<A> q = load(query + d);
-        TW_UNROLL for (int n = 0; n < W; ++n) x[n] += load(keys[n] + d) * q;
+        TW_UNROLL for (int n = 0; n < W; ++n) x[n] += widen(keys[n] + d) * q;
     }
     if (d < head_dim) {
         const vec<A> q = load(query + d);
-        TW_UNROLL for (int n = 0; n < W; ++n) x[n] += load_first(keys[n] + d, int(head_dim - d)) * q;
+        TW_UNROLL for (int n = 0; n < W; ++n) x[n] += widen_first(keys[n] + d, int(head_dim - d)) * q;
     }
     sum_lanes<A, W>(x);
     return x[0];
@@ -100,7 +98,7 @@ TW_INLINE void add_weighted(Row<A> *const *rows, const T *values, int64_t stride
             const int j = __builtin_ctzll(left);
             const T *v = values + j * stride + d;
             TW_UNROLL for (int c = 0; c < 4; ++c) {
-                const vec<A> value = load(v + c * W);
+                const vec<A> value = widen(v + c * W);
                 TW_UNROLL for (int r = 0; r < COUNT; ++r) out[r][c] += value * rows[r]->scores[j];
             }
         }
@@ -113,7 +111,7 @@ TW_INLINE void add_weighted(Row<A> *const *rows, const T *values, int64_t stride
         for (uint64_t left = some; left; left &= left - 1) {
             const int j = __builtin_ctzll(left);
             const T *v = values + j * stride + d;
-            const vec<A> value = d + W <= value_dim ? load(v) : load_first(v, int(value_dim - d));
+            const vec<A> value = d + W <= value_dim ? widen(v) : widen_first(v, int(value_dim - d));
             TW_UNROLL for (int r = 0; r < COUNT; ++r) out[r] += value * rows[r]->scores[j];
         }
         TW_UNROLL for (int r = 0; r < COUNT; ++r) store(rows[r]->out + d, out[r]);
@@ -138,7 +136,7 @@ template <class T, class A> static void sweep_rows(const tw_problem &p, const tw
     const T *values = static_cast<const T *>(p.v.data) + item.b * p.v.stride_b + item.kv_head * p.v.stride_h;
     constexpr int64_t ahead = 32; // keys; memory is the bound here, and its own prefetchers start too late
     for (int64_t key = item.key_begin; key < item.key_end; key += block_keys) {
-        const int n = int(item.key_end - key < block_keys ? item.key_end - key : block_keys);
+        const int n = int(item.key_end - key < block_keys ? item.key_end - key : int64_t(block_keys));
         const uint64_t some = look_by_row(p, item.b, rows, count, key, n);
         if (!some) continue;
         for (int j = 0; j < n; j += W) {
@@ -184,7 +182,7 @@ template <class T, class A> static void forward_few_rows(const tw_problem *probl
     const int64_t group = p.q_heads / p.kv_heads;
     const A factor = A(p.scale * 1.4426950408889634074);
     const size_t row_bytes = few_rows_bytes<A>(problem, 1);
-    Row<A> *rows[few_rows<A>];
+    Row<A> *rows[few_rows<A>] = {};
     for (int64_t r = 0; r < count; ++r) {
         char *memory = static_cast<char *>(scratch) + size_t(r) * row_bytes;
         Row<A> &row = *(rows[r] = reinterpret_cast<Row<A> *>(memory));
@@ -193,7 +191,8 @@ template <class T, class A> static void forward_few_rows(const tw_problem *probl
         row.i = p.row_begin + (item->row_begin + r) % per_head;
         row.h = item->kv_head * group + (item->row_begin + r) / per_head;
         const T *q = static_cast<const T *>(p.q.data) + item->b * p.q.stride_b + row.h * p.q.stride_h + row.i * p.q.stride_s;
-        for (int64_t d = 0; d < padded<A>(p.head_dim); ++d) row.query[d] = d < p.head_dim ? A(q[d]) * factor : A(0);
+        widen_row(q, p.head_dim, row.query);
+        for (int64_t d = 0; d < p.head_dim; d += lanes<A>) store(row.query + d, load(row.query + d) * factor);
         reset(row, p.value_dim);
     }
     sweep_rows<T, A>(p, *item, rows, count, false);

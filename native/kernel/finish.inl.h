@@ -26,7 +26,7 @@ template <class A> TW_INLINE Ending<A> ending_of(const tw_problem &p, int64_t h,
 
 template <class T, class A> static void write_row(const tw_problem &p, int64_t b, int64_t h, int64_t i, const A *from, int64_t stride, Ending<A> end) {
     T *out = static_cast<T *>(p.out.data) + b * p.out.stride_b + h * p.out.stride_h + i * p.out.stride_s;
-    for (int64_t d = 0; d < p.value_dim; ++d) out[d] = T(from[d * stride] * end.factor);
+    narrow_row(from, stride, end.factor, p.value_dim, out);
     static_cast<A *>(p.lse)[(b * p.q_heads + h) * p.q_len + i] = end.lse;
 }
 

@@ -7,13 +7,14 @@ template <class A> constexpr int64_t tile_rows = TW_TILE_VECTORS * lanes<A>;
 
 // Query rows of a kv head in the whole problem. It decides between the two orientations, which sum in different orders;
 // a slab of rows must not.
+TW_INLINE int64_t rows_in_call(const tw_problem &p) { return p.q_heads / p.kv_heads * (p.row_end - p.row_begin); }
 TW_INLINE int64_t rows_of(const tw_problem &p) { return p.q_heads / p.kv_heads * p.q_len; }
 
-template <class A> static size_t scratch_bytes(const tw_problem *p, int64_t tiles) {
+template <class T, class A> static size_t scratch_bytes(const tw_problem *p, int64_t tiles) {
     const size_t width = size_t(tile_rows<A>) * sizeof(A);
     if (rows_of(*p) <= few_rows<A>) return few_rows_bytes<A>(p, few_rows<A>);
     return size_t(tiles) * (rounded(sizeof(Tile<A>)) + size_t(p->head_dim + p->value_dim) * width) +
-           size_t(chunk_keys + TW_GROUP_KEYS + block_keys + TW_GROUP_KEYS) * width;
+           size_t(chunk_keys + TW_GROUP_KEYS + block_keys + TW_GROUP_KEYS) * width + size_t(wide_numbers<T, A>(*p)) * sizeof(A);
 }
 
 template <class T, class A>
@@ -27,27 +28,25 @@ static void fill_tile(const tw_problem &p, const tw_item &item, int64_t row, int
     for (int l = 0; l < tile.width; ++l) {
         const int64_t at = row + (l < rows ? l : rows - 1);
         const int64_t h = tile.h[l] = item.kv_head * group + at / per_head, i = tile.i[l] = p.row_begin + at % per_head;
-        const T *q = static_cast<const T *>(p.q.data) + item.b * p.q.stride_b + h * p.q.stride_h + i * p.q.stride_s;
-        for (int64_t d = 0; d < p.head_dim; ++d) tile.query[d * tile.width + l] = A(q[d]) * factor;
+        widen_down(tensor_row<const T>(p.q, item.b, h, i), p.head_dim, factor, tile.query + l, tile.width);
         if (p.labels.q) {
             const int32_t label = p.labels.q[item.b * p.labels.q_stride_b + h * p.labels.q_stride_h + i];
             tile.label_low = label < tile.label_low ? label : tile.label_low;
             tile.label_high = label > tile.label_high ? label : tile.label_high;
         }
     }
-    reset(tile, p.value_dim);
     find_spans(p, item.b, item.key_begin, item.key_end, tile);
 }
 
-template <class T, class A> TW_INLINE void sweep(Sweep<T, A> &s, Tile<A> &tile, int64_t begin, int64_t end) {
+template <class A> TW_INLINE void sweep(Sweep<A> &s, Tile<A> &tile, int64_t begin, int64_t end) {
     if (tile.width == lanes<A>)
-        sweep_chunk<T, A, 1>(s, tile, begin, end);
+        sweep_chunk<A, 1>(s, tile, begin, end);
     else
-        sweep_chunk<T, A, TW_TILE_VECTORS>(s, tile, begin, end);
+        sweep_chunk<A, TW_TILE_VECTORS>(s, tile, begin, end);
 }
 
 // Sweeps all `count` tiles over the item's keys.
-template <class T, class A> static void sweep_all(Sweep<T, A> &s, Tile<A> *const *tiles, int64_t count, int64_t end) {
+template <class T, class A> static void sweep_all(Sweep<A> &s, Tile<A> *const *tiles, int64_t count, int64_t end) {
     for (int64_t key = 0;;) {
         int64_t next = end;
         for (int64_t t = 0; t < count; ++t) {
@@ -57,10 +56,8 @@ template <class T, class A> static void sweep_all(Sweep<T, A> &s, Tile<A> *const
         if (next >= end) return;
         next -= next % chunk_keys;
         key = next + chunk_keys < end ? next + chunk_keys : end;
-        for (int64_t t = 0; t < count; ++t) {
-            s.careful = false;
-            sweep(s, *tiles[t], next, key);
-        }
+        enter_chunk<T>(s, next);
+        for (int64_t t = 0; t < count; ++t) sweep(s, *tiles[t], next, key);
     }
 }
 
@@ -83,13 +80,10 @@ template <class T, class A> static void forward(const tw_problem *problem, const
     char *tile_memory = static_cast<char *>(scratch);
     A *numbers = reinterpret_cast<A *>(tile_memory + size_t(most_tiles) * rounded(sizeof(Tile<A>)));
 
-    Sweep<T, A> s;
+    Sweep<A> s;
     s.problem = problem;
     s.batch = item->b;
-    s.keys = static_cast<const T *>(p.k.data) + item->b * p.k.stride_b + item->kv_head * p.k.stride_h;
-    s.values = static_cast<const T *>(p.v.data) + item->b * p.v.stride_b + item->kv_head * p.v.stride_h;
-    s.key_stride = p.k.stride_s;
-    s.value_stride = p.v.stride_s;
+    s.kv_head = item->kv_head;
     s.head_dim = p.head_dim;
     s.value_dim = p.value_dim;
     s.general = p.softcap > 0 || p.bias_count || p.table.data || p.dropout.enabled;
@@ -97,8 +91,11 @@ template <class T, class A> static void forward(const tw_problem *problem, const
     numbers += (chunk_keys + TW_GROUP_KEYS) * width;
     s.bias = numbers;
     numbers += (block_keys + TW_GROUP_KEYS) * width;
+    choose_source<T>(s, numbers);
+    numbers += wide_numbers<T, A>(p);
+    s.careful = false;
 
-    Tile<A> *tiles[most_tiles_of_item];
+    Tile<A> *tiles[most_tiles_of_item] = {};
     for (int64_t t = 0; t < count; ++t) {
         tiles[t] = reinterpret_cast<Tile<A> *>(tile_memory + size_t(t) * rounded(sizeof(Tile<A>)));
         tiles[t]->query = numbers;
@@ -106,8 +103,9 @@ template <class T, class A> static void forward(const tw_problem *problem, const
         numbers += size_t(p.head_dim + p.value_dim) * width;
         const int64_t row = item->row_begin + t * int64_t(width), left = item->row_end - row;
         fill_tile<T, A>(p, *item, row, left < int64_t(width) ? left : int64_t(width), *tiles[t]);
+        reset(*tiles[t], p.value_dim);
     }
-    sweep_all<T, A>(s, tiles, count, item->key_end);
+    sweep_all<T>(s, tiles, count, item->key_end);
     for (int64_t t = 0; t < count; ++t) {
         if (needs_care(*tiles[t], p.value_dim)) {
             reset(*tiles[t], p.value_dim);
@@ -115,9 +113,11 @@ template <class T, class A> static void forward(const tw_problem *problem, const
             for (int64_t key = 0; (key = next_key(*tiles[t], key, item->key_end)) < item->key_end;) {
                 key -= key % chunk_keys;
                 const int64_t end = key + chunk_keys < item->key_end ? key + chunk_keys : item->key_end;
+                enter_chunk<T>(s, key);
                 sweep(s, *tiles[t], key, end);
                 key = end;
             }
+            s.careful = false;
         }
         if (item->partial)
             finish_partial<A>(p, *item, *tiles[t], t * int64_t(width));

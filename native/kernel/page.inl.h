@@ -11,6 +11,7 @@
 namespace {
 // clang-format off: the order is that of use
 #include "kernel/vector.inl.h"
+#include "kernel/element.inl.h"
 #include "kernel/exp.inl.h"
 #include "kernel/philox.inl.h"
 #include "kernel/tile.inl.h"
@@ -21,11 +22,14 @@ namespace {
 #include "kernel/reduce.inl.h"
 #include "kernel/few_rows.inl.h"
 #include "kernel/forward.inl.h"
+#include "kernel/slopes.inl.h"
+#include "kernel/backward.inl.h"
 #include "kernel/probe.inl.h"
 // clang-format on
 
 template <class T, class A> constexpr tw_kernels kernels_of() {
-    return {tile_rows<A>, scratch_bytes<A>, forward<T, A>, merge<T, A>};
+    return {tile_rows<A>, chunk_keys, scratch_bytes<T, A>, forward<T, A>, merge<T, A>,
+            record_bytes<A>, segment_bytes<T, A>, open_tile<T, A>, run_segment<T, A>, close_tile<T, A>, close_sinks<A>};
 }
 
 void philox(uint64_t seed, uint64_t stream, const uint64_t *index, int count, uint32_t *words) {
@@ -36,5 +40,7 @@ void philox(uint64_t seed, uint64_t stream, const uint64_t *index, int count, ui
 extern "C" {
 extern const tw_kernel_table TW_PAGE;
 const tw_kernel_table TW_PAGE = {
-    TW_PAGE_NAME, {kernels_of<float, float>(), kernels_of<double, double>(), {}, {}}, peak_probe, philox};
+    TW_PAGE_NAME,
+    {kernels_of<float, float>(), kernels_of<double, double>(), kernels_of<half, float>(), kernels_of<bfloat, float>()},
+    peak_probe, philox};
 }

@@ -29,17 +29,3 @@ template <class A, int SIZE> TW_INLINE void sum_lanes(vec<A> *x) {
         sum_lanes<A, SIZE / 2>(x);
     }
 }
-
-// The first n < W numbers at p, and zeros; nothing beyond is read.
-template <class A> TW_INLINE vec<A> load_first(const A *p, int n) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(A) == 4)
-        return (vec<A>)_mm512_maskz_loadu_ps(__mmask16(first_bits(n)), p);
-    else
-        return (vec<A>)_mm512_maskz_loadu_pd(__mmask8(first_bits(n)), p);
-#else
-    A numbers[lanes<A>] = {};
-    for (int l = 0; l < n; ++l) numbers[l] = p[l];
-    return load(numbers);
-#endif
-}

@@ -26,6 +26,11 @@ TW_INLINE int64_t read_range(const tw_ranges &ranges, const void *side, int64_t 
     return ranges.wide ? static_cast<const int64_t *>(side)[at] : static_cast<const int32_t *>(side)[at];
 }
 
+// Row (b, h, i) of an array.
+template <class T> TW_INLINE T *tensor_row(const tw_tensor &x, int64_t b, int64_t h, int64_t i) {
+    return static_cast<T *>(x.data) + b * x.stride_b + h * x.stride_h + i * x.stride_s;
+}
+
 TW_INLINE int64_t range_row(const tw_ranges &r, int64_t b, int64_t h, int64_t i) {
     return b * r.stride_b + h * r.stride_h + i * r.count;
 }

@@ -112,7 +112,9 @@ def _family(q: Array, k: Array, v: Array) -> Family:
     for name, array in (("q", q), ("k", k), ("v", v)):
         family = family_of(array)
         if family is None:
-            raise TypeError(f"{name}: got {type(array).__name__}, expected a NumPy array, a torch tensor or a jax array")
+            raise TypeError(
+                f"{name}: got {type(array).__name__}, expected a NumPy array, a torch tensor or a jax array"
+            )
         families[name] = family
         if family != families["q"]:
             raise TypeError(f"{name}: is a {family} array, but q is a {families['q']} array; expected one framework")
@@ -139,7 +141,9 @@ def _check_devices(family: Family, q: Array, k: Array, v: Array) -> None:
 def _bhsd(name: str, array: Array, layout: str) -> Array:
     rank = len(LAYOUTS[layout].split(","))
     if array.ndim != rank:
-        raise ValueError(f"{name}: has shape {tuple(array.shape)}, expected {rank} axes {LAYOUTS[layout]} for layout={layout!r}")
+        raise ValueError(
+            f"{name}: has shape {tuple(array.shape)}, expected {rank} axes {LAYOUTS[layout]} for layout={layout!r}"
+        )
     if layout == "bhsd":
         return array
     return _swap(array, 1, 2) if layout == "bshd" else _swap(array, 0, 1)[None]
@@ -185,7 +189,11 @@ def _softcap(softcap: float | None) -> float | None:
 
 def _real(name: str, value: Any) -> float:
     """A finite real number; the value is part of the plan, so tracers and arrays that vary cannot be taken."""
-    if is_abstract(value) or isinstance(value, bool | str | bytes) or (getattr(value, "ndim", 0) > 0 and np.size(value) != 1):
+    if (
+        is_abstract(value)
+        or isinstance(value, bool | str | bytes)
+        or (getattr(value, "ndim", 0) > 0 and np.size(value) != 1)
+    ):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a real number known at the call")
     try:
         number = float(value)
@@ -255,11 +263,15 @@ def _seed_words(seed: Any, family: Family) -> Any:
         return int(seed) & 0xFFFFFFFF, (int(seed) >> 32) & 0xFFFFFFFF
     kind = family_of(seed)
     if kind is None or (kind != family and kind != "numpy"):
-        raise TypeError(f"dropout: got a seed of type {type(seed).__name__}, expected an int or an integer array of q's framework")
+        raise TypeError(
+            f"dropout: got a seed of type {type(seed).__name__}, expected an int or an integer array of q's framework"
+        )
     if kind == "jax" and str(seed.dtype).startswith("key<"):
         seed = sys.modules["jax"].random.key_data(seed)
     if not dtype_name(seed).startswith(("int", "uint")) or math.prod(seed.shape) not in (1, 2):
-        raise TypeError(f"dropout: got a seed of dtype {dtype_name(seed)} and shape {tuple(seed.shape)}, expected 1 or 2 integers")
+        raise TypeError(
+            f"dropout: got a seed of dtype {dtype_name(seed)} and shape {tuple(seed.shape)}, expected 1 or 2 integers"
+        )
     words = seed.reshape(-1)
     if kind == "numpy":
         low, *high = (int(word) for word in words)
@@ -279,7 +291,9 @@ def _check_framework(name: str, family: Family, operands: list[Array]) -> None:
     for operand in operands:
         kind = family_of(operand)
         if kind not in (family, "numpy"):
-            raise TypeError(f"{name}: holds a {kind} array, but q is a {family} array; expected a {family} or NumPy array")
+            raise TypeError(
+                f"{name}: holds a {kind} array, but q is a {family} array; expected a {family} or NumPy array"
+            )
 
 
 def _check_same_device(name: str, family: Family, q: Array, operands: list[Array]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 import pytest
 
@@ -29,16 +30,18 @@ def _check(q, k, v, **options) -> None:
     wide = [array.astype("float64") for array in (q, k, v)]
     expected, expected_lse = tw.attention(*wide, kernel="reference", return_lse=True, allow_quadratic=True, **options)
     floor = 1e-13 if q.dtype == np.float64 else 2e-6
+    # Half types are rounded once, from float32: half a unit of the last place.
+    unit = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(q.dtype.name, 0.0)
     assert got.dtype == q.dtype
+    got = got.astype(expected.dtype)
     np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
-    np.testing.assert_allclose(
-        got, expected, rtol=0, atol=2 * floor * max(1.0, np.nanmax(np.abs(expected), initial=0.0))
-    )
+    largest = max(1.0, np.nanmax(np.abs(expected), initial=0.0))
+    np.testing.assert_allclose(got, expected, rtol=1.001 * unit, atol=2 * floor * largest)
     np.testing.assert_allclose(lse, expected_lse, rtol=4 * floor, atol=4 * floor)
 
 
 # Tiles have 4 to 32 rows, groups 4 or 8 keys, blocks 64, chunks 128, splits 1024: one size on either side of each.
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     "q_len, k_len", [(1, 1), (1, 1100), (2, 65), (5, 128), (17, 63), (33, 129), (70, 200), (8, 2049)]
 )
@@ -96,6 +99,29 @@ def test_empty(page, shape) -> None:
     out, lse = tw.attention(q, k, v, kernel="native", return_lse=True)
     np.testing.assert_array_equal(out, np.zeros((batch, heads, q_len, 6)))
     np.testing.assert_array_equal(lse, np.full((batch, heads, q_len), -np.inf))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_half_types_are_read_exactly(page, dtype, q_len) -> None:
+    # One key: each row of the output is the value, whichever of the 65,536 numbers stand there.
+    values = np.arange(2**16, dtype=np.uint16).view(dtype).reshape(1, 1, 1, -1)
+    q, k = np.zeros((1, 1, q_len, 3), dtype), np.zeros((1, 1, 1, 3), dtype)
+    got = tw.attention(q, k, values, kernel="native").astype("float32")
+    np.testing.assert_array_equal(got, np.broadcast_to(values.astype("float32"), got.shape))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types_are_rounded_to_nearest_even(page, dtype) -> None:
+    # The mean of a number and the next larger one is a tie.
+    bits = np.arange(0x7F80 if dtype == "bfloat16" else 0x7C00, dtype=np.uint16)
+    values = np.stack([bits, bits + np.uint16(1)]).view(dtype)
+    values = np.concatenate([values, -values], 1)[None, None]
+    q, k = np.zeros((1, 1, 40, 3), dtype), np.zeros((1, 1, 2, 3), dtype)
+    with np.errstate(over="ignore"):
+        expected = values.astype("float32").mean(2, dtype="float32", keepdims=True).astype(dtype)
+    got = tw.attention(q, k, values, kernel="native")
+    np.testing.assert_array_equal(got.astype("float32"), np.broadcast_to(expected.astype("float32"), got.shape))
 
 
 def test_philox(page) -> None:

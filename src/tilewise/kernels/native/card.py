@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 from ...contract import KernelCard, Tiles, Unavailable
-from ...problem import ITEM_BYTES, AttentionProblem
+from ...problem import AttentionProblem
+from .buffers import DTYPE_CODES
+
+# Bytes of tile bits made at once: a predicate is evaluated for so many query rows, which are computed before the next.
+BITS_BYTES = 1 << 24
 
 
 def _available() -> Unavailable | None:
@@ -16,14 +21,33 @@ def _available() -> Unavailable | None:
     return None
 
 
+def threads_of(problem: AttentionProblem) -> int:
+    """Threads of a call: torch's own number for torch tensors, else 0 for the core's default."""
+    return sys.modules["torch"].get_num_threads() if problem.family == "torch" and "torch" in sys.modules else 0
+
+
+def sizes_of(problem: AttentionProblem) -> tuple[int, ...]:
+    """Sizes in the order of `native/core/problem.h`."""
+    p = problem
+    return (p.batch, p.q_heads, p.kv_heads, p.q_len, p.k_len, p.head_dim, p.value_dim)
+
+
+def _describe(problem: AttentionProblem) -> tuple[int, int, int, int]:
+    # Asked only about problems that this kernel can run, so the module is there.
+    from ... import _native  # pyright: ignore[reportAttributeAccessIssue]
+
+    return _native.describe(DTYPE_CODES[problem.dtype], threads_of(problem), sizes_of(problem))
+
+
 def _tiles(problem: AttentionProblem) -> Tiles:
-    return Tiles(queries=64, keys=256, split=1024)
+    queries, keys, split, _ = _describe(problem)
+    return Tiles(queries, keys, split)
 
 
 def _workspace(problem: AttentionProblem, tiles: Tiles) -> int:
-    """A tile of probabilities, queries and output for each thread, and the partial results of split keys."""
-    item = ITEM_BYTES[problem.accumulator]
-    return item * tiles.queries * (tiles.keys + problem.head_dim + problem.value_dim + 4)
+    """Each thread's tiles and probabilities, partial results of split keys, and tile bits of a predicate."""
+    bits = problem.scores // 8 if problem.mask.bits == "lazy" else 0
+    return _describe(problem)[3] + min(bits, BITS_BYTES)
 
 
 CARD = KernelCard(
@@ -31,7 +55,8 @@ CARD = KernelCard(
     summary="compiled C++ for the CPU's own vector instructions",
     families=frozenset({"numpy", "torch", "jax"}),
     devices=frozenset({"cpu"}),
-    dtypes=frozenset({"float32", "float64"}),
+    dtypes=frozenset({"float32", "float64", "float16", "bfloat16"}),
+    gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
     max_dense_biases=4,
     rate=2e11,
     overhead=1e-5,

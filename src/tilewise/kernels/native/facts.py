@@ -1,4 +1,4 @@
-"""A lowered mask, biases and options as the tuples that `tilewise._native.forward` takes.
+"""A lowered mask, biases and options as the tuples that `tilewise._native` takes.
 
 Each function returns numbers for the core and appends what must stay alive during the call to `alive`.
 """

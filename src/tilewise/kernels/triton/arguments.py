@@ -12,7 +12,7 @@ from ...contract import Operands, Plan
 from ...problem import ITEM_BYTES, AttentionProblem
 from .device.records import Call, Dropout, Mask, rows, shape_of, view
 
-_NO_MASK = Mask(tl.constexpr(0), None, None, None, None, None)
+_NO_MASK = Mask(None, None, None, None, None, tl.constexpr(0))
 
 # Bytes of keys and values that programs which run side by side may share in the second-level cache.
 _CACHE_BYTES = 32 << 20

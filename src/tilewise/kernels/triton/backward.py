@@ -16,7 +16,7 @@ from .facts import Facts, facts_of
 from .forward import like_layout
 from .launch import blocks_of, launch, on_device_of
 from .rows_kernel import rows_kernel
-from .tiles import KEYS_AND_VALUES_APART
+from .tiles import KEYS_AND_VALUES_APART, padded_width
 
 _ROWS_AT_ONCE = 32
 
@@ -68,13 +68,12 @@ class _Step:
     facts: Facts
     tiles: tuple[View | Rows, ...]
     delta: torch.Tensor
-    width: int
 
     def d_q(self) -> torch.Tensor:
         """(B, Hq, Sq, D)."""
         problem, q = self.plan.problem, self.operands.q
         d_q = like_layout(problem.layout, tuple(q.shape), q)
-        blocks = blocks_of("d_q", q, self.width)
+        blocks = blocks_of("d_q", self.plan, q.device)
         for slab in self.facts.slabs("queries", blocks):
             masked = slab.lists is not None
             launch(
@@ -89,8 +88,8 @@ class _Step:
         """(B, Hkv, Sk, D) and (B, Hkv, Sk, Dv)."""
         problem, k, v = self.plan.problem, self.operands.k, self.operands.v
         d_k, d_v = (like_layout(problem.layout, tuple(array.shape), array) for array in (k, v))
-        blocks = blocks_of("d_kv", k, self.width)
-        passes = ((True, False), (False, True)) if self.width >= KEYS_AND_VALUES_APART else ((True, True),)
+        blocks = blocks_of("d_kv", self.plan, k.device)
+        passes = ((True, False), (False, True)) if padded_width(problem) >= KEYS_AND_VALUES_APART else ((True, True),)
         for slab in self.facts.slabs("keys", blocks):
             together = heads_together(problem, problem.kv_heads, slab.lists is not None)
             for want_k, want_v in passes:
@@ -107,7 +106,7 @@ class _Step:
         problem = self.plan.problem
         over_b, over_h, over_q, over_k = (size == 1 for size in bias.shape)
         d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-        blocks = blocks_of("d_bias", self.operands.q, self.width)
+        blocks = blocks_of("d_bias", self.plan, self.delta.device)
         k_tiles = -(-problem.k_len // blocks.keys)
         for slab in self.facts.slabs("queries", blocks):
             grid = (1 if over_q else slab.tiles, 1 if over_k else k_tiles, bias.shape[0] * bias.shape[1])
@@ -122,7 +121,7 @@ class _Step:
     def d_table(self, table: torch.Tensor) -> torch.Tensor:
         """(B', H', Sq + Sk - 1), summed along diagonals."""
         problem = self.plan.problem
-        blocks = blocks_of("d_bias", self.operands.q, self.width)
+        blocks = blocks_of("d_bias", self.plan, self.delta.device)
         side = blocks.queries
         q_tiles, k_tiles = -(-problem.q_len // side), -(-problem.k_len // side)
         batch, heads, length = table.shape
@@ -169,8 +168,7 @@ def _begin(
         WIDTH=call.shape.dv.value, BLOCK=call.shape.block_dv.value, ROWS=_ROWS_AT_ONCE,
     )  # fmt: skip
     tiles = (view(operands.q), view(operands.k), view(operands.v), view(d_out), rows(level), rows(delta))
-    width = max(call.shape.block_d.value, call.shape.block_dv.value)
-    return _Step(plan, operands, call, facts_of(operands.mask, operands.q.device), tiles, delta, width)
+    return _Step(plan, operands, call, facts_of(operands.mask, operands.q.device), tiles, delta)
 
 
 def _zeros(operands: Operands, wanted: frozenset[str]) -> Gradients:

@@ -49,9 +49,8 @@ class _TritonCard(KernelCard):
 
 
 def _tiles(problem: AttentionProblem) -> Tiles:
-    width = 1 << (max(problem.head_dim, problem.value_dim, 16) - 1).bit_length()
-    arch = "interpreter" if problem.device == "cpu" else "sm_90"
-    blocks = blocks_for("forward", arch, width, 4 if problem.dtype == "float32" else 2)
+    # The device cannot be asked without torch; only the interpreter's tiles are always known.
+    blocks = blocks_for("forward", "interpreter" if problem.device == "cpu" else "sm_90", problem)
     return Tiles(blocks.queries, blocks.keys)
 
 

@@ -149,7 +149,7 @@ def _move(lowered: LoweredMask, device: torch.device, shared: bool) -> Facts:
         # One pair tells which axes the answer depends on.
         one = slice(0, min(1, site.q_len)), slice(0, min(1, site.k_len))
         shapes.append(_lazy_part(lowered).visible(*one).shape)
-    mask = Mask(tl.constexpr(ranges.count if ranges else 0), starts, stops, q_labels, k_labels, bits)
+    mask = Mask(starts, stops, q_labels, k_labels, bits, tl.constexpr(ranges.count if ranges else 0))
     batch, heads = (max((shape[axis] for shape in shapes), default=1) for axis in (0, 1))
     return Facts(lowered, device, mask, batch, heads, shared)
 

@@ -32,7 +32,7 @@ def forward(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]
     sinks = (
         operands.sinks.contiguous() if operands.sinks is not None else None
     )  # a number stands there as a broadcast one
-    blocks = blocks_of("forward", q, max(call.shape.block_d.value, call.shape.block_dv.value))
+    blocks = blocks_of("forward", plan, q.device)
     with on_device_of(q):
         for slab in facts_of(operands.mask, q.device).slabs("queries", blocks):
             masked = slab.lists is not None

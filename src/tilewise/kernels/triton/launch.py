@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 
+from ...contract import Plan
 from .tiles import Blocks, Pass, blocks_for
 
 
@@ -31,9 +32,9 @@ def on_device_of(array: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(array.device) if array.is_cuda else nullcontext()
 
 
-def blocks_of(purpose: Pass, array: torch.Tensor, width: int) -> Blocks:
-    """The tile sizes of a pass on the device where `array` lives."""
-    return blocks_for(purpose, architecture(array.device), width, array.element_size())
+def blocks_of(purpose: Pass, plan: Plan, device: torch.device) -> Blocks:
+    """The tile sizes of a pass on a device."""
+    return blocks_for(purpose, architecture(device), plan.problem)
 
 
 @lru_cache

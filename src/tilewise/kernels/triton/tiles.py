@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from ...problem import AttentionProblem
+
 Pass = Literal["forward", "d_kv", "d_q", "d_bias"]
 
 
@@ -88,19 +90,23 @@ KEYS_AND_VALUES_APART = 256
 _INTERPRETER = Blocks(32, 32, 4, 1)
 
 
-def blocks_for(purpose: Pass, arch: str, width: int, item_bytes: int) -> Blocks:
-    """The tile sizes of a pass.
-
-    Args:
-        arch: "sm_90" and the like, "gfx942" and the like, or "interpreter".
-        width: the larger of the padded D and Dv, a power of two up to 512. item_bytes: of an element of q, k and v.
-    """
+def blocks_for(purpose: Pass, arch: str, problem: AttentionProblem) -> Blocks:
+    """The tile sizes of a pass. `arch` is "sm_90" and the like, "gfx942" and the like, or "interpreter"."""
     if arch == "interpreter":
         return _INTERPRETER
-    width = max(64, width)
-    if item_bytes == 4:
+    width = max(64, padded_width(problem))
+    if problem.dtype == "float32":
         return _SINGLE[width]
     blocks = _HALF[purpose, "large" if arch in ("sm_80", "sm_90", "sm_100", "sm_103") else "small"][width]
-    if arch == "sm_80" and width >= 256:
-        blocks = blocks._replace(stages=1)  # 163 KiB hold one stage less than the 227 KiB of its successors
-    return blocks
+    # Arrays with an element for each pair: dense masks and biases, tables.
+    pair_arrays = len(problem.bias.dense) + problem.bias.table + (problem.mask.bits is not None)
+    # The pipeline holds tiles of those too, and the 163 KiB of sm_80 hold a stage less than the 227 KiB after it.
+    fewer = (pair_arrays > 1) + (width >= 256 and (pair_arrays > 0 or arch == "sm_80"))
+    stages = max(1, min(blocks.stages, 2 if pair_arrays else 3) - fewer)
+    keys = min(blocks.keys, 64) if purpose == "forward" and pair_arrays else blocks.keys
+    return blocks._replace(stages=stages, keys=keys)
+
+
+def padded_width(problem: AttentionProblem) -> int:
+    """The larger of D and Dv as a power of two, which rows are padded to by masks; matrix instructions want 16."""
+    return max(16, 1 << (max(problem.head_dim, problem.value_dim) - 1).bit_length())

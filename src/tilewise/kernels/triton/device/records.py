@@ -32,10 +32,7 @@ class Rows(NamedTuple):
 
 
 class Bits(NamedTuple):
-    """A view of booleans, 0 or 1 in bytes, whose element [0, 0] is query `query` and key `key`.
-
-    The fields of `View` are repeated: Triton 3.6 cannot ask whether a record within a record is None.
-    """
+    """A view of booleans, 0 or 1 in bytes, whose element [0, 0] is query `query` and key `key`."""
 
     ptr: Any
     b: Stride
@@ -52,12 +49,12 @@ class Mask(NamedTuple):
     starts, stops: (B', H', Sq, R) int32, with R known to the compiler as `ranges`.
     """
 
-    ranges: Any
     starts: View | None
     stops: View | None
     q_labels: Rows | None
     k_labels: Rows | None
     bits: Bits | None
+    ranges: Any  # last: Triton 3.6 forgets a constant in a nested record unless one of the outer record follows it
 
 
 class Dropout(NamedTuple):

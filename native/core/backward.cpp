@@ -1,0 +1,148 @@
+// tw_backward: the keys of each (batch, kv head) are cut into segments, and each runs over all tiles of the head.
+//
+// A segment owns the gradients to its keys and values. What tiles gather (d_q, row sums) they gather segment after
+// segment in key order: a segment that comes too early waits at that tile. Segments are started in that order, so the
+// one waited for is always running, and no sum depends on how many segments or threads there are.
+#include <string.h>
+
+#include <algorithm>
+#include <thread>
+
+#include "core/problem_check.h"
+#include "core/scratch.h"
+#include "core/threads.h"
+
+namespace tilewise {
+namespace {
+
+constexpr int64_t segment_keys = 512, shortest_segment = 128, most_segments = 64; // a bit each in tw_segment.done
+constexpr size_t wave_bytes = size_t(32) << 20; // records of the heads that run together
+
+// Heads run in waves, so that records take bounded memory. Heads that add into the same array (a bias broadcast over
+// them) form one class, and run one after another within each segment.
+struct Call {
+    const tw_problem *problem;
+    const tw_gradients *gradients;
+    const tw_kernels *kernels;
+    bool shared_b, shared_h;
+    int64_t first_head, last_head; // of the wave; head = b * kv_heads + kv_head
+    int64_t tiles, segments, keys, classes;
+    size_t record_bytes, scratch_bytes;
+    uint64_t *done;
+    char *records, *scratch;
+
+    char *record(int64_t head, int64_t tile) const {
+        return records + size_t((head - first_head) * tiles + tile) * record_bytes;
+    }
+    int64_t class_of(int64_t head) const {
+        const int64_t kv_heads = problem->kv_heads;
+        if (shared_b) return shared_h ? 0 : head % kv_heads;
+        return shared_h ? head / kv_heads - first_head / kv_heads : head - first_head;
+    }
+};
+
+void rest(int tries) {
+    if (tries > 100) std::this_thread::yield();
+}
+
+void open_tile(void *context, int64_t index, int) {
+    const Call &c = *static_cast<const Call *>(context);
+    const int64_t head = c.first_head + index / c.tiles, tile = index % c.tiles;
+    const int64_t b = head / c.problem->kv_heads, kv_head = head % c.problem->kv_heads;
+    c.kernels->open_tile(c.problem, c.gradients, b, kv_head, tile, c.record(head, tile));
+}
+
+void run_segment(void *context, int64_t index, int worker) {
+    const Call &c = *static_cast<const Call *>(context);
+    const int64_t number = index / c.classes, begin = number * c.keys, kv_heads = c.problem->kv_heads;
+    for (int64_t head = c.first_head; head < c.last_head; ++head) {
+        if (c.class_of(head) != index % c.classes) continue;
+        const tw_segment segment = {head / kv_heads, head % kv_heads, begin, std::min(c.problem->k_len, begin + c.keys),
+                                    c.record(head, 0), c.done + (head - c.first_head) * c.tiles, number, c.tiles, rest};
+        c.kernels->run_segment(c.problem, c.gradients, &segment, c.scratch + size_t(worker) * c.scratch_bytes);
+    }
+}
+
+void close_tile(void *context, int64_t index, int) {
+    const Call &c = *static_cast<const Call *>(context);
+    const int64_t head = c.first_head + index / c.tiles;
+    c.kernels->close_tile(c.problem, c.gradients, head / c.problem->kv_heads, c.record(head, index % c.tiles));
+}
+
+void close_sinks(void *context, int64_t kv_head, int) {
+    const Call &c = *static_cast<const Call *>(context);
+    for (int64_t head = c.first_head; head < c.last_head; ++head)
+        for (int64_t tile = 0; tile < c.tiles && head % c.problem->kv_heads == kv_head; ++tile)
+            c.kernels->close_sinks(c.problem, c.gradients, c.record(head, tile));
+}
+
+int run_backward(const tw_problem &p, const tw_gradients &g, const char **message) {
+    int status;
+    const tw_kernels *kernels = kernels_for(p, &status, message);
+    if (!kernels) return status;
+    const int64_t heads = p.batch * p.kv_heads, per_head = p.row_end - p.row_begin;
+    if (!heads || !p.q_heads || !per_head) return TW_OK;
+
+    Call c = {};
+    c.problem = &p;
+    c.gradients = &g;
+    c.kernels = kernels;
+    for (int t = 0; t < g.gather_count; ++t) {
+        c.shared_b |= p.batch > 1 && g.gather[t].stride_b == 0;
+        c.shared_h |= p.kv_heads > 1 && g.gather[t].stride_h == 0;
+    }
+    const int64_t rows = p.q_heads / p.kv_heads * per_head;
+    c.tiles = (rows + kernels->tile_rows - 1) / kernels->tile_rows;
+    c.record_bytes = kernels->record_bytes(&p);
+    const size_t head_bytes = size_t(c.tiles) * c.record_bytes;
+    const int64_t wave = std::clamp<int64_t>(int64_t(wave_bytes / head_bytes), 1, heads);
+
+    int threads = p.threads > 0 ? p.threads : default_threads();
+    const double operations = 5.0 * double(heads) * double(rows) * double(p.k_len) * double(p.head_dim + p.value_dim);
+    if (operations < serial_operations) threads = 1;
+
+    // Short segments where heads alone do not fill the threads. A diagonal crosses segments: there one holds all keys.
+    const auto segments_of = [&p](int64_t keys) { return std::max<int64_t>(1, (p.k_len + keys - 1) / keys); };
+    const bool alone = g.gather_count && g.diagonal;
+    c.keys = segment_keys;
+    while (c.keys > shortest_segment && wave * segments_of(c.keys) < 2 * int64_t(threads)) c.keys /= 2;
+    const int64_t fewest = alone ? p.k_len : (p.k_len + most_segments - 1) / most_segments;
+    c.keys = std::max(c.keys, (fewest + TW_BIT_TILE - 1) / TW_BIT_TILE * TW_BIT_TILE);
+    c.segments = segments_of(c.keys);
+    c.scratch_bytes = (kernels->segment_bytes(&p, std::min(c.keys, p.k_len)) + 127) / 128 * 128;
+
+    const size_t done_bytes = (size_t(wave * c.tiles) * sizeof(uint64_t) + 63) / 64 * 64;
+    Scratch memory(done_bytes + size_t(wave) * head_bytes + c.scratch_bytes * size_t(threads));
+    if (!memory.memory()) {
+        *message = "workspace: out of memory";
+        return TW_OUT_OF_MEMORY;
+    }
+    c.done = static_cast<uint64_t *>(memory.memory());
+    c.records = static_cast<char *>(memory.memory()) + done_bytes;
+    c.scratch = c.records + size_t(wave) * head_bytes;
+
+    for (c.first_head = 0; c.first_head < heads; c.first_head = c.last_head) {
+        c.last_head = std::min(heads, c.first_head + wave);
+        c.classes = c.shared_b ? (c.shared_h ? 1 : p.kv_heads) : c.class_of(c.last_head - 1) + 1;
+        const int64_t tiles = (c.last_head - c.first_head) * c.tiles;
+        memset(c.done, 0, size_t(tiles) * sizeof(uint64_t));
+        parallel_for(tiles, threads, open_tile, &c);
+        if (p.k_len) parallel_for(c.segments * c.classes, threads, run_segment, &c);
+        if (g.d_q.data) parallel_for(tiles, threads, close_tile, &c);
+        if (g.sinks) parallel_for(p.kv_heads, threads, close_sinks, &c);
+    }
+    return TW_OK;
+}
+
+} // namespace
+} // namespace tilewise
+
+int tw_backward(const tw_problem *problem, const tw_gradients *gradients, const char **message) {
+    *message = "";
+    try {
+        return tilewise::run_backward(*problem, *gradients, message);
+    } catch (...) { // only allocation can fail here
+        *message = "workspace: out of memory";
+        return TW_OUT_OF_MEMORY;
+    }
+}

@@ -1,0 +1,166 @@
+"""Gradients of the compiled kernel on every page, against the oracle; their bits do not depend on threads or slabs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from accuracy import assert_accurate
+from support.conformance import flat
+from support.portable_cases import CASES, arrays, planned
+
+import tilewise as tw
+from tilewise.kernels.native import card
+from tilewise.kernels.native.backward import backward
+from tilewise.kernels.native.forward import forward
+from tilewise.kernels.reference import dense as reference
+
+_native = pytest.importorskip("tilewise._native")
+pytestmark = pytest.mark.usefixtures("loud_memory")
+
+
+@pytest.fixture(params=_native.build_info()["supported_pages"])
+def page(request, monkeypatch) -> str:
+    monkeypatch.setenv("TILEWISE_ISA", request.param)
+    return request.param
+
+
+def _differentiate(plan, operands, d_out=None, d_lse=None):
+    oracle = reference.attention(plan.problem, operands)
+    rng = np.random.default_rng(7)
+    d_out = rng.standard_normal(oracle.out.shape).astype(plan.problem.dtype) if d_out is None else d_out
+    d_lse = rng.standard_normal(oracle.lse.shape).astype(plan.problem.accumulator) if d_lse is None else d_lse
+    out, lse = forward(plan, operands)
+    return backward(plan, operands, out, lse, d_out, d_lse), reference.gradients(oracle, d_out, d_lse)
+
+
+def _check(plan, operands, **gradients) -> None:
+    found, exact = _differentiate(plan, operands, **gradients)
+    for n, (got, truth) in enumerate(zip(flat(found), flat(exact), strict=True)):
+        assert (got is None) == (truth is None)
+        if truth is not None:
+            assert_accurate(f"gradient {n}", got, truth, dtype=plan.problem.dtype)
+
+
+def _same(found, expected) -> None:
+    for got, other in zip(flat(found), flat(expected), strict=True):
+        assert (got is None) == (other is None)
+        assert got is None or got.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("name", CASES)
+def test_facts(page, name, dtype) -> None:
+    qkv = {key: array.astype(dtype) for key, array in arrays().items()}
+    _check(*planned(**qkv, **CASES[name](lambda x: x), kernel="native", tiles=None))
+
+
+# Tiles have 4 to 48 rows, groups 4 or 8 keys, blocks 64, segments 128 or 512.
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "q_len, k_len, dim, value", [(1, 1, 1, 1), (70, 700, 33, 7), (100, 129, 64, 80), (25, 64, 5, 48)]
+)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_sizes(page, q_len, k_len, dim, value, dtype, layout) -> None:
+    qkv = {key: array.astype(dtype) for key, array in arrays(0, 2, 4, 2, q_len, k_len, dim, value).items()}
+    plan, operands = planned(**qkv, mask=tw.causal("end"), kernel="native", tiles=None)
+    _check(replace(plan, problem=replace(plan.problem, layout=layout)), operands)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 2, 5, 7), (2, 4, 2, 0, 7), (2, 4, 2, 5, 0), (2, 0, 0, 5, 7)], ids=str)
+def test_nothing_to_do(page, sizes) -> None:
+    plan, operands = planned(**arrays(0, *sizes), kernel="native", tiles=None)
+    found, _ = _differentiate(plan, operands)
+    for got, operand in zip((found.q, found.k, found.v), (operands.q, operands.k, operands.v), strict=True):
+        np.testing.assert_array_equal(got, np.zeros(operand.shape))
+
+
+def _large(**options):
+    qkv = {key: array.astype("float32") for key, array in arrays(0, 2, 4, 2, 150, 900, 20, 24).items()}
+    return planned(**qkv, kernel="native", tiles=None, **options)
+
+
+BIASES = {
+    "none": (),
+    "pairs": (1, 1, 150, 900),
+    "pairs of heads": (1, 4, 150, 900),
+    "pairs of batch": (2, 1, 150, 900),
+    "rows": (1, 4, 150, 1),
+    "keys": (2, 1, 1, 900),
+    "one": (1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("shape", BIASES.values(), ids=BIASES)
+def test_threads(shape) -> None:
+    bias = {"bias": np.random.default_rng(3).standard_normal(shape).astype(np.float32)} if shape else {}
+    plan, operands = _large(mask=tw.causal("end"), **bias)
+    _check(plan, operands)
+    answers = []
+    for threads in (1, 2, 5):
+        tw.set_num_threads(threads)
+        answers.append(_differentiate(plan, operands)[0])
+    tw.set_num_threads(0)
+    _same(answers[1], answers[0])
+    _same(answers[2], answers[0])
+
+
+def test_a_diagonal_crosses_segments() -> None:
+    table = np.random.default_rng(3).standard_normal((1, 4, 1049)).astype(np.float32)
+    _check(*_large(bias=tw.relative(table), mask=tw.window(200, 100, "end")))
+
+
+def test_rows_in_parts(monkeypatch) -> None:
+    mask = tw.predicate(lambda b, h, i, j: (3 * i + j + h + b) % 4 != 0)
+    monkeypatch.setattr("tilewise.kernels.native.call.BITS_BYTES", 1)
+    _check(*_large(mask=mask, sinks=np.ones(4, np.float32)))
+
+
+@pytest.mark.parametrize("wanted", [{"q"}, {"k"}, {"v"}, {"bias"}, {"sinks"}], ids=str)
+def test_what_is_not_wanted_is_not_made(page, wanted) -> None:
+    options = {"bias": np.ones((1, 1, 13, 17)), "sinks": np.ones(4)}
+    plan, operands = planned(**arrays(), **options, kernel="native", tiles=None)
+    everything, _ = _differentiate(plan, operands)
+    found, _ = _differentiate(replace(plan, problem=replace(plan.problem, gradients=frozenset(wanted))), operands)
+    for name, got, all_of_it in zip(
+        ("q", "k", "v", "bias", "table", "sinks"), flat(found), flat(everything), strict=True
+    ):
+        assert (got is None) == (name not in wanted)
+        if got is not None:
+            np.testing.assert_array_equal(got, all_of_it)
+
+
+def _spoil(array, *places) -> None:
+    for place in places:
+        array[place] = np.nan
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"dropout": tw.Dropout(0.3, 4)}], ids=str)
+def test_what_is_masked_cannot_be_seen(page, options) -> None:
+    # Query 3 sees nothing and key 5 is seen by nobody; key 9 is seen by query 8 alone.
+    seen = np.random.default_rng(1).random((13, 17)) < 0.6
+    seen[3], seen[:, 5], seen[:, 9] = False, False, False
+    seen[8, 9] = True
+    clean, rng = arrays(), np.random.default_rng(2)
+    d_out, d_lse = rng.standard_normal((2, 4, 13, 5)), rng.standard_normal((2, 4, 13))
+    mask = {"mask": tw.dense(seen), **options}
+    expected, _ = _differentiate(*planned(**clean, **mask, kernel="native", tiles=None), d_out, d_lse)
+    bad = {name: array.copy() for name, array in clean.items()}
+    _spoil(bad["q"], np.s_[:, :, 3])
+    _spoil(bad["k"], np.s_[:, :, 5])
+    _spoil(bad["v"], np.s_[:, :, 5])
+    _spoil(d_out, np.s_[:, :, 3])
+    _spoil(d_lse, np.s_[:, :, 3])
+    found, _ = _differentiate(*planned(**bad, **mask, kernel="native", tiles=None), d_out, d_lse)
+    for got, other in zip((found.q, found.k, found.v), (expected.q, expected.k, expected.v), strict=True):
+        np.testing.assert_allclose(got, other, rtol=1e-11, atol=1e-13)
+    _spoil(bad["v"], np.s_[:, :, 9])
+    found, _ = _differentiate(*planned(**bad, **mask, kernel="native", tiles=None), d_out, d_lse)
+    assert np.isnan(found.q[:, :, 8]).all() and not np.isnan(np.delete(found.q, 8, 2)).any()
+    sees_none = ~seen[8]
+    assert np.isnan(found.k[:, :, ~sees_none]).all() and not np.isnan(found.k[:, :, sees_none]).any()
+
+
+def test_the_card_promises_them_all() -> None:
+    assert card.CARD.gradients == {"q", "k", "v", "bias", "table", "sinks"}
