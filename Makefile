@@ -8,9 +8,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.h')
 
-# Tests run in one process per core. Each may use two threads of its own, so that what only happens with several is
-# tested, and no more, so that cores are not fought over.
-PYTEST := TILEWISE_NUM_THREADS=2 $(BIN)/python -m pytest -n auto --maxprocesses=8
+# Tests run in one process per core. Our own kernels may use two threads in each, so that what only happens with several
+# is tested; torch gets one, since its waiting threads would take the cores from the other processes.
+PYTEST := OMP_NUM_THREADS=1 TILEWISE_NUM_THREADS=2 $(BIN)/python -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-slow lint types format demo clean

@@ -204,19 +204,16 @@ def test_the_other_layout_is_checked_in_its_own_order():
 
 
 def test_a_forced_kernel_that_cannot_lists_every_reason():
-    half = {name: array.astype("float16") for name, array in arrays().items()}
     biases = tw.relative(np.ones(11)) + FLOATS
     for _ in range(4):
         biases = biases + FLOATS
-    refused = [{**half, "kernel": "native"}, {**arrays(), "kernel": "native", "bias": biases}]
-    for call in refused:
-        with pytest.raises(tw.KernelRefused) as caught:
-            tw.attention(**call)
-        assert caught.value.kernel == "native" and caught.value.reasons
-        assert all(reason in str(caught.value) for reason in caught.value.reasons)
-        assert str(caught.value).startswith("kernel: 'native'")
-        again = pickle.loads(pickle.dumps(caught.value))
-        assert again.reasons == caught.value.reasons and str(again) == str(caught.value)
+    with pytest.raises(tw.KernelRefused) as caught:
+        tw.attention(**arrays(), kernel="native", bias=biases)
+    assert caught.value.kernel == "native" and caught.value.reasons
+    assert all(reason in str(caught.value) for reason in caught.value.reasons)
+    assert str(caught.value).startswith("kernel: 'native'")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert again.reasons == caught.value.reasons and str(again) == str(caught.value)
 
 
 def test_a_kernel_of_quadratic_memory_must_be_allowed():

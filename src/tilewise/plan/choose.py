@@ -10,9 +10,8 @@ from ..kernels import NAMES, cards
 from ..problem import AttentionProblem
 
 
-@lru_cache(maxsize=4096)
 def choose(problem: AttentionProblem, kernel: str | None = None, allow_quadratic: bool = False) -> Plan:
-    """The plan for a problem.
+    """The plan for a problem, remembered by problem.
 
     Args:
         kernel: run this kernel or raise; None lets the cheapest that refuses nothing run.
@@ -23,9 +22,14 @@ def choose(problem: AttentionProblem, kernel: str | None = None, allow_quadratic
         KernelRefused: the kernel asked for, or every kernel, refuses; with each reason.
         QuadraticMemory: only memory in Sq * Sk would do and `allow_quadratic` is False.
     """
-    known = cards()
     if kernel is not None and kernel not in NAMES:
         raise ValueError(f"kernel: got {kernel!r}, expected one of {', '.join(map(repr, NAMES))} or None")
+    return _choose(problem, kernel, allow_quadratic)
+
+
+@lru_cache(maxsize=4096)
+def _choose(problem: AttentionProblem, kernel: str | None, allow_quadratic: bool) -> Plan:
+    known = cards()
     refusals = {card.name: refusals_of(card, problem, kernel) for card in known}
     willing = [card for card in known if not refusals[card.name]]
     if kernel is not None:
