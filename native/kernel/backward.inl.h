@@ -14,8 +14,8 @@ template <class A> TW_INLINE A *d_out_of(const tw_problem &p, const Tile<A> &til
 }
 
 template <class T, class A>
-static void open_tile(const tw_problem *problem, const tw_gradients *gradients, int64_t b, int64_t kv_head, int64_t number,
-                      void *record) {
+static void open_tile(const tw_problem *problem, const tw_gradients *gradients, int64_t b, int64_t kv_head,
+                      int64_t number, void *record) {
     const tw_problem &p = *problem;
     const A infinity = A(__builtin_inf());
     Tile<A> &tile = *static_cast<Tile<A> *>(record);
@@ -80,7 +80,8 @@ template <class T, class A> static size_t segment_bytes(const tw_problem *p, int
 
 // Adds a segment's rows, times `factor`, to what the caller has.
 template <class A>
-static void add_gradients(const tw_tensor &to, const Slopes<A> &s, const A *from, int64_t width, int64_t columns, A factor) {
+static void add_gradients(const tw_tensor &to, const Slopes<A> &s, const A *from, int64_t width, int64_t columns,
+                          A factor) {
     if (!to.data) return;
     for (int64_t key = s.first; key <= s.last; ++key, from += width) {
         if (s.blocks[(key - s.first) / block_keys] == BLOCK_UNMET) continue;
@@ -90,7 +91,8 @@ static void add_gradients(const tw_tensor &to, const Slopes<A> &s, const A *from
 }
 
 template <class T, class A>
-static void run_segment(const tw_problem *problem, const tw_gradients *gradients, const tw_segment *segment, void *scratch) {
+static void run_segment(const tw_problem *problem, const tw_gradients *gradients, const tw_segment *segment,
+                        void *scratch) {
     const tw_problem &p = *problem;
     const tw_gradients &g = *gradients;
     Slopes<A> s;
@@ -107,7 +109,8 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
     s.scores_wanted = g.d_q.data || g.d_k.data || g.gather_count;
     s.head_width = padded<A>(p.head_dim);
     s.value_width = padded<A>(p.value_dim);
-    const int64_t keys = segment->key_end - segment->key_begin, whole = (keys + block_keys - 1) / block_keys * block_keys;
+    const int64_t keys = segment->key_end - segment->key_begin;
+    const int64_t whole = (keys + block_keys - 1) / block_keys * block_keys;
 
     A *numbers = static_cast<A *>(scratch);
     const auto take = [&numbers](int64_t count) { return (numbers += count) - count; };

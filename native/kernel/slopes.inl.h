@@ -176,7 +176,8 @@ TW_RARE void add_keys_carefully(const A *weights, int width, const A *k, int64_t
 
 // Sums the places [begin, end) of the block at `key`, of which n keys exist. end is a whole group.
 template <class A, int NZ>
-static void add_run(const Slopes<A> &s, const Tile<A> &tile, int64_t key, int n, int begin, int end, const uint64_t *words) {
+static void add_run(const Slopes<A> &s, const Tile<A> &tile, int64_t key, int n, int begin, int end,
+                    const uint64_t *words) {
     constexpr int width = NZ * lanes<A>;
     if (begin >= end) return;
     const tw_problem &p = *s.problem;

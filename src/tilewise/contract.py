@@ -118,6 +118,7 @@ class KernelCard:
         families, devices, dtypes: what it runs on; "*" in `devices` is any.
         traced: whether it runs under jax tracing and torch fake tensors.
         gradients: operands its own backward differentiates; empty when it has no backward.
+        backward_families: frameworks whose derivatives use its backward; None is all in `families`.
         lazy_bits: whether it evaluates predicates itself, tile by tile.
         max_dense_biases, max_key_length: largest counts it takes; None is unbounded.
         further: limits that are no plain set, as a function from the problem to reasons.
@@ -136,6 +137,7 @@ class KernelCard:
     dtypes: frozenset[str]
     traced: bool = True
     gradients: frozenset[Gradient] = frozenset()
+    backward_families: frozenset[str] | None = None
     lazy_bits: bool = True
     max_dense_biases: int | None = None
     max_key_length: int | None = None
@@ -175,8 +177,10 @@ class KernelCard:
         """Every reason why this kernel cannot compute the gradients that `problem` wants; empty when it can."""
         if not self.gradients:
             return (*self.refuse(problem), "it has no backward")
-        missing = sorted(problem.gradients - self.gradients)
-        return self.refuse(problem) + tuple(f"it has no gradient to {name}" for name in missing)
+        missing = [f"it has no gradient to {name}" for name in sorted(problem.gradients - self.gradients)]
+        if self.backward_families is not None and problem.family not in self.backward_families:
+            missing.append(f"derivatives of {problem.family} arrays do not use its backward")
+        return (*self.refuse(problem), *missing)
 
     def cost(self, problem: AttentionProblem) -> float:
         """Estimated seconds, for ranking kernels against each other; not a promise."""

@@ -19,8 +19,8 @@ pytest.importorskip("triton")
 SHARED = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 INSTRUCTION = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
-# Bytes of stack a thread may use on sm_90, where registers go that do not fit. The two accumulators of the backward pass
-# and whatever is read for each pair leave a few, which was preferred to smaller tiles; the plain forward leaves none.
+# Bytes of stack a thread may use on sm_90, where registers go that do not fit. The two accumulators of the backward
+# pass and what is read for each pair leave some, which was preferred to smaller tiles; the plain forward leaves few.
 STACK = {"forward_kernel": 256, "d_kv_kernel": 320, "d_q_kernel": 256, "d_dense_kernel": 128, "d_table_kernel": 256}
 PLAIN_FORWARD_STACK = 64
 

@@ -11,6 +11,8 @@ from .buffers import DTYPE_CODES
 
 # Bytes of tile bits made at once: a predicate is evaluated for so many query rows, which are computed before the next.
 BITS_BYTES = 1 << 24
+# Pairs whose bits may be packed before a jax program runs: 64 MB.
+_MOST_PACKED = 1 << 29
 
 
 def _available() -> Unavailable | None:
@@ -19,6 +21,19 @@ def _available() -> Unavailable | None:
             "the compiled module is not installed", "install a C++17 compiler such as g++, then reinstall tilewise"
         )
     return None
+
+
+def _packing(problem: AttentionProblem) -> tuple[str, ...]:
+    """A jax program takes all tile bits as operands, so they are made before it runs; elsewhere a slab at a time."""
+    if problem.family != "jax" or problem.mask.bits != "lazy":
+        return ()
+    if not problem.mask.known:
+        return ("it packs a mask's bits before a jax program runs, and this mask's values are traced",)
+    if problem.scores > _MOST_PACKED:
+        return (
+            f"it packs a mask's bits before a jax program runs, and {problem.scores} pairs would take too much memory",
+        )
+    return ()
 
 
 def threads_of(problem: AttentionProblem) -> int:
@@ -57,7 +72,9 @@ CARD = KernelCard(
     devices=frozenset({"cpu"}),
     dtypes=frozenset({"float32", "float64", "float16", "bfloat16"}),
     gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
+    backward_families=frozenset({"numpy", "torch"}),
     max_dense_biases=4,
+    further=_packing,
     rate=2e11,
     overhead=1e-5,
     available=_available,

@@ -30,22 +30,18 @@ def _available() -> Unavailable | None:
     return None
 
 
-class _TritonCard(KernelCard):
-    """A card that also refuses what no flat set can say: widths beyond the table, the CPU without the interpreter."""
-
-    __slots__ = ()
-
-    def _reasons(self, problem: AttentionProblem) -> list[str | None]:
-        widest = max(problem.head_dim, problem.value_dim)
-        on_cpu = problem.device == "cpu" and not _interpreted()
-        return [
-            *super()._reasons(problem),
-            "on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1)" if on_cpu else None,
-            f"it takes head dimensions up to {_WIDEST}, not {widest}" if widest > _WIDEST else None,
-            f"it takes at most {_MOST_KEYS} queries and there are {problem.q_len}"
-            if problem.q_len > _MOST_KEYS
-            else None,
-        ]
+def _further(problem: AttentionProblem) -> tuple[str, ...]:
+    """Widths beyond the table, more queries than positions reach, the CPU without the interpreter."""
+    widest = max(problem.head_dim, problem.value_dim)
+    reasons = (
+        (
+            problem.device == "cpu" and not _interpreted(),
+            "on the CPU it runs only interpreted, with TRITON_INTERPRET=1",
+        ),
+        (widest > _WIDEST, f"it takes head dimensions up to {_WIDEST}, not {widest}"),
+        (problem.q_len > _MOST_KEYS, f"it takes at most {_MOST_KEYS} queries and there are {problem.q_len}"),
+    )
+    return tuple(reason for holds, reason in reasons if holds)
 
 
 def _tiles(problem: AttentionProblem) -> Tiles:
@@ -64,7 +60,7 @@ def _workspace(problem: AttentionProblem, tiles: Tiles) -> int:
     return bounds + lists + (1 << 25 if problem.mask.bits == "lazy" else 0)
 
 
-CARD = _TritonCard(
+CARD = KernelCard(
     name="triton",
     summary="Triton kernels for NVIDIA and AMD GPUs, from torch",
     families=frozenset({"torch"}),
@@ -73,6 +69,7 @@ CARD = _TritonCard(
     traced=False,
     gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
     max_key_length=_MOST_KEYS,
+    further=_further,
     rate=3e14,
     overhead=5e-5,
     available=_available,

@@ -104,7 +104,9 @@ def blocks_for(purpose: Pass, arch: str, problem: AttentionProblem) -> Blocks:
     fewer = (pair_arrays > 1) + (width >= 256 and (pair_arrays > 0 or arch == "sm_80"))
     stages = max(1, min(blocks.stages, 2 if pair_arrays else 3) - fewer)
     keys = min(blocks.keys, 64) if purpose == "forward" and pair_arrays else blocks.keys
-    return blocks._replace(stages=stages, keys=keys)
+    # The rounds of the generator want registers beside the two accumulators.
+    queries = min(blocks.queries, 32) if purpose == "d_kv" and problem.dropout else blocks.queries
+    return blocks._replace(queries=queries, keys=keys, stages=stages)
 
 
 def padded_width(problem: AttentionProblem) -> int:
