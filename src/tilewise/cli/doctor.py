@@ -13,15 +13,15 @@ def doctor() -> None:
     Kernels, native code, frameworks, optional packages and threads; each absence with its reason and its cure.
     """
     rows(_row(finding, mark=False) for finding in findings.machine())
+    frameworks = findings.frameworks()  # first: whether a GPU kernel can run shows only once torch is loaded
     sections = {
-        "kernels": findings.kernels,
-        "native code": findings.native,
-        "frameworks": findings.frameworks,
-        "optional packages": findings.extras,
+        "kernels": findings.kernels(),
+        "native code": findings.native(),
+        "frameworks": frameworks,
+        "optional packages": findings.extras(),
     }
     absent = 0
-    for title, look in sections.items():
-        found = look()
+    for title, found in sections.items():
         heading(f"\n{title}")
         rows((_row(finding) for finding in found), indent=2)
         absent += sum(not finding.present for finding in found)

@@ -69,6 +69,8 @@ CARD = KernelCard(
     traced=False,
     gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
     max_key_length=_MOST_KEYS,
+    # Held to the oracle by Triton's interpreter and compiled for four architectures, but never yet run on a GPU.
+    automatic=False,
     further=_further,
     rate=3e14,
     overhead=5e-5,
