@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import tilewise as tw  # noqa: E402
-from tilewise.plan.choose import choose  # noqa: E402
+from tilewise.plan.choose import planned  # noqa: E402
 
 MOST = 1 << 14  # scores of a slab of tiles; a length of 700 has 30 times as many
 
@@ -16,9 +16,9 @@ MOST = 1 << 14  # scores of a slab of tiles; a length of 700 has 30 times as man
 def small_slabs(monkeypatch):
     for name, scores in (("_HEAD_SCORES", MOST >> 2), ("_SLAB_SCORES", MOST), ("_VARIED_SCORES", MOST)):
         monkeypatch.setattr(f"tilewise.kernels.portable.tiles.{name}", scores)
-    choose.cache_clear()
+    planned.cache_clear()
     yield
-    choose.cache_clear()
+    planned.cache_clear()
 
 
 class Largest(TorchDispatchMode):

@@ -24,11 +24,12 @@ def choose(problem: AttentionProblem, kernel: str | None = None, allow_quadratic
     """
     if kernel is not None and kernel not in NAMES:
         raise ValueError(f"kernel: got {kernel!r}, expected one of {', '.join(map(repr, NAMES))} or None")
-    return _choose(problem, kernel, allow_quadratic)
+    return planned(problem, kernel, allow_quadratic)
 
 
 @lru_cache(maxsize=4096)
-def _choose(problem: AttentionProblem, kernel: str | None, allow_quadratic: bool) -> Plan:
+def planned(problem: AttentionProblem, kernel: str | None, allow_quadratic: bool) -> Plan:
+    """`choose` for a name that is known to be one: the part that is remembered."""
     known = cards()
     refusals = {card.name: refusals_of(card, problem, kernel) for card in known}
     willing = [card for card in known if not refusals[card.name]]
