@@ -145,3 +145,20 @@ def test_a_new_seed_is_no_new_program(small):
     close(values[0], values[2])
     assert not np.array_equal(values[0], values[1])
     close(values[0], tw.attention(*small, dropout=tw.Dropout(0.5, 1), kernel="portable"))
+
+
+def test_gradients_as_older_jax_needs_them(monkeypatch):
+    # Sizes of their own, so that no program compiled for another test is found.
+    q, k, v = jax.random.normal(jax.random.key(3), (3, 1, 2, 37, 6))
+    mask = tw.causal() & tw.documents(jnp.arange(37) % 3)
+
+    def gradients(scale):
+        loss = lambda *x: (tw.attention(*x, mask=mask, scale=scale, kernel="portable") ** 2).sum()  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    expected = gradients(0.5)
+    jax.clear_caches()
+    monkeypatch.setattr("tilewise.jax.derivative._SCANS_TRANSPOSE", (10**6,))
+    for got, new in zip(gradients(0.5), expected, strict=True):
+        np.testing.assert_array_equal(got, new)
+    jax.clear_caches()

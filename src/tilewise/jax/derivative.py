@@ -6,6 +6,7 @@ follow from one rule. The rule is written in terms of the function's own results
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,9 @@ from ..problem import AttentionProblem
 from . import ffi
 
 Array = Any
+
+# The first jax whose scans can be transposed in whatever is linear.
+_SCANS_TRANSPOSE = (0, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +56,17 @@ def _attention_jvp(case: Case, primals: tuple[Smooth, Facts], tangents: tuple[Sm
     smooth, facts = primals
     moving = jax.tree.map(_unless_zero, tangents[0], is_leaf=lambda x: isinstance(x, SymbolicZero))
     out, lse = _attention(case, smooth, facts)
-    tiles = case.tiles
-    d_out, d_lse = jax_scan.tangent(case.problem, tiles, smooth, facts, out, lse, moving)
+    d_out, d_lse = _linear(partial(jax_scan.tangent, case.problem, case.tiles, smooth, facts, out, lse), moving)
     return (out, lse), (d_out.astype(out.dtype), d_lse)
+
+
+def _linear(function: Callable[[Smooth], tuple[Array, Array]], moving: Smooth) -> tuple[Array, Array]:
+    """`function(moving)`, linear in `moving`, so that jax can transpose it."""
+    if jax.__version_info__ >= _SCANS_TRANSPOSE:
+        return function(moving)
+    # Older ones transpose only scans that their own differentiation has marked as linear; the derivative of a linear
+    # function is that function, and its value at zero is never used, so the compiler drops it.
+    return jax.jvp(function, (jax.tree.map(jnp.zeros_like, moving),), (moving,))[1]
 
 
 def _unless_zero(tangent: Any) -> Array | None:
