@@ -119,7 +119,6 @@ class KernelCard:
         traced: whether it runs under jax tracing and torch fake tensors.
         gradients: operands its own backward differentiates; empty when it has no backward.
         backward_families: frameworks whose derivatives use its backward; None is all in `families`.
-        lazy_bits: whether it evaluates predicates itself, tile by tile.
         max_dense_biases, max_key_length: largest counts it takes; None is unbounded.
         further: limits that are no plain set, as a function from the problem to reasons.
         linear_memory: whether its memory is linear in Sq + Sk.
@@ -138,7 +137,6 @@ class KernelCard:
     traced: bool = True
     gradients: frozenset[Gradient] = frozenset()
     backward_families: frozenset[str] | None = None
-    lazy_bits: bool = True
     max_dense_biases: int | None = None
     max_key_length: int | None = None
     further: Callable[[AttentionProblem], tuple[str, ...]] = field(default=lambda problem: (), compare=False)
@@ -163,7 +161,6 @@ class KernelCard:
             _outside("device", problem.device, self.devices) if "*" not in self.devices else None,
             _outside("dtype", problem.dtype, self.dtypes),
             "it needs the arrays' values and these are traced" if problem.traced and not self.traced else None,
-            "it does not evaluate predicates" if problem.mask.bits == "lazy" and not self.lazy_bits else None,
             f"it adds at most {self.max_dense_biases} dense biases and there are {biases}"
             if self.max_dense_biases is not None and biases > self.max_dense_biases
             else None,
@@ -213,7 +210,7 @@ class Plan:
     workspace: int
     refusals: Mapping[str, tuple[str, ...]]
     forced: bool = False
-    details: Mapping[str, object] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         from .plan.explain import table  # printing is asked for rarely; planning should not pay for it

@@ -6,7 +6,7 @@ problem for a machine that is not here can be planned and explained.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 ACCUMULATOR = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
@@ -107,7 +107,3 @@ class AttentionProblem:
         rows, keys = self.batch * self.q_heads * self.q_len, self.batch * self.kv_heads * self.k_len
         wide = rows * (self.head_dim + self.value_dim) + keys * (self.head_dim + self.value_dim)
         return wide * ITEM_BYTES[self.dtype] + rows * ITEM_BYTES[self.accumulator]
-
-    def forward_only(self) -> AttentionProblem:
-        """The same problem with no gradient wanted."""
-        return replace(self, gradients=frozenset())

@@ -88,14 +88,6 @@ def _looked_at(
     return np.concatenate(some, axis=-1), np.concatenate(every, axis=-1)
 
 
-def visible_share(mask: LoweredMask, q_tile: int = TILE, k_tile: int = TILE) -> tuple[float, float]:
-    """(share of pairs in tiles that are not empty, share of tiles that are mixed), over batch and heads."""
-    states = classify(mask, q_tile, k_tile)
-    if not states.size:
-        return 1.0, 0.0
-    return float((states != EMPTY).mean()), float((states == MIXED).mean())
-
-
 def pack(mask: LoweredMask, q_start: int, q_stop: int) -> TileBits:
     """See `LoweredMask.tile_bits`."""
     site, bits = mask.site, LoweredMask(mask.site, lazy=mask.lazy)

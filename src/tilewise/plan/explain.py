@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from ..contract import Plan
 from ..masks.lower import LoweredMask
@@ -18,7 +19,7 @@ _MOST_TILES_A_SIDE = 256
 def with_details(plan: Plan, mask: LoweredMask) -> Plan:
     """The plan with what only a reader wants to know: share of tiles skipped, operations, bytes."""
     problem = plan.problem
-    details: dict[str, object] = {}
+    details: dict[str, Any] = {}
     shares = _tile_shares(mask, problem)
     if shares is None:
         details["tiles"] = "not counted (the mask's values are not known here, or are too many)"
@@ -67,10 +68,10 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     split = f", keys split every {plan.tiles.split}" if plan.tiles.split else ""
     yield "tiles", f"{plan.tiles.queries} queries x {plan.tiles.keys} keys{split}"
     if "tiles" in details:
-        yield "", str(details["tiles"])
+        yield "", details["tiles"]
     if "flops" in details:
-        flops = quantity(float(str(details["flops"])), "FLOP")
-        yield "work", f"{flops}, {quantity(problem.io_bytes(), 'B')} of inputs and outputs"
+        flops, moved = quantity(details["flops"], "FLOP"), quantity(details["bytes"], "B")
+        yield "work", f"{flops}, {moved} of inputs and outputs"
     yield "workspace", quantity(plan.workspace, "B")
     for name, reasons in plan.refusals.items():
         for n, reason in enumerate(reasons):
