@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
-from ._arrays import Array
-from .contract import Dropout, Operands, Plan
+from ._arrays import Array, family_of
+from .contract import Dropout, Plan
 from .kernels import forward_of
 from .masks.algebra import Mask
 from .masks.biases import Bias
 from .plan.choose import choose
 from .plan.explain import with_details
-from .validate import prepare
+from .validate import prepare, restore
 
 
 def attention(
@@ -62,12 +61,24 @@ def attention(
         KernelRefused: the kernel asked for cannot run the problem; every reason is listed.
         QuadraticMemory: the kernel would need memory in Sq * Sk and `allow_quadratic` is False.
     """
+    family = family_of(q)
+    if family == "torch":
+        from .torch.call import attention as torch_attention  # imports torch
+
+        return torch_attention(
+            q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout,
+            layout=layout, return_lse=return_lse, kernel=kernel, allow_quadratic=allow_quadratic,
+        )  # fmt: skip
     call = prepare(
         q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks,
         dropout=dropout, layout=layout, return_lse=return_lse,
     )  # fmt: skip
     plan = choose(call.problem, kernel, bool(allow_quadratic))
-    out, lse = call.restore(*_run(plan, call.operands))
+    if family == "jax":
+        from .jax.call import run  # imports jax
+    else:
+        run = forward_of(plan.kernel).forward
+    out, lse = restore(*run(plan, call.operands), layout)
     return (out, lse) if return_lse else out
 
 
@@ -105,10 +116,3 @@ def explain(
         dropout=dropout, layout=layout, return_lse=return_lse,
     )  # fmt: skip
     return with_details(choose(call.problem, kernel, bool(allow_quadratic)), call.operands.mask)
-
-
-def _run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
-    """Through the door of the family: torch and jax add their derivatives there, NumPy has none."""
-    if plan.problem.family == "numpy":
-        return forward_of(plan.kernel).forward(plan, operands)
-    return import_module(f"{__package__}.{plan.problem.family}.call").run(plan, operands)

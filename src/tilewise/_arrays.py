@@ -19,24 +19,18 @@ Family = Literal["numpy", "torch", "jax"]
 
 def family_of(value: Any) -> Family | None:
     """The framework `value` is an array of, or None when it is no array of a framework that is loaded."""
-    kind: Any = type(value)
-    return _family_of_type(kind, "torch" in sys.modules, "jax" in sys.modules) or _jax_tracer(value)
-
-
-@lru_cache(maxsize=256)
-def _family_of_type(kind: type, torch_loaded: bool, jax_loaded: bool) -> Family | None:
-    # The two flags are part of the cache key: a type asked about before its framework had loaded is asked again after.
-    if issubclass(kind, np.ndarray | np.generic):
+    # Written so that torch's compiler can follow it: no unions of types, no caches.
+    if isinstance(value, (np.ndarray, np.generic)):
         return "numpy"
-    if torch_loaded and issubclass(kind, getattr(sys.modules["torch"], "Tensor", ())):
+    if value is None or isinstance(value, (int, float, str, list, tuple)):
+        return None
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if torch is not None and isinstance(value, getattr(torch, "Tensor", ())):
         return "torch"
+    # jax.Array answers isinstance() through a metaclass, for tracers too.
+    if jax is not None and isinstance(value, getattr(jax, "Array", ())):
+        return "jax"
     return None
-
-
-def _jax_tracer(value: object) -> Family | None:
-    # jax.Array answers isinstance() through a metaclass for tracers too, but not issubclass(): ask per value.
-    jax = sys.modules.get("jax")
-    return "jax" if jax is not None and isinstance(value, getattr(jax, "Array", ())) else None
 
 
 def introduce() -> None:
@@ -50,12 +44,13 @@ def introduce() -> None:
 
 def dtype_name(array: Array) -> str:
     """'float32', 'bfloat16', 'bool', … for an array of any framework."""
-    return _name_of_dtype(array.dtype)
+    dtype = array.dtype
+    return _numpy_name(dtype) if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
 
 
 @lru_cache(maxsize=64)
-def _name_of_dtype(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+def _numpy_name(dtype: np.dtype) -> str:
+    return str(dtype)
 
 
 def device_kind(array: Array) -> str:

@@ -27,19 +27,80 @@ LAYOUTS = {"bhsd": "(B, H, S, D)", "bshd": "(B, S, H, D)", "thd": "(T, H, D)"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """A validated call: the problem, its operands in (B, H, S, D) views, and the layout to give the result back in."""
+    """A validated call: the problem, its operands in (B, H, S, D) views."""
 
     problem: AttentionProblem
     operands: Operands
 
-    def restore(self, out: Array, lse: Array) -> tuple[Array, Array]:
-        """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq) as the caller's layout has them; views, no copies."""
-        layout = self.problem.layout
-        if layout == "bshd":
-            return _swap(out, 1, 2), lse
-        if layout == "thd":
-            return _swap(out[0], 0, 1), lse[0]
-        return out, lse
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checked:
+    """Arguments that were found right, of one framework; the mask is checked when it is lowered.
+
+    Attributes:
+        family: the framework; sizes: B, Hq, Sq, Sk.
+        q, k, v: views (B, H, S, D).
+        mask, dropout: as given, arrays made masks, the seed made words; scale, softcap: numbers or None.
+        biases, sinks: lowered, in the accumulator's dtype but for dense biases.
+    """
+
+    family: Family
+    sizes: tuple[int, int, int, int]
+    q: Array
+    k: Array
+    v: Array
+    mask: Mask | None
+    biases: LoweredBias
+    scale: float | None
+    softcap: float | None
+    sinks: Array | None
+    dropout: Dropout | None
+
+
+def check(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Mask | Array | None,
+    bias: Bias | Array | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Array | float | None,
+    dropout: Dropout | None,
+    layout: str,
+) -> Checked:
+    """Check every argument of `tilewise.attention`.
+
+    Raises:
+        ValueError, TypeError: whose first word is the argument, with what was got and what was expected.
+    """
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
+    family = _family(q, k, v)
+    _check_dtypes(q, k, v)
+    _check_devices(family, q, k, v)
+    q, k, v = _bhsd("q", q, layout), _bhsd("k", k, layout), _bhsd("v", v, layout)
+    sizes = _check_shapes(q, k, v)
+    biases, sink_row = LoweredBias(), None
+    if bias is not None or sinks is not None:
+        xp = namespace(family, getattr(q, "device", None))
+        accumulator = getattr(xp, ACCUMULATOR[dtype_name(q)])
+        biases = _bias(bias, family, q, sizes, xp, accumulator)
+        sink_row = _sinks(sinks, family, q, sizes[1], xp, accumulator)
+    return Checked(
+        family=family,
+        sizes=sizes,
+        q=q,
+        k=k,
+        v=v,
+        mask=_mask(mask, family, q),
+        biases=biases,
+        scale=None if scale is None else _real("scale", scale),
+        softcap=_softcap(softcap),
+        sinks=sink_row,
+        dropout=_dropout(dropout, family),
+    )
 
 
 def prepare(
@@ -61,44 +122,72 @@ def prepare(
     Raises:
         ValueError, TypeError: whose first word is the argument, with what was got and what was expected.
     """
-    if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
-    family = _family(q, k, v)
-    _check_dtypes(q, k, v)
-    _check_devices(family, q, k, v)
-    q, k, v = (_bhsd(name, array, layout) for name, array in (("q", q), ("k", k), ("v", v)))
-    sizes = _check_shapes(q, k, v)
-    dtype, xp = dtype_name(q), namespace(family, getattr(q, "device", None))
-    accumulator = getattr(xp, ACCUMULATOR[dtype])
-    lowered = _mask(mask, family, q, sizes)
-    biases = _bias(bias, family, q, sizes, xp, accumulator)
-    sink_row = _sinks(sinks, family, q, sizes[1], xp, accumulator)
-    drop = _dropout(dropout, family)
-    operands = Operands(q, k, v, lowered, biases.dense, biases.table, sink_row, drop)
-    traced = any(is_abstract(array) for array in (q, k, v, *mask_operands(lowered)))
-    problem = AttentionProblem(
-        family=family,
-        device=device_kind(q),
-        dtype=dtype,
-        batch=sizes[0],
-        q_heads=sizes[1],
-        kv_heads=k.shape[1],
-        q_len=sizes[2],
-        k_len=sizes[3],
-        head_dim=q.shape[3],
-        value_dim=v.shape[3],
+    checked = check(
+        q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout, layout=layout
+    )
+    lowered = _lowered(checked)
+    operands = Operands(
+        checked.q, checked.k, checked.v, lowered, checked.biases.dense, checked.biases.table, checked.sinks,
+        checked.dropout,
+    )  # fmt: skip
+    traced = any(is_abstract(array) for array in (checked.q, checked.k, checked.v, *mask_operands(lowered)))
+    problem = problem_of(
+        checked.family,
+        operands,
         layout=layout,
-        scale=_scale(scale, q.shape[3]),
-        mask=lowered.facts,
-        bias=BiasFacts(tuple(_four(array.shape) for array in biases.dense), biases.table is not None),
-        softcap=_softcap(softcap),
-        sinks=sink_row is not None,
-        dropout=drop.p if drop is not None else 0.0,
-        gradients=_wanted(family, operands, traced),
+        scale=checked.scale,
+        softcap=checked.softcap,
+        gradients=_wanted(checked.family, operands, traced),
         return_lse=bool(return_lse),
         traced=traced,
     )
     return Call(problem, operands)
+
+
+def problem_of(
+    family: Family,
+    operands: Operands,
+    *,
+    layout: str,
+    scale: float | None,
+    softcap: float | None,
+    gradients: frozenset[Gradient],
+    return_lse: bool = False,
+    traced: bool = False,
+) -> AttentionProblem:
+    """The question that validated operands ask."""
+    q, k, v = operands.q, operands.k, operands.v
+    return AttentionProblem(
+        family=family,
+        device=device_kind(q),
+        dtype=dtype_name(q),
+        batch=q.shape[0],
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        q_len=q.shape[2],
+        k_len=k.shape[2],
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        layout=layout,
+        scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
+        mask=operands.mask.facts,
+        bias=BiasFacts(tuple(_four(array.shape) for array in operands.dense), operands.table is not None),
+        softcap=softcap,
+        sinks=operands.sinks is not None,
+        dropout=operands.dropout.p if operands.dropout is not None else 0.0,
+        gradients=gradients,
+        return_lse=return_lse,
+        traced=traced,
+    )
+
+
+def restore(out: Array, lse: Array, layout: str) -> tuple[Array, Array]:
+    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq) as the caller's layout has them; views, no copies."""
+    if layout == "bshd":
+        return _swap(out, 1, 2), lse
+    if layout == "thd":
+        return _swap(out[0], 0, 1), lse[0]
+    return out, lse
 
 
 def mask_operands(lowered: LoweredMask) -> list[Array]:
@@ -174,10 +263,6 @@ def _check_shapes(q: Array, k: Array, v: Array) -> tuple[int, int, int, int]:
     return batch, q_heads, q_len, k_len
 
 
-def _scale(scale: float | None, head_dim: int) -> float:
-    return 1.0 / math.sqrt(head_dim) if scale is None else _real("scale", scale)
-
-
 def _softcap(softcap: float | None) -> float | None:
     if softcap is None:
         return None
@@ -204,16 +289,24 @@ def _real(name: str, value: Any) -> float:
     return number
 
 
-def _mask(mask: Mask | Array | None, family: Family, q: Array, sizes: tuple[int, int, int, int]) -> LoweredMask:
-    if mask is not None and not isinstance(mask, Mask):
+def _mask(mask: Mask | Array | None, family: Family, q: Array) -> Mask | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Mask):
         mask = dense(mask)
-    operands = mask.operands() if mask is not None else []
+    operands = mask.operands()
     _check_framework("mask", family, operands)
     # A mask on the host is fine wherever q is: it is lowered on the host and its facts follow q.
     _check_same_device("mask", family, q, [operand for operand in operands if device_kind(operand) != "cpu"])
+    return mask
+
+
+def _lowered(checked: Checked) -> LoweredMask:
+    mask, q = checked.mask, checked.q
+    operands = [] if mask is None else mask.operands()
     if mask is not None and any(isinstance(leaf, Predicate) for leaf in mask.primitives()):
         operands.append(q)  # a function may close over tracers; it is asked in the call's own world
-    return lower(mask, site_for(family, getattr(q, "device", None), sizes, operands))
+    return lower(mask, site_for(checked.family, getattr(q, "device", None), checked.sizes, operands))
 
 
 def _bias(
@@ -237,7 +330,7 @@ def _sinks(sinks: Any, family: Family, q: Array, heads: int, xp: Any, accumulato
     _check_same_device("sinks", family, q, [sinks])
     if "float" not in dtype_name(sinks):
         raise TypeError(f"sinks: got dtype {dtype_name(sinks)}, expected floats")
-    if tuple(sinks.shape) not in ((), (heads,)):
+    if sinks.ndim > 1 or (sinks.ndim == 1 and sinks.shape[0] != heads):
         raise ValueError(f"sinks: has shape {tuple(sinks.shape)}, expected one per query head, ({heads},), or a number")
     return xp.broadcast_to(xp.asarray(sinks, dtype=accumulator), (heads,))
 

@@ -64,7 +64,7 @@ class DenseBias(Bias):
 
     def check(self, site: Site) -> None:
         shape, full = tuple(self.array.shape), (site.batch, site.heads, site.q_len, site.k_len)
-        if len(shape) > 4 or not all(s in (1, f) for s, f in zip(shape[::-1], full[::-1], strict=False)):
+        if len(shape) > 4 or not broadcasts(shape, full):
             raise ValueError(f"bias: the array has shape {shape}, which does not broadcast to (B, H, Sq, Sk) = {full}")
 
     def four(self, xp: Any) -> Array:
@@ -82,7 +82,7 @@ class Alibi(Bias):
 
     def check(self, site: Site) -> None:
         shape = tuple(self.slopes.shape)
-        if shape not in ((site.heads,), (1, site.heads), (site.batch, site.heads)):
+        if not 1 <= len(shape) <= 2 or shape[-1] != site.heads or not broadcasts(shape, (site.batch, site.heads)):
             raise ValueError(
                 f"bias: alibi(slopes) has shape {shape}, expected ({site.heads},) or ({site.batch}, {site.heads})"
             )
@@ -108,7 +108,7 @@ class Relative(Bias):
 
     def check(self, site: Site) -> None:
         shape, length = tuple(self.values.shape), max(site.q_len + site.k_len - 1, 0)
-        leading = all(s in (1, f) for s, f in zip(shape[-2::-1], (site.heads, site.batch), strict=False))
+        leading = broadcasts(shape[:-1], (site.batch, site.heads))
         if not 1 <= len(shape) <= 3 or shape[-1] != length or not leading:
             raise ValueError(
                 f"bias: relative(table) has shape {shape}, expected (Sq + Sk - 1,) = ({length},) "
@@ -233,6 +233,12 @@ def lower_bias(bias: Bias | None, site: Site, xp: Any, accumulator: Any) -> Lowe
     dense = tuple(part.four(xp) for part in parts if isinstance(part, DenseBias))
     tables = [table for part in parts if (table := part.table(site, xp, accumulator)) is not None]
     return LoweredBias(dense, reduce(lambda a, b: a + b, tables) if tables else None)
+
+
+def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether each axis is 1 or full, counted from the last. Compared one by one: under torch's compiler sizes may be
+    symbols, which `in` does not understand."""
+    return all(size == 1 or size == whole for size, whole in zip(shape[::-1], full[::-1], strict=False))
 
 
 def _distances(site: Site, xp: Any) -> Array:

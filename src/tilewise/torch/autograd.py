@@ -1,183 +1,187 @@
-"""Attention as a torch function: any kernel forward, the plan's kernel backward, the portable formulas beyond.
+"""Derivatives of the operators: any kernel forward, the plan's kernel backward, sums over tiles beyond.
 
-First-order gradients come from the plan's backward kernel. Every further derivative, and forward mode, is a sum over
-tiles (`tiled_sum.py`), which needs linear memory at every order. Log-sum-exp and output enter the backward pass as
-differentiable inputs, so that the chain rule closes over them.
+Each operator's Autograd kernel is an `autograd.Function` of a single level. torch runs it once per level of
+differentiation: for plain autograd, for each `torch.func` transform, and while a compiler traces either. So all of
+these, and their compositions, meet the same few rules below, and every rule calls operators again.
+
+The names of torch that begin with an underscore are those with which torch makes Functions of one level itself
+(`torch/_functorch/autograd_function.py`); there are no public ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import Function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from ..contract import Operands, Plan
-from ..kernels import backward_of, forward_of
-from ..kernels.portable.axes import Axes, ungrouped
-from ..kernels.portable.backward import gradient_sums, lse_is_empty
-from ..kernels.portable.call import Call, make_call, tiles_of
-from .parts import Parts
-from .tiled_sum import program
-from .transforms import one_by_one, pull_back, push_forward
+from . import operator
+from .formulas import Rest, gradient_formula, tangent_formula
+from .operator import LIBRARY
+from .programs import Program
+from .spelling import predicates_of
+from .transforms import pull_back
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Spec:
-    """What is not a tensor: the plan, how the tensors lie in the list, and for the backward pass which are wanted."""
-
-    plan: Plan
-    parts: Parts
-    wanted: tuple[int, ...] = ()
-
-    @property
-    def names(self) -> frozenset:
-        """What the wanted operands are called."""
-        return frozenset(self.parts.names[n] for n in self.wanted)
-
-
-def attend(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the plan's kernel, differentiable to any order in both modes."""
-    parts, tensors = Parts.of(operands)
-    return Attention.apply(Spec(plan, parts), *tensors)
+Results = tuple[Tensor | None, ...]
 
 
 class Attention(Function):
-    """apply(spec, *tensors of the operands) -> (out, lse)."""
+    """(rest, keyset, number of operands, *operands, *facts) -> (out, lse)."""
 
     @staticmethod
-    def forward(spec: Spec, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return forward_of(spec.plan.kernel).forward(spec.plan, spec.parts.operands(tensors))
+    def forward(rest: Rest, keyset: Any, count: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return _below(operator.attention, keyset, list(tensors[:count]), *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.spec = inputs[0]
-        ctx.save_for_backward(*inputs[1:], *output)
-        ctx.save_for_forward(*inputs[1:], *output)
+        ctx.rest, _, ctx.count, *tensors = inputs
+        ctx.held = predicates_of(ctx.rest.options)
+        ctx.save_for_backward(*output, *tensors)
+        ctx.save_for_forward(*output, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        parts = ctx.spec.parts
-        wanted = tuple(n for n in range(parts.count) if ctx.needs_input_grad[1 + n])
-        results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        found = AttentionBackward.apply(replace(ctx.spec, wanted=wanted), *ctx.saved_tensors, *gradients)
-        for n, value in zip(wanted, found, strict=True):
-            results[1 + n] = value
-        return tuple(results)
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Results:
+        out, lse, operands, rest = _saved(ctx)
+        wanted = [n for n in range(ctx.count) if ctx.needs_input_grad[3 + n]]
+        found = operator.attention_backward(operands, out, lse, d_out, d_lse, *rest, wanted)
+        return (None, None, None, *_spread(found, wanted, len(ctx.needs_input_grad) - 3))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
-        return tangent_formula(ctx.spec, ctx.saved_tensors, tangents[1 : 1 + ctx.spec.parts.count])
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return one_by_one(Attention.apply, info, in_dims, args)
+        out, lse, operands, rest = _saved(ctx)
+        return tangent_formula(rest, operands, out, lse, tangents[3 : 3 + ctx.count])
 
 
 class AttentionBackward(Function):
-    """apply(spec, *tensors of the operands, out, lse, d_out, d_lse) -> the wanted gradients, in order."""
+    """(rest, wanted, keyset, number of operands, out, lse, d_out, d_lse, *operands, *facts) -> wanted gradients."""
 
     @staticmethod
-    def forward(spec: Spec, *tensors: Tensor) -> tuple[Tensor, ...]:
-        plan, operands, rest = spec.plan, spec.parts.operands(tensors), tensors[-4:]
-        # Under functorch it shows only now what is wanted; a kernel planned for less may not be able to do it.
-        kernel = plan.backward if plan.backward and spec.names <= plan.problem.gradients else "portable"
-        plan = replace(plan, problem=replace(plan.problem, gradients=spec.names))
-        found = backward_of(kernel).backward(plan, operands, *rest)
-        flat = [found.q, found.k, found.v, *found.dense]
-        flat += [
-            value
-            for value, given in ((found.table, operands.table), (found.sinks, operands.sinks))
-            if given is not None
-        ]
-        return tuple(flat[n] for n in spec.wanted)
+    def forward(rest: Rest, wanted: Sequence[int], keyset: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        rows, operands = tensors[:4], list(tensors[4 : 4 + count])
+        return tuple(_below(operator.attention_backward, keyset, operands, *rows, *rest, wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.spec = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
+        ctx.rest, ctx.wanted, _, ctx.count, *tensors = inputs
+        ctx.held = predicates_of(ctx.rest.options)
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        active = [n for n in range(len(inputs)) if ctx.needs_input_grad[1 + n]]
-        results: list[Tensor | None] = [None] * (1 + len(inputs))
-        found = pull_back(lambda *tensors: gradient_formula(ctx.spec, tensors), inputs, active, cotangents)
-        for n, value in zip(active, found, strict=True):
-            results[1 + n] = value
-        return tuple(results)
+    def backward(ctx: Any, *cotangents: Tensor) -> Results:
+        (*tensors,) = ctx.saved_tensors
+        count, differentiable = ctx.count, 4 + ctx.count
+        rest = ctx.rest._replace(facts=tuple(tensors[differentiable:]))
+        active = [n for n in range(differentiable) if ctx.needs_input_grad[4 + n]]
+
+        def formula(*given: Tensor) -> tuple[Tensor, ...]:
+            return gradient_formula(rest, ctx.wanted, given[4 : 4 + count], *given[:4])
+
+        found = pull_back(formula, tensors[:differentiable], active, cotangents)
+        return (None, None, None, None, *_spread(found, active, len(tensors)))
+
+
+class TiledSum(Function):
+    """(rest, program, keyset, number of inputs, *inputs, *facts) -> outputs."""
+
+    @staticmethod
+    def forward(rest: Rest, program: Program, keyset: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_below(operator.tiled_sum, keyset, list(tensors[:count]), *rest, str(program)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.rest, ctx.program, _, ctx.count, *tensors = inputs
+        ctx.held = predicates_of(ctx.rest.options)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Results:
+        inputs, rest = TiledSum._saved(ctx)
+        active = [n for n in range(ctx.count) if ctx.needs_input_grad[4 + n]]
+        found = operator.tiled_sum([*inputs, *cotangents], *rest, str(ctx.program.pulled_back(active)))
+        return (None, None, None, None, *_spread(found, active, len(ctx.needs_input_grad) - 4))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        moving = {n: tangent for n, tangent in enumerate(tangents[1:]) if tangent is not None}
-        formula = lambda *tensors: gradient_formula(ctx.spec, tensors)  # noqa: E731 - the same function as in `backward`
-        return push_forward(formula, ctx.saved_tensors, list(moving), list(moving.values()))
+        inputs, rest = TiledSum._saved(ctx)
+        moving = {n: t for n, t in enumerate(tangents[4 : 4 + ctx.count]) if t is not None}
+        program = ctx.program.pushed_forward(tuple(moving))
+        return tuple(operator.tiled_sum([*inputs, *moving.values()], *rest, str(program)))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return one_by_one(AttentionBackward.apply, info, in_dims, args)
+    def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], Rest]:
+        tensors = ctx.saved_tensors
+        return tensors[: ctx.count], ctx.rest._replace(facts=tuple(tensors[ctx.count :]))
 
 
-def gradient_formula(spec: Spec, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What `AttentionBackward` computes, out of differentiable operations."""
-    operands, (out, lse, d_out, d_lse) = spec.parts.operands(tensors), tensors[-4:]
-    call = make_call(spec.plan.problem, _accumulated(spec, operands), tiles_of(spec.plan))
-
-    def total(call: Call, wanted: tuple[bool, ...], inputs: Sequence, outputs: Sequence) -> tuple[Tensor, ...]:
-        axes, arrays = zip(*inputs, strict=True)
-        cast = [array.to(call.verbs.dtype) for array in arrays]
-        biases = tuple(axes for axes, _ in call.biases)
-        tiles = call.walk.tiles
-        return program(
-            "gradients", spec.plan.problem, tiles, spec.parts.facts_of(tensors), biases, axes, outputs, wanted
-        ).apply(cast)
-
-    sums = gradient_sums(call, operands, spec.names, out, lse, d_out, d_lse, total)
-    found, taken = [], dict.fromkeys(spec.names, 0)
-    for n, name in enumerate(spec.parts.names):
-        if name in sums:
-            if n in spec.wanted:
-                found.append(sums[name][taken[name]].reshape(tensors[n].shape).to(tensors[n].dtype))
-            taken[name] += 1
-    return tuple(found)
+def _saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor], Rest]:
+    out, lse, *tensors = ctx.saved_tensors
+    return out, lse, tensors[: ctx.count], ctx.rest._replace(facts=tuple(tensors[ctx.count :]))
 
 
-def tangent_formula(spec: Spec, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Tangents of (out, lse); see `kernels/portable/local.py` for the formulas."""
-    operands, (out, lse) = spec.parts.operands(tensors), tensors[-2:]
-    call = make_call(spec.plan.problem, _accumulated(spec, operands), tiles_of(spec.plan))
-    _verbs, dtype = call.verbs, call.verbs.dtype
-    empty = lse_is_empty(call, lse)
-    held = torch.where(empty, 0.0, call.rows(lse))
-    inputs = (*call.primals, (Axes.ROWS, held))
-    moving = {
-        n: call.rows(tangent.to(dtype)) if call.primals[n][0] is not Axes.KEYS else tangent.to(dtype)
-        for n, tangent in enumerate(tangents[: len(call.primals)])
-        if tangent is not None
-    }
-    values, weights = torch.zeros_like(call.rows(out), dtype=dtype), torch.zeros_like(held)
-    if moving:
-        axes, arrays = zip(*inputs, strict=True)
-        outputs = [(Axes.ROWS, tuple(call.rows(out).shape)), (Axes.ROWS, tuple(held.shape))]
-        biases = tuple(axes for axes, _ in call.biases)
-        base = program("sums", spec.plan.problem, call.walk.tiles, spec.parts.facts_of(tensors), biases, axes, outputs)
-        values, weights = base.pushed_forward(list(moving)).apply([*arrays, *moving.values()])
-    if operands.sinks is not None and tangents[spec.parts.count - 1] is not None:
-        sinks, moved = (
-            x.to(dtype).reshape(*call.q.shape[1:3], 1) for x in (operands.sinks, tangents[spec.parts.count - 1])
-        )
-        weights = weights + torch.where(empty, 0.0, torch.exp(sinks - held)) * moved
-    d_out = values - call.rows(out).to(dtype) * weights[..., None]
-    return ungrouped(d_out).to(out.dtype), ungrouped(weights)
+def _spread(values: Sequence[Tensor], places: Sequence[int], length: int) -> Results:
+    """A tuple of `length` with the values at their places, None elsewhere."""
+    results: list[Tensor | None] = [None] * length
+    for n, value in zip(places, values, strict=True):
+        results[n] = value
+    return tuple(results)
 
 
-def _accumulated(spec: Spec, operands: Operands) -> Operands:
-    """The operands in the accumulator's dtype, as the sums over tiles and their derivatives have them."""
-    dtype = getattr(torch, spec.plan.problem.accumulator)
-    q, k, v, *dense = (array.to(dtype) for array in (operands.q, operands.k, operands.v, *operands.dense))
-    table = operands.table.to(dtype) if operands.table is not None else None
-    return replace(operands, q=q, k=k, v=v, dense=tuple(dense), table=table)
+def _attention(keyset: Any, operands: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    if not _differentiated(operands):
+        return _below(operator.attention, keyset, operands, *rest)
+    rest = Rest(*rest)
+    return _apply(Attention, rest, keyset, len(operands), *operands, *rest.facts)
+
+
+def _attention_backward(keyset: Any, operands: Sequence[Tensor], *args: Any) -> list[Tensor]:
+    rows, rest, wanted = args[:4], Rest(*args[4:-1]), args[-1]
+    tensors = (*rows, *operands)
+    if _has_tangent(tensors):
+        return list(gradient_formula(rest, wanted, operands, *rows))
+    if not _differentiated(tensors):
+        return _below(operator.attention_backward, keyset, operands, *args)
+    return list(_apply(AttentionBackward, rest, wanted, keyset, len(operands), *tensors, *rest.facts))
+
+
+def _tiled_sum(keyset: Any, inputs: Sequence[Tensor], *args: Any) -> list[Tensor]:
+    if not _differentiated(inputs):
+        return _below(operator.tiled_sum, keyset, inputs, *args)
+    rest, program = Rest(*args[:-1]), Program.parse(args[-1])
+    return list(_apply(TiledSum, rest, program, keyset, len(inputs), *inputs, *rest.facts))
+
+
+def _differentiated(tensors: Sequence[Tensor]) -> bool:
+    """Whether this level of differentiation looks at any of the tensors."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    return _has_tangent(tensors)
+
+
+def _has_tangent(tensors: Sequence[Tensor]) -> bool:
+    # Asked of each tensor: compiled programs open levels of forward mode that Python is not told of.
+    return any(torch._VF._unpack_dual(tensor, level=0)[1] is not None for tensor in tensors)  # type: ignore[attr-defined]
+
+
+def _apply(function: type[Function], *args: Any) -> Any:
+    with enable_single_level_autograd_function():
+        return super(Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _below(operator: Any, keyset: Any, *args: Any) -> Any:
+    """The operator below this level. A Function's forward switches recording off, which is only meant for its own."""
+    with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+_KERNELS: tuple[tuple[str, Callable[..., Any]], ...] = (
+    ("attention", _attention),
+    ("attention_backward", _attention_backward),
+    ("tiled_sum", _tiled_sum),
+)
+for _name, _kernel in _KERNELS:
+    LIBRARY.impl(_name, _kernel, "Autograd", with_keyset=True)

@@ -16,16 +16,18 @@ import tilewise as tw
 from tilewise.contract import Gradients, KernelCard, Operands, Plan
 from tilewise.kernels import backward_of, cards, forward_of
 from tilewise.kernels.reference import dense as reference
+from tilewise.masks.biases import LoweredBias
 from tilewise.plan.choose import choose
 from tilewise.plan.preset import Example
 from tilewise.problem import Gradient
-from tilewise.validate import prepare
+from tilewise.validate import Checked, prepare
+from tilewise.validate import check as check_arguments
 
 from .plain import leaves, plain_gradients, plain_out
 
 FAMILIES = ("numpy", "torch", "jax")
 DOOR = ("mask", "bias", "scale", "softcap", "sinks", "dropout")
-Run = Callable[[Plan, Operands], tuple[Any, Any]]
+Run = Callable[[Operands], tuple[Any, Any]]
 
 
 def card(kernel: str) -> KernelCard:
@@ -48,10 +50,14 @@ def to_family(value: Any, family: str, dtype: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A validated call in one framework and dtype, and what it wants differentiated."""
+    """A validated call in one framework and dtype, and what it wants differentiated.
+
+    `run` is the framework's way on from there: the plan's kernel, with derivatives where the framework has them.
+    """
 
     plan: Plan
     operands: Operands
+    run: Run
 
 
 def prepared(example: Example, kernel: str, family: str, dtype: str, gradients: bool) -> Prepared | tuple[str, ...]:
@@ -69,7 +75,8 @@ def prepared(example: Example, kernel: str, family: str, dtype: str, gradients: 
     reasons = card(kernel).refuse(problem)
     if reasons:
         return reasons
-    return Prepared(choose(problem, kernel, True), call.operands)
+    plan = choose(problem, kernel, True)
+    return Prepared(plan, call.operands, _run_of(plan, check_arguments(q, k, v, **_without(options, "return_lse"))))
 
 
 def _names(operands: Operands) -> frozenset[Gradient]:
@@ -92,14 +99,14 @@ def check(
     plan, operands = case.plan, case.operands
     oracle = reference.attention(plan.problem, operands)
     if not gradients:
-        out, lse = run_of(family)(plan, operands)
+        out, lse = case.run(operands)
         check_forward(plan, operands, oracle, out, lse)
         return ()
     rng = np.random.default_rng(7)
     d_out = to_family(rng.standard_normal(oracle.out.shape), family, dtype)
     d_lse = to_family(rng.standard_normal(oracle.lse.shape), family, plan.problem.accumulator)
     differentiate = _by_hand if kernel == "reference" else DIFFERENTIATE[family]
-    out, lse, found = differentiate(plan, operands, d_out, d_lse)
+    out, lse, found = differentiate(case, d_out, d_lse)
     check_forward(plan, operands, oracle, out, lse)
     check_gradients(plan, operands, oracle, found, d_out, d_lse)
     return ()
@@ -134,30 +141,42 @@ def flat(gradients: Gradients) -> tuple[Any, ...]:
     return (gradients.q, gradients.k, gradients.v, *gradients.dense, gradients.table, gradients.sinks)
 
 
-def run_of(family: str) -> Run:
-    """The family's door behind `tilewise.attention`."""
+def _run_of(plan: Plan, checked: Checked) -> Run:
+    family = checked.family
     if family == "numpy":
-        return lambda plan, operands: forward_of(plan.kernel).forward(plan, operands)
-    return import_module(f"tilewise.{family}.call").run
+        return lambda operands: forward_of(plan.kernel).forward(plan, operands)
+    run = import_module(f"tilewise.{family}.call").run
+    if family == "jax":
+        return lambda operands: run(plan, operands)
+
+    def attend(operands: Operands) -> tuple[Any, Any]:
+        q, k, v, *dense, table, sinks = leaves(operands)
+        again = replace(checked, q=q, k=k, v=v, biases=LoweredBias(tuple(dense), table), sinks=sinks)
+        return run(again, plan.problem.layout, plan.kernel, True)
+
+    return attend
 
 
-def _by_hand(plan: Plan, operands: Operands, d_out: Any, d_lse: Any) -> tuple[Any, Any, Gradients]:
-    out, lse = forward_of(plan.kernel).forward(plan, operands)
-    return out, lse, backward_of(plan.backward).backward(plan, operands, out, lse, d_out, d_lse)
+def _without(options: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != name}
 
 
-def _by_torch(plan: Plan, operands: Operands, d_out: Any, d_lse: Any) -> tuple[Any, Any, Gradients]:
-    values = [None if value is None else value.detach().requires_grad_() for value in leaves(operands)]
-    out, lse = run_of("torch")(plan, _with_leaves(operands, values))
+def _by_hand(case: Prepared, d_out: Any, d_lse: Any) -> tuple[Any, Any, Gradients]:
+    out, lse = case.run(case.operands)
+    return out, lse, backward_of(case.plan.backward).backward(case.plan, case.operands, out, lse, d_out, d_lse)
+
+
+def _by_torch(case: Prepared, d_out: Any, d_lse: Any) -> tuple[Any, Any, Gradients]:
+    values = [None if value is None else value.detach().requires_grad_() for value in leaves(case.operands)]
+    out, lse = case.run(_with_leaves(case.operands, values))
     wanted = [value for value in values if value is not None]
     found = iter(sys.modules["torch"].autograd.grad((out, lse), wanted, (d_out, d_lse)))
     return out.detach(), lse.detach(), _gradients([None if value is None else next(found) for value in values])
 
 
-def _by_jax(plan: Plan, operands: Operands, d_out: Any, d_lse: Any) -> tuple[Any, Any, Gradients]:
-    values = leaves(operands)
-    run = run_of("jax")
-    (out, lse), pull = sys.modules["jax"].vjp(lambda *leaves: run(plan, _with_leaves(operands, leaves)), *values)
+def _by_jax(case: Prepared, d_out: Any, d_lse: Any) -> tuple[Any, Any, Gradients]:
+    values = leaves(case.operands)
+    (out, lse), pull = sys.modules["jax"].vjp(lambda *leaves: case.run(_with_leaves(case.operands, leaves)), *values)
     return out, lse, _gradients(list(pull((d_out, d_lse))))
 
 

@@ -1,0 +1,95 @@
+"""What `vmap` makes of the operators: one call with the mapped axis inside the batch, or one call per element.
+
+The first is right where nothing tells batch rows apart but the tensors that have an axis for them; the second is right
+for whatever is mapped, biases, masks and seeds among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_vmap
+
+from . import operator
+from .operator import LIBRARY
+from .options import parse
+from .programs import Program
+
+Dims = Any  # as torch gives them: for each argument None, an axis, or a list of these
+
+
+def _attention(info: Any, in_dims: Dims, operands: Sequence[Tensor], *rest: Any) -> tuple[Any, Any]:
+    dims, fixed = in_dims[0], in_dims[1]
+    facts, _, _, options = rest
+    if not _foldable(dims, fixed, facts, options, operands):
+        return _one_by_one(operator.attention, info, in_dims, operands, *rest)
+    folded = [_fold(x, dim, info.batch_size, n < 3) for n, (x, dim) in enumerate(zip(operands, dims, strict=True))]
+    out, lse = operator.attention(folded, *rest)
+    return (_unfold(out, info.batch_size), _unfold(lse, info.batch_size)), (0, 0)
+
+
+def _attention_backward(info: Any, in_dims: Dims, operands: Sequence[Tensor], *args: Any) -> tuple[Any, Any]:
+    dims, rows, fixed = in_dims[0], in_dims[1:5], in_dims[5]
+    facts, _, _, options, wanted = args[4:]
+    if max(wanted, default=0) > 2 or not _foldable(dims, fixed, facts, options, operands):
+        return _one_by_one(operator.attention_backward, info, in_dims, operands, *args)
+    folded = [_fold(x, dim, info.batch_size, n < 3) for n, (x, dim) in enumerate(zip(operands, dims, strict=True))]
+    rest = [_fold(x, dim, info.batch_size, True) for x, dim in zip(args[:4], rows, strict=True)]
+    found = operator.attention_backward(folded, *rest, *args[4:])
+    return [_unfold(x, info.batch_size) for x in found], [0] * len(found)
+
+
+def _tiled_sum(info: Any, in_dims: Dims, inputs: Sequence[Tensor], *args: Any) -> tuple[Any, Any]:
+    dims, fixed = in_dims[0], in_dims[1]
+    facts, _, _, options, text = args
+    program = Program.parse(text)
+    # A bias stands for every batch row, so its cotangents would run together.
+    if program.bands or facts or (fixed and any(dim is not None for dim in fixed)) or not parse(options).foldable:
+        return _one_by_one(operator.tiled_sum, info, in_dims, inputs, *args)
+    folded = [_fold(x, dim, info.batch_size, True) for x, dim in zip(inputs, dims, strict=True)]
+    found = operator.tiled_sum(folded, *args)
+    return [_unfold(x, info.batch_size) for x in found], [0] * len(found)
+
+
+def _foldable(dims: Dims, fixed: Dims, facts: Sequence[Tensor], options: str, operands: Sequence[Tensor]) -> bool:
+    """Whether nothing but q, k and v is mapped, and nothing else differs between batch rows."""
+    told = parse(options)
+    if not told.foldable or facts or any(dim is not None for dim in (*dims[3:], *(fixed or ()))):
+        return False
+    return all(name == "sinks" or x.shape[0] == 1 for name, x in zip(told.names[3:], operands[3:], strict=True))
+
+
+def _fold(x: Tensor, dim: int | None, size: int, has_batch: bool) -> Tensor:
+    """(N, B, …) as (N B, …); what is not mapped is repeated, unless it stands for all rows anyway."""
+    if not has_batch:
+        return x
+    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def _unfold(x: Tensor, size: int) -> Tensor:
+    return x.unflatten(0, (size, -1)) if x.shape[0] else x.reshape(size, 0, *x.shape[1:])
+
+
+def _one_by_one(apply: Any, info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+    """Each call of the batch on its own, the results stacked on a new first axis."""
+
+    def take(value: Any, dims: Any, n: int) -> Any:
+        if isinstance(value, list | tuple):
+            return [take(part, dim, n) for part, dim in zip(value, dims or [None] * len(value), strict=True)]
+        return value if dims is None else value.select(dims, n)
+
+    calls = [
+        apply(*(take(arg, dim, n) for arg, dim in zip(args, in_dims, strict=True))) for n in range(info.batch_size)
+    ]
+    stacked = [torch.stack(values) for values in zip(*calls, strict=True)]
+    if isinstance(calls[0], tuple):
+        return tuple(stacked), (0,) * len(stacked)
+    return stacked, [0] * len(stacked)
+
+
+for _name, _rule in (("attention", _attention), ("attention_backward", _attention_backward), ("tiled_sum", _tiled_sum)):
+    register_vmap(f"tilewise::{_name}", _rule, lib=LIBRARY)
