@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from .problem import ACCUMULATOR, AttentionProblem, BiasFacts, Gradient
 LAYOUTS = {"bhsd": "(B, H, S, D)", "bshd": "(B, S, H, D)", "thd": "(T, H, D)"}
 
 
+_NO_BIAS = LoweredBias()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
     """A validated call: the problem, its operands in (B, H, S, D) views."""
@@ -33,22 +36,26 @@ class Call:
     operands: Operands
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Checked:
-    """Arguments that were found right, of one framework; the mask is checked when it is lowered.
+class Arrays(NamedTuple):
+    """Queries, keys and values that fit each other: views (B, H, S, D) of one framework; sizes are B, Hq, Sq, Sk."""
+
+    family: Family
+    q: Array
+    k: Array
+    v: Array
+    sizes: tuple[int, int, int, int]
+
+
+class Checked(NamedTuple):
+    """Arguments that were found right; the mask is checked against the sizes when it is lowered.
 
     Attributes:
-        family: the framework; sizes: B, Hq, Sq, Sk.
-        q, k, v: views (B, H, S, D).
+        arrays: queries, keys, values.
         mask, dropout: as given, arrays made masks, the seed made words; scale, softcap: numbers or None.
         biases, sinks: lowered, in the accumulator's dtype but for dense biases.
     """
 
-    family: Family
-    sizes: tuple[int, int, int, int]
-    q: Array
-    k: Array
-    v: Array
+    arrays: Arrays
     mask: Mask | None
     biases: LoweredBias
     scale: float | None
@@ -57,20 +64,8 @@ class Checked:
     dropout: Dropout | None
 
 
-def check(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    mask: Mask | Array | None,
-    bias: Bias | Array | None,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Array | float | None,
-    dropout: Dropout | None,
-    layout: str,
-) -> Checked:
-    """Check every argument of `tilewise.attention`.
+def check_arrays(q: Array, k: Array, v: Array, layout: str) -> Arrays:
+    """Check q, k, v and the layout.
 
     Raises:
         ValueError, TypeError: whose first word is the argument, with what was got and what was expected.
@@ -81,25 +76,38 @@ def check(
     _check_dtypes(q, k, v)
     _check_devices(family, q, k, v)
     q, k, v = _bhsd("q", q, layout), _bhsd("k", k, layout), _bhsd("v", v, layout)
-    sizes = _check_shapes(q, k, v)
-    biases, sink_row = LoweredBias(), None
+    return Arrays(family, q, k, v, _check_shapes(q, k, v))
+
+
+def check_options(
+    arrays: Arrays,
+    mask: Mask | Array | None,
+    bias: Bias | Array | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Array | float | None,
+    dropout: Dropout | None,
+) -> Checked:
+    """Check all other arguments of `tilewise.attention`.
+
+    Raises:
+        ValueError, TypeError: as `check_arrays`.
+    """
+    family, q, _, _, sizes = arrays
+    biases, sink_row = _NO_BIAS, None
     if bias is not None or sinks is not None:
         xp = namespace(family, getattr(q, "device", None))
         accumulator = getattr(xp, ACCUMULATOR[dtype_name(q)])
         biases = _bias(bias, family, q, sizes, xp, accumulator)
         sink_row = _sinks(sinks, family, q, sizes[1], xp, accumulator)
     return Checked(
-        family=family,
-        sizes=sizes,
-        q=q,
-        k=k,
-        v=v,
-        mask=_mask(mask, family, q),
-        biases=biases,
-        scale=None if scale is None else _real("scale", scale),
-        softcap=_softcap(softcap),
-        sinks=sink_row,
-        dropout=_dropout(dropout, family),
+        arrays,
+        _mask(mask, family, q),
+        biases,
+        None if scale is None else _real("scale", scale),
+        _softcap(softcap),
+        sink_row,
+        _dropout(dropout, family),
     )
 
 
@@ -122,22 +130,19 @@ def prepare(
     Raises:
         ValueError, TypeError: whose first word is the argument, with what was got and what was expected.
     """
-    checked = check(
-        q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout, layout=layout
-    )
+    arrays = check_arrays(q, k, v, layout)
+    checked = check_options(arrays, mask, bias, scale, softcap, sinks, dropout)
+    family, q, k, v, _ = arrays
     lowered = _lowered(checked)
-    operands = Operands(
-        checked.q, checked.k, checked.v, lowered, checked.biases.dense, checked.biases.table, checked.sinks,
-        checked.dropout,
-    )  # fmt: skip
-    traced = any(is_abstract(array) for array in (checked.q, checked.k, checked.v, *mask_operands(lowered)))
+    operands = Operands(q, k, v, lowered, checked.biases.dense, checked.biases.table, checked.sinks, checked.dropout)
+    traced = any(is_abstract(array) for array in (q, k, v, *mask_operands(lowered)))
     problem = problem_of(
-        checked.family,
+        family,
         operands,
         layout=layout,
         scale=checked.scale,
         softcap=checked.softcap,
-        gradients=_wanted(checked.family, operands, traced),
+        gradients=_wanted(family, operands, traced),
         return_lse=bool(return_lse),
         traced=traced,
     )
@@ -274,6 +279,8 @@ def _softcap(softcap: float | None) -> float | None:
 
 def _real(name: str, value: Any) -> float:
     """A finite real number; the value is part of the plan, so tracers and arrays that vary cannot be taken."""
+    if isinstance(value, float):
+        value = value.__float__()  # unlike float(), fixes a number that torch's compiler would leave open
     if (
         is_abstract(value)
         or isinstance(value, bool | str | bytes)
@@ -302,11 +309,11 @@ def _mask(mask: Mask | Array | None, family: Family, q: Array) -> Mask | None:
 
 
 def _lowered(checked: Checked) -> LoweredMask:
-    mask, q = checked.mask, checked.q
+    mask, (family, q, _, _, sizes) = checked.mask, checked.arrays
     operands = [] if mask is None else mask.operands()
     if mask is not None and any(isinstance(leaf, Predicate) for leaf in mask.primitives()):
         operands.append(q)  # a function may close over tracers; it is asked in the call's own world
-    return lower(mask, site_for(checked.family, getattr(q, "device", None), checked.sizes, operands))
+    return lower(mask, site_for(family, getattr(q, "device", None), sizes, operands))
 
 
 def _bias(

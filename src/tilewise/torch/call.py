@@ -6,16 +6,16 @@ lowered inside the operator.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import validate
-from ..problem import Gradient
-from . import autograd, batching  # noqa: F401  (register the operators' derivatives and batching rules)
-from .operator import attention as _operator
+from . import autograd, batching, operator  # noqa: F401  (register the operators' derivatives and batching rules)
 from .options import write
 
 
@@ -24,18 +24,8 @@ def attention(
     dropout: Any, layout: str, return_lse: bool, kernel: str | None, allow_quadratic: bool,
 ) -> Any:  # fmt: skip
     """As `tilewise.attention`, for torch tensors."""
-    checked = validate.check(
-        q,
-        k,
-        v,
-        mask=_tensor(mask),
-        bias=_tensor(bias),
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        dropout=dropout,
-        layout=layout,
-    )
+    arrays = _arrays(q, k, v, layout)
+    checked = validate.check_options(arrays, _tensor(mask), _tensor(bias), scale, softcap, sinks, dropout)
     out, lse = run(checked, layout, kernel, allow_quadratic)
     out, lse = validate.restore(out, lse, layout)
     return (out, lse) if return_lse else out
@@ -43,16 +33,63 @@ def attention(
 
 def run(checked: validate.Checked, layout: str, kernel: str | None, allow_quadratic: bool) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq) of checked arguments, with derivatives."""
-    named: list[tuple[Gradient, Tensor]] = [("q", checked.q), ("k", checked.k), ("v", checked.v)]
-    named += [("bias", array) for array in checked.biases.dense]
-    if checked.biases.table is not None:
-        named.append(("table", checked.biases.table))
-    if checked.sinks is not None:
-        named.append(("sinks", checked.sinks))
-    facts, integers, options = write(
-        [name for name, _ in named], checked.mask, layout, checked.softcap, checked.dropout, kernel, allow_quadratic
+    (_, q, k, v, _), mask, biases, scale, softcap, sinks, dropout = checked
+    names, tensors = "q,k,v", [q, k, v]
+    for bias in biases.dense:
+        names += ",bias"
+        tensors.append(bias)
+    if biases.table is not None:
+        names += ",table"
+        tensors.append(biases.table)
+    if sinks is not None:
+        names += ",sinks"
+        tensors.append(sinks)
+    facts, integers, options = write(names, mask, layout, softcap, dropout, kernel, allow_quadratic)
+    if not torch.compiler.is_compiling() and nobody_watches(tensors):
+        return operator.compute(tensors, facts, integers, scale, options)
+    return operator.attention(tensors, facts, integers, scale, options)
+
+
+_fine: dict[Hashable, None] = {}  # shapes, dtypes and devices that were checked before
+_MOST = 1024
+
+
+def _arrays(q: Tensor, k: Tensor, v: Tensor, layout: str) -> validate.Arrays:
+    """`validate.check_arrays`, once for each combination of shapes, dtypes and devices."""
+    if torch.compiler.is_compiling() or not isinstance(q, Tensor) or type(q) is not type(k) or type(q) is not type(v):
+        return validate.check_arrays(q, k, v, layout)
+    key = (layout, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+    if key not in _fine:
+        arrays = validate.check_arrays(q, k, v, layout)
+        if len(_fine) >= _MOST:
+            _fine.clear()
+        _fine[key] = None
+        return arrays
+    if layout == "bshd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    elif layout == "thd":
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return validate.Arrays("torch", q, k, v, (*q.shape[:3], k.shape[2]))
+
+
+def nobody_watches(tensors: list[Tensor]) -> bool:
+    """Whether the dispatcher would lead straight to the kernel: no derivative, transform, mode, trace or profile."""
+    for tensor in tensors:
+        if (type(tensor) is not Tensor and type(tensor) is not Parameter) or not tensor.is_cpu:
+            return False
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return False
+    # The same private questions that torch asks itself in `Function.apply` and `torch.overrides`.
+    return not (
+        torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
     )
-    return _operator([tensor for _, tensor in named], facts, integers, checked.scale, options)
 
 
 def _tensor(value: Any) -> Any:

@@ -84,7 +84,7 @@ class Options:
 
 
 def write(
-    names: Sequence[Gradient],
+    names: str,
     mask: Mask | None,
     layout: str,
     softcap: float | None,
@@ -92,10 +92,10 @@ def write(
     kernel: str | None,
     allow_quadratic: bool,
 ) -> tuple[list[Tensor], list[int], str]:
-    """The facts, the integers and the text of a call."""
+    """The facts, the integers and the text of a call; `names` are those of its operands."""
     facts: list[Tensor] = []
     integers: list[int] = []
-    text = "operands=" + ",".join(names)
+    text = "operands=" + names
     if dropout is not None:
         text += f";p={dropout.p}"
         if dropout.stream:

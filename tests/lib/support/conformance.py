@@ -20,13 +20,12 @@ from tilewise.masks.biases import LoweredBias
 from tilewise.plan.choose import choose
 from tilewise.plan.preset import Example
 from tilewise.problem import Gradient
-from tilewise.validate import Checked, prepare
-from tilewise.validate import check as check_arguments
+from tilewise.validate import Checked, check_arrays, check_options, prepare
 
 from .plain import leaves, plain_gradients, plain_out
 
 FAMILIES = ("numpy", "torch", "jax")
-DOOR = ("mask", "bias", "scale", "softcap", "sinks", "dropout")
+OPTIONS = ("mask", "bias", "scale", "softcap", "sinks", "dropout")
 Run = Callable[[Operands], tuple[Any, Any]]
 
 
@@ -63,7 +62,7 @@ class Prepared:
 def prepared(example: Example, kernel: str, family: str, dtype: str, gradients: bool) -> Prepared | tuple[str, ...]:
     """The example as a planned call, or the reasons for which the card refuses it."""
     q, k, v = (to_family(array, family, dtype) for array in (example.q, example.k, example.v))
-    options = {**dict.fromkeys(DOOR), "layout": "bhsd", "return_lse": True, **example.options}
+    options = {**dict.fromkeys(OPTIONS), "layout": "bhsd", "return_lse": True, **example.options}
     if options["mask"] is not None:
         operands = iter([to_family(operand, family) for operand in options["mask"].operands()])
         options["mask"] = options["mask"].replace_operands(lambda: next(operands))
@@ -76,7 +75,9 @@ def prepared(example: Example, kernel: str, family: str, dtype: str, gradients: 
     if reasons:
         return reasons
     plan = choose(problem, kernel, True)
-    return Prepared(plan, call.operands, _run_of(plan, check_arguments(q, k, v, **_without(options, "return_lse"))))
+    arrays = check_arrays(q, k, v, options["layout"])
+    checked = check_options(arrays, *(options[name] for name in OPTIONS))
+    return Prepared(plan, call.operands, _run_of(plan, checked))
 
 
 def _names(operands: Operands) -> frozenset[Gradient]:
@@ -142,7 +143,7 @@ def flat(gradients: Gradients) -> tuple[Any, ...]:
 
 
 def _run_of(plan: Plan, checked: Checked) -> Run:
-    family = checked.family
+    family = checked.arrays.family
     if family == "numpy":
         return lambda operands: forward_of(plan.kernel).forward(plan, operands)
     run = import_module(f"tilewise.{family}.call").run
@@ -151,14 +152,11 @@ def _run_of(plan: Plan, checked: Checked) -> Run:
 
     def attend(operands: Operands) -> tuple[Any, Any]:
         q, k, v, *dense, table, sinks = leaves(operands)
-        again = replace(checked, q=q, k=k, v=v, biases=LoweredBias(tuple(dense), table), sinks=sinks)
+        arrays = checked.arrays._replace(q=q, k=k, v=v)
+        again = checked._replace(arrays=arrays, biases=LoweredBias(tuple(dense), table), sinks=sinks)
         return run(again, plan.problem.layout, plan.kernel, True)
 
     return attend
-
-
-def _without(options: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != name}
 
 
 def _by_hand(case: Prepared, d_out: Any, d_lse: Any) -> tuple[Any, Any, Gradients]:

@@ -74,9 +74,15 @@ def _as_int32(q_labels: Array, k_labels: Array) -> tuple[Array, Array]:
 def _dense_mask(mask: LoweredMask, alive: Alive) -> tuple[int, ...] | None:
     if mask.dense is None:
         return None
-    found = memory(mask.dense)
-    alive.append(found)
-    return (found.address, *broadcast_strides(found, 4))
+    alive.append(memory(mask.dense))
+    return mask_place(mask.dense)
+
+
+def mask_place(dense: Array) -> tuple[int, ...]:
+    """Address and four strides of booleans read in place, 0 along axes of size 1 and along leading axes not there."""
+    found = memory(dense)
+    strides = broadcast_strides(found, 4)
+    return (found.address, *(0,) * (4 - len(strides)), *strides)
 
 
 def _dense_bias(bias: Array, alive: Alive) -> tuple[int, ...]:
