@@ -302,6 +302,8 @@ def _mask(mask: Mask | Array | None, family: Family, q: Array) -> Mask | None:
     if not isinstance(mask, Mask):
         mask = dense(mask)
     operands = mask.operands()
+    if not operands:
+        return mask
     _check_framework("mask", family, operands)
     # A mask on the host is fine wherever q is: it is lowered on the host and its facts follow q.
     _check_same_device("mask", family, q, [operand for operand in operands if device_kind(operand) != "cpu"])

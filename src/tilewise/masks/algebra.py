@@ -95,8 +95,8 @@ class Mask:
 
     def operands(self) -> list[Array]:
         """The array operands of the tree, left to right: what a framework may trace or move."""
-        values = (getattr(leaf, name) for leaf in self.primitives() for name in leaf.arrays)
-        return [value for value in values if family_of(value) is not None]
+        values = [getattr(leaf, name) for leaf in self.primitives() for name in leaf.arrays]
+        return [value for value in values if value is not None and family_of(value) is not None]
 
     def replace_operands(self, take: Callable[[], Any]) -> Mask:
         """The same tree with each operand replaced by what `take()` gives, in the order of `operands`."""

@@ -25,35 +25,47 @@ from .operator import LIBRARY
 from .programs import Program
 from .spelling import predicates_of
 from .transforms import pull_back
+from .watch import nobody_else, recording
 
 Results = tuple[Tensor | None, ...]
 
 
 class Attention(Function):
-    """(rest, keyset, number of operands, *operands, *facts) -> (out, lse)."""
+    """(rest, keyset, number of operands, *operands, *facts) -> (out, lse). Without a keyset there is no level below."""
 
     @staticmethod
     def forward(rest: Rest, keyset: Any, count: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        if keyset is None:
+            return operator.compute(tensors[:count], *rest)
         return _below(operator.attention, keyset, list(tensors[:count]), *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.rest, _, ctx.count, *tensors = inputs
+        ctx.rest, keyset, ctx.count, *tensors = inputs
         ctx.held = predicates_of(ctx.rest.options)
         ctx.save_for_backward(*output, *tensors)
-        ctx.save_for_forward(*output, *tensors)
+        if keyset is not None:
+            ctx.save_for_forward(*output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Results:
         out, lse, operands, rest = _saved(ctx)
         wanted = [n for n in range(ctx.count) if ctx.needs_input_grad[3 + n]]
-        found = operator.attention_backward(operands, out, lse, d_out, d_lse, *rest, wanted)
+        tensors = (*operands, d_out, d_lse)
+        backward = (
+            operator.compute_backward
+            if nobody_else(tensors) and not recording(tensors)
+            else operator.attention_backward
+        )
+        found = backward(operands, out, lse, d_out, d_lse, *rest, wanted)
         return (None, None, None, *_spread(found, wanted, len(ctx.needs_input_grad) - 3))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         out, lse, operands, rest = _saved(ctx)
-        return tangent_formula(rest, operands, out, lse, tangents[3 : 3 + ctx.count])
+        with _set_fwd_grad_enabled(True):
+            out, lse, *operands = _primals((out, lse, *operands))
+            return tangent_formula(rest, operands, out, lse, tangents[3 : 3 + ctx.count])
 
 
 class AttentionBackward(Function):
@@ -110,12 +122,22 @@ class TiledSum(Function):
         inputs, rest = TiledSum._saved(ctx)
         moving = {n: t for n, t in enumerate(tangents[4 : 4 + ctx.count]) if t is not None}
         program = ctx.program.pushed_forward(tuple(moving))
-        return tuple(operator.tiled_sum([*inputs, *moving.values()], *rest, str(program)))
+        with _set_fwd_grad_enabled(True):
+            return tuple(operator.tiled_sum([*_primals(inputs), *moving.values()], *rest, str(program)))
 
     @staticmethod
     def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], Rest]:
         tensors = ctx.saved_tensors
         return tensors[: ctx.count], ctx.rest._replace(facts=tuple(tensors[ctx.count :]))
+
+
+def _primals(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors without their tangents of this level.
+
+    torch switches forward mode off around `jvp`, which keeps this level out of its formulas but would drop the tangents
+    of the levels below as well. So forward mode is on there, and this level's tangents are taken off.
+    """
+    return [torch._VF._unpack_dual(tensor, level=0)[0] for tensor in tensors]  # type: ignore[attr-defined]
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor], Rest]:
@@ -129,6 +151,11 @@ def _spread(values: Sequence[Tensor], places: Sequence[int], length: int) -> Res
     for n, value in zip(places, values, strict=True):
         results[n] = value
     return tuple(results)
+
+
+def recorded(operands: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    """The operator where plain autograd records it and nothing else watches."""
+    return _apply(Attention, Rest(*rest), None, len(operands), *operands, *rest[0])
 
 
 def _attention(keyset: Any, operands: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
@@ -157,11 +184,7 @@ def _tiled_sum(keyset: Any, inputs: Sequence[Tensor], *args: Any) -> list[Tensor
 
 def _differentiated(tensors: Sequence[Tensor]) -> bool:
     """Whether this level of differentiation looks at any of the tensors."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor.requires_grad:
-                return True
-    return _has_tangent(tensors)
+    return recording(tensors) or _has_tangent(tensors)
 
 
 def _has_tangent(tensors: Sequence[Tensor]) -> bool:
@@ -173,6 +196,8 @@ def _has_tangent(tensors: Sequence[Tensor]) -> bool:
 
 
 def _apply(function: type[Function], *args: Any) -> Any:
+    if not torch._C._are_functorch_transforms_active():
+        return super(Function, function).apply(*args)  # type: ignore[misc]
     with enable_single_level_autograd_function():
         return super(Function, function).apply(*args)  # type: ignore[misc]
 
@@ -181,7 +206,8 @@ def _below(operator: Any, keyset: Any, *args: Any) -> Any:
     """The operator below this level."""
     below = torch._C._after_autograd_keyset
     if not torch._C._are_functorch_transforms_active():
-        with torch._C._AutoDispatchBelowAutograd():
+        # Views that a kernel makes are its own affair: tangents of what counts as a view must have its strides.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return operator.redispatch(keyset & below, *args)
     # A Function's forward switches recording off, which is meant for its own level and not for those below.
     with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():

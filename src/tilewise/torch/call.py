@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .. import validate
-from . import autograd, batching, operator  # noqa: F401  (register the operators' derivatives and batching rules)
+from . import autograd, batching, legacy_batching, operator  # noqa: F401  (register the operators' derivatives and batching rules)
 from .options import write
+from .watch import nobody_else, recording
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Any, bias: Any, scale: float | None, softcap: float | None, sinks: Any,
     dropout: Any, layout: str, return_lse: bool, kernel: str | None, allow_quadratic: bool,
 ) -> Any:  # fmt: skip
-    """As `tilewise.attention`, for torch tensors."""
-    arrays = _arrays(q, k, v, layout)
+    """As `tilewise.attention`, for torch tensors; q, k and v join the dtype of an autocast region."""
+    arrays = _arrays(*autocast(q, k, v), layout)
     checked = validate.check_options(arrays, _tensor(mask), _tensor(bias), scale, softcap, sinks, dropout)
     out, lse = run(checked, layout, kernel, allow_quadratic)
     out, lse = validate.restore(out, lse, layout)
@@ -45,9 +45,25 @@ def run(checked: validate.Checked, layout: str, kernel: str | None, allow_quadra
         names += ",sinks"
         tensors.append(sinks)
     facts, integers, options = write(names, mask, layout, softcap, dropout, kernel, allow_quadratic)
-    if not torch.compiler.is_compiling() and nobody_watches(tensors):
+    if not torch.compiler.is_compiling() and nobody_else(tensors):
+        if recording(tensors):
+            return autograd.recorded(tensors, facts, integers, scale, options)
         return operator.compute(tensors, facts, integers, scale, options)
     return operator.attention(tensors, facts, integers, scale, options)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of the autocast region around the call, if any; float64 stays, as torch has it."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    )
 
 
 _fine: dict[Hashable, None] = {}  # shapes, dtypes and devices that were checked before
@@ -70,26 +86,6 @@ def _arrays(q: Tensor, k: Tensor, v: Tensor, layout: str) -> validate.Arrays:
     elif layout == "thd":
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return validate.Arrays("torch", q, k, v, (*q.shape[:3], k.shape[2]))
-
-
-def nobody_watches(tensors: list[Tensor]) -> bool:
-    """Whether the dispatcher would lead straight to the kernel: no derivative, transform, mode, trace or profile."""
-    for tensor in tensors:
-        if (type(tensor) is not Tensor and type(tensor) is not Parameter) or not tensor.is_cpu:
-            return False
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor.requires_grad:
-                return False
-    # The same private questions that torch asks itself in `Function.apply` and `torch.overrides`.
-    return not (
-        torch.autograd.forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state()
-        or torch._C._autograd._profiler_enabled()
-    )
 
 
 def _tensor(value: Any) -> Any:

@@ -11,7 +11,7 @@ any length; what they compute is looked up only when real tensors arrive. Deriva
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
+from ..contract import Plan
 from ..kernels import backward_of, forward_of
+from ..masks.lower import LoweredMask
 from ..plan.choose import choose
 from ..problem import ACCUMULATOR
 from . import quick
 from .options import Options, parse
 from .programs import Program
+from .spelling import has_predicate
 
 _REST = "Tensor[] facts, SymInt[] integers, float? scale, str options"
 
@@ -60,21 +63,43 @@ def compute(
     return out, lse
 
 
-def _attention_backward(
+def compute_backward(
     operands: Tensors, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor,
     facts: Tensors, integers: Sequence[int], scale: float | None, options: str, wanted: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the operands numbered in `wanted`, in their shapes and dtypes."""
     told = parse(options)
-    mask = told.lowered(told.site(operands), operands[0], facts, integers)
+    mask, plan = _planned(told, operands, facts, integers, scale, options, tuple(wanted))
     call = told.operands(operands, mask, told.dropout(facts, integers))
-    problem = told.problem(call, scale, frozenset(told.names[n] for n in wanted))
-    plan = choose(problem, told.kernel, told.allow_quadratic)
     assert plan.backward is not None
     found = backward_of(plan.backward).backward(plan, call, out, lse, d_out, d_lse)
     flat = [found.q, found.k, found.v, *found.dense]
     flat += [value for value, given in ((found.table, call.table), (found.sinks, call.sinks)) if given is not None]
     return [_ordered(flat[n], told, n) for n in wanted]
+
+
+_plans: dict[Hashable, tuple[LoweredMask, Plan]] = {}  # of calls without arrays in their masks, as in `quick.py`
+
+
+def _planned(
+    told: Options, operands: Tensors, facts: Tensors, integers: Sequence[int], scale: float | None, options: str,
+    wanted: tuple[int, ...],
+) -> tuple[LoweredMask, Plan]:  # fmt: skip
+    """The lowered mask, and the plan of the gradients numbered in `wanted`."""
+    q, k, v = operands[:3]
+    key = (options, scale, wanted, *integers, q.dtype, q.device, q.shape, k.shape, v.shape)
+    symbolic = len(operands) == 3 and not facts and not told.p and not has_predicate(told.mask)
+    if symbolic and key in _plans:
+        return _plans[key]
+    mask = told.lowered(told.site(operands), q, facts, integers)
+    call = told.operands(operands, mask, told.dropout(facts, integers))
+    problem = told.problem(call, scale, frozenset(told.names[n] for n in wanted))
+    plan = choose(problem, told.kernel, told.allow_quadratic)
+    if symbolic and (mask.ranges is None or mask.ranges.starts.nbytes <= quick.LARGEST):
+        if len(_plans) >= quick.MOST:
+            _plans.pop(next(iter(_plans)))
+        _plans[key] = mask, plan
+    return mask, plan
 
 
 def _tiled_sum(
@@ -97,7 +122,7 @@ def _ordered(gradient: Tensor, told: Options, n: int) -> Tensor:
 
 for _name, _function in (
     ("attention", compute),
-    ("attention_backward", _attention_backward),
+    ("attention_backward", compute_backward),
     ("tiled_sum", _tiled_sum),
 ):
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")

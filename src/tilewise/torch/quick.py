@@ -18,8 +18,8 @@ from ..contract import Operands, Plan
 from ..kernels.native.call import call_of
 from ..kernels.native.facts import Alive, mask_place
 
-_MOST = 512  # calls remembered
-_LARGEST = 1 << 20  # bytes of ranges that a remembered call may hold; where there are more, time goes elsewhere anyway
+MOST = 512  # calls remembered
+LARGEST = 1 << 20  # bytes of ranges that a remembered call may hold; where there are more, time goes elsewhere anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def remember(key: Hashable | None, plan: Plan, operands: Operands, out: Tensor, 
         return
     if any(x.shape[-1] > 1 and x.stride(-1) != 1 for x in (operands.q, operands.k, operands.v)):
         return  # the kernel works on copies of these
-    if mask.ranges is not None and mask.ranges.starts.nbytes > _LARGEST:
+    if mask.ranges is not None and mask.ranges.starts.nbytes > LARGEST:
         return
     from .. import _native  # pyright: ignore[reportAttributeAccessIssue]  # there, since the kernel ran
 
@@ -100,7 +100,7 @@ def remember(key: Hashable | None, plan: Plan, operands: Operands, out: Tensor, 
         del rest["mask"]
     swapped = problem.layout == "bshd"
     held = [found for found in alive if isinstance(found.array, np.ndarray)]
-    if len(_calls) >= _MOST:
+    if len(_calls) >= MOST:
         _calls.pop(next(iter(_calls)))
     _calls[key] = Prepared(
         _native.forward, rest, held, tuple(out.transpose(1, 2).shape if swapped else out.shape), tuple(lse.shape),

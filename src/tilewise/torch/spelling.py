@@ -14,9 +14,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import count
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -24,15 +22,12 @@ from torch import Tensor
 from .._arrays import family_of
 from ..masks import primitives as _primitives  # noqa: F401  (defines the kinds that a text may name)
 from ..masks.algebra import Mask
-from ..masks.primitives import Predicate
+from ..masks.primitives.predicate import Predicate, name_of, named
 
-_NUMBER = re.compile(r"Predicate\((\d+)\)")
+_NAME = re.compile(r"Predicate\((\d+)\)")
 _LARGEST = 2**62  # torch's integers have 64 bits; larger ones are part of the text
 
-# Functions cannot be written down. A predicate has a number instead, by which it is found for as long as it lives.
-_numbers: Iterator[int] = count()
-_predicates: WeakValueDictionary[int, Predicate] = WeakValueDictionary()
-_compiled: list[Predicate] = []  # those of compiled programs, which may run for as long as the process
+_compiled: list[Predicate] = []  # those made in compiled programs, which may run for as long as the process
 
 
 def _below(kind: type[Mask]) -> Iterator[type[Mask]]:
@@ -49,8 +44,7 @@ def spell(mask: Mask, tensors: list[Tensor], integers: list[int]) -> str:
     """The mask's text; its arrays and integers are appended to the two lists, in the order in which it names them."""
     kind = type(mask)
     if kind is Predicate:
-        compiling = torch.compiler.is_compiling()
-        return f"Predicate({_number_for_good(mask.function) if compiling else _number_of(mask)})"
+        return f"Predicate({_name(mask)})"
     parts = [_field(getattr(mask, name), tensors, integers) for name in _FIELDS[kind.__name__]]
     return f"{kind.__name__}({','.join(parts)})"
 
@@ -71,7 +65,7 @@ def has_predicate(text: str) -> bool:
 
 def predicates_of(text: str) -> list[Predicate]:
     """The predicates in it. Whoever wants to read the text later holds them until then."""
-    return [_predicates[int(number)] for number in _NUMBER.findall(text)] if has_predicate(text) else []
+    return [_alive(name) for name in _NAME.findall(text)] if has_predicate(text) else []
 
 
 def _field(value: Any, tensors: list[Tensor], integers: list[int]) -> str:
@@ -95,23 +89,22 @@ def _field(value: Any, tensors: list[Tensor], integers: list[int]) -> str:
     return "I"
 
 
-def _number_of(mask: Predicate) -> int:
-    number = getattr(mask, "_number", None)
-    if number is None:
-        number = next(_numbers)
-        object.__setattr__(mask, "_number", number)
-        _predicates[number] = mask
-    return number
+def _name(mask: Predicate) -> str:
+    if not torch.compiler.is_compiling():
+        return name_of(mask)
+    # One made outside the program has its name, on which the compiler guards; one made inside it gets one now.
+    name = getattr(mask, "_name", None)
+    return name if name is not None else _name_for_good(mask.function)
 
 
-def _number_for_good(function: Any) -> int:
+def _name_for_good(function: Any) -> str:
     mask = Predicate(function)
     _compiled.append(mask)
-    return _number_of(mask)
+    return name_of(mask)
 
 
 # What `torch.compiler.assume_constant_result` does, which would load the whole compiler just to set this.
-_number_for_good._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_name_for_good._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Slot(NamedTuple):
@@ -121,9 +114,9 @@ class _Slot(NamedTuple):
 
 
 class _Function(NamedTuple):
-    """The predicate of a number."""
+    """The predicate of a name."""
 
-    number: int
+    name: str
 
 
 class _Tree(NamedTuple):
@@ -144,11 +137,21 @@ def _template(node: ast.expr) -> Any:
             return _Slot(name)
         case ast.Tuple(parts):
             return [_template(part) for part in parts]
-        case ast.Call(ast.Name("Predicate"), [number]):
-            return _Function(ast.literal_eval(number))
+        case ast.Call(ast.Name("Predicate"), [name]):
+            return _Function(str(ast.literal_eval(name)))
         case ast.Call(ast.Name(name), parts):
             return _Tree(_KINDS[name], tuple(_template(part) for part in parts))
     return ast.literal_eval(node)
+
+
+def _alive(name: str) -> Predicate:
+    mask = named(name)
+    if mask is None:
+        raise RuntimeError(
+            "mask: this program holds a predicate whose function is gone or belongs to another process; "
+            "make the mask again and trace again, or write it with the other masks, which can be stored"
+        )
+    return mask
 
 
 def _build(template: Any, tensors: Iterator[Tensor], integers: Iterator[int]) -> Any:
@@ -157,14 +160,8 @@ def _build(template: Any, tensors: Iterator[Tensor], integers: Iterator[int]) ->
             return next(tensors)
         case _Slot():
             return next(integers)
-        case _Function(number):
-            mask = _predicates.get(number)
-            if mask is None:
-                raise RuntimeError(
-                    "mask: this program holds a predicate whose function is gone or belongs to another process; "
-                    "make the mask again and trace again, or write it with the other masks, which can be stored"
-                )
-            return mask
+        case _Function(name):
+            return _alive(name)
         case _Tree(kind, parts):
             # Field by field, not through __init__: it was checked when it was first made.
             mask = object.__new__(kind)

@@ -65,10 +65,10 @@ def intervals(starts: Array, stops: Array) -> Mask:
     starts, stops = (np.asarray(side) if isinstance(side, list | tuple) else side for side in (starts, stops))
     check_integers("starts", "intervals()", starts)
     check_integers("stops", "intervals()", stops)
-    if np.shape(starts) != np.shape(stops) or np.ndim(starts) == 0:
+    shapes = [tuple(getattr(side, "shape", ())) for side in (starts, stops)]  # torch's compiler cannot follow np.shape
+    if shapes[0] != shapes[1] or not shapes[0]:
         raise ValueError(
-            f"stops: intervals() got shape {np.shape(stops)}, expected that of starts, {np.shape(starts)}, "
-            f"with a query axis"
+            f"stops: intervals() got shape {shapes[1]}, expected that of starts, {shapes[0]}, with a query axis"
         )
     return Intervals(starts, stops)
 

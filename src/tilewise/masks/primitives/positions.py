@@ -82,9 +82,16 @@ def check_per_batch(what: str, site: Site, value: Array | int | None) -> None:
         raise ValueError(f"mask: {what} has shape {shape}, expected an int or one per batch row, ({site.batch},)")
 
 
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an int and no bool; so is the length that torch's export leaves open."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int | np.integer) or type(value).__name__ == "SymInt"
+
+
 def check_integers(argument: str, name: str, value: Any) -> None:
     """Raise TypeError unless `value` is an int or an array of integers."""
-    if isinstance(value, bool) or (not isinstance(value, int) and family_of(value) is None):
+    if not is_integer(value) and family_of(value) is None:
         raise TypeError(f"{argument}: {name} got {type(value).__name__}, expected an int or an array of integers")
     if family_of(value) is not None and not dtype_name(value).startswith(("int", "uint")):
         raise TypeError(f"{argument}: {name} got dtype {dtype_name(value)}, expected integers")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -19,6 +21,13 @@ class Predicate(Mask):
     """See `predicate`."""
 
     function: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        """Name the mask, unless torch's compiler is just following its making and could not."""
+        super().__post_init__()
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.compiler.is_compiling():
+            name_of(self)
 
     def visible(self, site: Site, b: Array, h: Array, i: Array, j: Array) -> Array:
         answer = self.function(*(_for_user(site, place) for place in (b, h, i, j)))
@@ -51,6 +60,27 @@ def predicate(function: Callable[[Array, Array, Array, Array], Array]) -> Mask:
     if not callable(function):
         raise TypeError(f"function: predicate() got {type(function).__name__}, expected a function of (b, h, i, j)")
     return Predicate(function)
+
+
+# Functions cannot be written down. Where a mask must be text, a predicate is a name, under which it is found here while
+# it lives. A text, since torch's compiler guards on the value of a text but may leave a number open.
+_numbers = count()
+_named: WeakValueDictionary[str, Predicate] = WeakValueDictionary()
+
+
+def name_of(mask: Predicate) -> str:
+    """The mask's own name in this process: "0", "1", …"""
+    name = getattr(mask, "_name", None)
+    if name is None:
+        name = str(next(_numbers))
+        object.__setattr__(mask, "_name", name)
+        _named[name] = mask
+    return name
+
+
+def named(name: str) -> Predicate | None:
+    """The mask of a name, if it is still alive."""
+    return _named.get(name)
 
 
 def _for_user(site: Site, place: Array) -> Array:

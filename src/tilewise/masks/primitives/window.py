@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from ..._arrays import Array
 from ..algebra import Mask
 from ..ranges import Ranges, from_bounds
 from ..site import Site
-from .positions import Align, as_operand, at_batch, check_alignment, check_site, edge_of, rows_of
+from .positions import Align, as_operand, at_batch, check_alignment, check_site, edge_of, is_integer, rows_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +70,10 @@ def window(
     for argument, width in (("left", left), ("right", right)):
         if width is None:
             continue
-        if isinstance(width, bool) or not isinstance(width, int | np.integer):
+        if not is_integer(width):
             raise TypeError(f"{argument}: window() got {type(width).__name__}, expected an int or None")
         if width < 0:
             raise ValueError(f"{argument}: window() got {width}, expected 0 or more keys, or None for unbounded")
     offset = as_operand(offset)
     check_alignment("window", align, offset)
-    return Window(None if left is None else int(left), None if right is None else int(right), align, offset)
+    return Window(as_operand(left), as_operand(right), align, offset)

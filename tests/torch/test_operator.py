@@ -1,0 +1,228 @@
+"""The operator under torch's own tools: opcheck, the compiler, export, and transforms composed with them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap  # noqa: E402
+
+import tilewise as tw  # noqa: E402
+from tilewise.torch import call, operator  # noqa: E402
+
+# The compiler tells of what it deprecates itself.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+B, HQ, HKV, SQ, SK, D, DV = 2, 4, 2, 5, 7, 6, 3
+
+
+def tensors(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    shapes = (B, HQ, SQ, D), (B, HKV, SK, D), (B, HKV, SK, DV)
+    return tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+
+
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.7], dtype=torch.float64)
+SEEN = torch.arange(SQ * SK).reshape(SQ, SK) % 3 != 0
+OPTIONS = {
+    "plain": dict,
+    "causal": lambda: {"mask": tw.causal("end")},
+    "window and prefix": lambda: {"mask": tw.window(2, 0, "end") | tw.prefix(2)},
+    "lengths": lambda: {"mask": tw.lengths(k=torch.tensor([3, 7]))},
+    "documents": lambda: {"mask": tw.documents(torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 1, 0, 1, 2, 2, 0]))},
+    "dense": lambda: {"mask": SEEN},
+    "numpy": lambda: {"mask": SEEN.numpy()},
+    "predicate": lambda: {"mask": tw.predicate(lambda b, h, i, j: (i + j) % 2 == 0)},
+    "bias": lambda: {"bias": torch.cos(torch.arange(7.0, dtype=torch.float64)), "softcap": 3.0},
+    "alibi and sinks": lambda: {"bias": tw.alibi(SLOPES, "end"), "sinks": SLOPES},
+    "t5": lambda: {"bias": tw.t5(torch.sin(torch.arange(32.0, dtype=torch.float64)).reshape(8, 4))},
+    "dropout": lambda: {"dropout": tw.Dropout(0.3, 5), "scale": 0.2},
+    "dropout by tensor": lambda: {"dropout": tw.Dropout(0.3, torch.tensor([5])), "mask": tw.causal("start")},
+}
+
+
+def function(name):
+    make = OPTIONS[name]
+
+    def attend(q, k, v):
+        return tw.attention(q, k, v, return_lse=True, **make())
+
+    return attend
+
+
+def loss(attend):
+    def total(q, k, v):
+        out, lse = attend(q, k, v)
+        return out.sin().sum() + torch.where(lse.isfinite(), lse, 0.0).cos().sum()
+
+    return total
+
+
+def assert_same(got, expected):
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_compiles_whole(name, dynamic):
+    attend = function(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    results = []
+    for f in (compiled, attend):
+        given = [x.requires_grad_() for x in tensors()]
+        results.append((f(*given), torch.autograd.grad(loss(f)(*given), given)))
+    assert_same(*results)
+
+
+TRANSFORMS = {
+    "grad": lambda f: lambda *x: grad(loss(f), (0, 1, 2))(*x),
+    "jvp": lambda f: lambda *x: jvp(loss(f), x, x),
+    "vjp": lambda f: lambda *x: vjp(f, *x)[1](f(*x)),
+    "jacfwd": lambda f: lambda q, k, v: jacfwd(lambda q: loss(f)(q, k, v))(q),
+    "hessian": lambda f: lambda q, k, v: hessian(lambda x: loss(f)(q[:1, :, :1] * x, k[:1], v[:1]))(q[0, 0, 0]),
+    "reverse over reverse": lambda f: (
+        lambda q, k, v: jacrev(jacrev(lambda x: loss(f)(q[:1] * x, k[:1], v[:1])))(q[0, 0, 0])
+    ),
+    "forward over forward": lambda f: (
+        lambda q, k, v: jacfwd(jacfwd(lambda x: loss(f)(q[:1] * x, k[:1], v[:1])))(q[0, 0, 0])
+    ),
+    "reverse over forward": lambda f: (
+        lambda q, k, v: jacrev(jacfwd(lambda x: loss(f)(q[:1] * x, k[:1], v[:1])))(q[0, 0, 0])
+    ),
+    "vmap": lambda f: lambda q, k, v: vmap(f, (0, None, 1))(torch.stack([q, 2 * q]), k, torch.stack([v, v.flip(2)], 1)),
+    "vmap of grad": lambda f: (
+        lambda q, k, v: vmap(grad(loss(f), (0, 1, 2)), (0, None, 0))(
+            torch.stack([q, 2 * q]), k, torch.stack([v, v.flip(2)])
+        )
+    ),
+    "grad of vmap": lambda f: (
+        lambda q, k, v: grad(lambda q: vmap(loss(f), (0, None, None))(torch.stack([q, 2 * q]), k, v).sum())(q)
+    ),
+    "vmap of vmap of jvp": lambda f: (
+        lambda q, k, v: vmap(vmap(lambda q, t: jvp(lambda q: f(q, k, v), (q,), (t,))[1], (0, None)), (None, 0))(
+            torch.stack([q, 2 * q]), torch.stack([q, q.flip(2)])
+        )
+    ),
+}
+
+
+def dense(q, k, v):
+    """The case "causal" and `loss` of it, out of torch's own operations."""
+    k, v = (x.repeat_interleave(HQ // HKV, 1) for x in (k, v))
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    scores = (q @ k.mT / D**0.5).masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms(name, compiled):
+    transformed = TRANSFORMS[name](function("causal"))
+    if compiled:
+        torch._dynamo.reset()
+        transformed = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+    assert_same(transformed(*tensors()), TRANSFORMS[name](dense)(*tensors()))
+
+
+def test_inductor():
+    torch._dynamo.reset()
+    f = loss(function("causal"))
+    given = [x.requires_grad_() for x in tensors()]
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    assert_same(torch.autograd.grad(compiled(*given), given), torch.autograd.grad(f(*given), given))
+
+
+def test_a_compiled_program_sees_another_predicate():
+    torch._dynamo.reset()
+    q, k, v = tensors()
+    compiled = torch.compile(lambda mask: tw.attention(q, k, v, mask=mask), fullgraph=True, backend="eager")
+    for period in (2, 3):
+        mask = tw.predicate(lambda b, h, i, j, period=period: (i + j) % period == 0)
+        assert_same(compiled(mask), tw.attention(q, k, v, mask=mask))
+
+
+class Model(torch.nn.Module):
+    def forward(self, q, k, v, lengths):
+        mask = tw.causal("end") & tw.window(k.shape[2] // 2, 0, "end") & tw.lengths(k=lengths)
+        return tw.attention(q, k, v, mask=mask, bias=tw.alibi(SLOPES, "end"))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_open_lengths(strict, tmp_path):
+    lengths = torch.tensor([6, 4])
+    rows, keys = torch.export.Dim("rows", min=2, max=64), torch.export.Dim("keys", min=2, max=64)
+    shapes = {"q": {2: rows}, "k": {2: keys}, "v": {2: keys}, "lengths": None}
+    program = torch.export.export(Model(), (*tensors(), lengths), dynamic_shapes=shapes, strict=strict)
+    torch.export.save(program, tmp_path / "program.pt2")
+    program = torch.export.load(tmp_path / "program.pt2").module()
+    for n, m in ((5, 7), (3, 11), (12, 13)):
+        q, k, v = (
+            torch.randn(B, HQ, n, D).double(),
+            torch.randn(B, HKV, m, D).double(),
+            torch.randn(B, HKV, m, DV).double(),
+        )
+        assert_same(program(q, k, v, lengths), Model()(q, k, v, lengths))
+
+
+@pytest.mark.parametrize("name", ["causal", "dense", "alibi and sinks", "dropout"])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_opcheck(name, layout, monkeypatch):
+    """What torch asks of every operator: schema, fake shapes and strides, autograd's registration, AOT tracing."""
+    seen = []
+    real = call.operator.attention
+    monkeypatch.setattr(call, "nobody_else", lambda tensors: False)
+    watched = SimpleNamespace(attention=lambda *args: seen.append(args) or real(*args))
+    monkeypatch.setattr(call, "operator", watched)
+    q, k, v = (x.requires_grad_() for x in tensors())
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = tw.attention(q, k, v, layout=layout, return_lse=True, **OPTIONS[name]())
+    (args,) = seen
+    torch.library.opcheck(real, args)
+    operands, *rest = args
+    out, lse = real(operands, *rest)
+    rows = (out.detach(), lse.detach(), torch.randn_like(out), torch.randn_like(lse))
+    torch.library.opcheck(operator.attention_backward, (operands, *rows, *rest, [0, 1, 2]))
+
+
+def _in_worker(index):
+    q, k, v = tensors()
+    return tw.attention(q, k, v, mask=tw.causal("end"))
+
+
+class Dataset(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return _in_worker(index)
+
+
+def test_workers_after_a_fork():
+    expected = _in_worker(0)
+    for batch in torch.utils.data.DataLoader(Dataset(), num_workers=2, timeout=60):
+        assert_same(batch[0], expected)
+
+
+def test_a_function_of_a_gradient_outlives_its_mask():
+    q, k, v = (x.requires_grad_() for x in tensors())
+    out = tw.attention(q, k, v, mask=tw.predicate(lambda b, h, i, j: i >= j))
+    (first,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
+    del out
+    (second,) = torch.autograd.grad(first.sum(), q)
+    again = tw.attention(q, k, v, mask=tw.causal("start"))
+    (expected,) = torch.autograd.grad(torch.autograd.grad(again.sin().sum(), q, create_graph=True)[0].sum(), q)
+    assert_same(second, expected)
+
+
+def test_a_mask_changed_in_place_is_noticed():
+    q, k, v = (x.requires_grad_() for x in tensors())
+    seen = SEEN.clone()
+    out = tw.attention(q, k, v, mask=seen)
+    seen.logical_not_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
