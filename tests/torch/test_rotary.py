@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tilewise.torch.rotary import (  # noqa: E402
+from tilewise.torch.positions.rotary import (  # noqa: E402
     LinearScaling,
     Llama3Scaling,
     NtkScaling,

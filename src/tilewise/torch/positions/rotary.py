@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rotary_scaling import LinearScaling, Llama3Scaling, NtkScaling, Scaling, YarnScaling
+from .scaling import LinearScaling, Llama3Scaling, NtkScaling, Scaling, YarnScaling
 
 __all__ = [
     "LinearScaling",
