@@ -137,7 +137,7 @@ def _primals(tensors: Sequence[Tensor]) -> list[Tensor]:
     torch switches forward mode off around `jvp`, which keeps this level out of its formulas but would drop the tangents
     of the levels below as well. So forward mode is on there, and this level's tangents are taken off.
     """
-    return [torch._VF._unpack_dual(tensor, level=0)[0] for tensor in tensors]  # type: ignore[attr-defined]
+    return [torch._VF._unpack_dual(tensor, level=0)[0] for tensor in tensors]
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor], Rest]:
@@ -190,16 +190,16 @@ def _differentiated(tensors: Sequence[Tensor]) -> bool:
 def _has_tangent(tensors: Sequence[Tensor]) -> bool:
     # Asked of each tensor: compiled programs open levels of forward mode that Python is not told of.
     for tensor in tensors:  # noqa: SIM110 - half the time of any()
-        if torch._VF._unpack_dual(tensor, level=0)[1] is not None:  # type: ignore[attr-defined]
+        if torch._VF._unpack_dual(tensor, level=0)[1] is not None:
             return True
     return False
 
 
 def _apply(function: type[Function], *args: Any) -> Any:
     if not torch._C._are_functorch_transforms_active():
-        return super(Function, function).apply(*args)  # type: ignore[misc]
+        return super(Function, function).apply(*args)
     with enable_single_level_autograd_function():
-        return super(Function, function).apply(*args)  # type: ignore[misc]
+        return super(Function, function).apply(*args)
 
 
 def _below(operator: Any, keyset: Any, *args: Any) -> Any:

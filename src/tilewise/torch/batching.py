@@ -28,7 +28,8 @@ def _attention(info: Any, in_dims: Dims, operands: Sequence[Tensor], *rest: Any)
         return _one_by_one(operator.attention, info, in_dims, operands, *rest)
     folded = [_fold(x, dim, info.batch_size, n < 3) for n, (x, dim) in enumerate(zip(operands, dims, strict=True))]
     out, lse = operator.attention(folded, *rest)
-    return (_unfold(out, info.batch_size), _unfold(lse, info.batch_size)), (0, 0)
+    batch = _batch(operands, dims)
+    return (_unfold(out, info.batch_size, batch), _unfold(lse, info.batch_size, batch)), (0, 0)
 
 
 def _attention_backward(info: Any, in_dims: Dims, operands: Sequence[Tensor], *args: Any) -> tuple[Any, Any]:
@@ -39,7 +40,7 @@ def _attention_backward(info: Any, in_dims: Dims, operands: Sequence[Tensor], *a
     folded = [_fold(x, dim, info.batch_size, n < 3) for n, (x, dim) in enumerate(zip(operands, dims, strict=True))]
     rest = [_fold(x, dim, info.batch_size, True) for x, dim in zip(args[:4], rows, strict=True)]
     found = operator.attention_backward(folded, *rest, *args[4:])
-    return [_unfold(x, info.batch_size) for x in found], [0] * len(found)
+    return [_unfold(x, info.batch_size, _batch(operands, dims)) for x in found], [0] * len(found)
 
 
 def _tiled_sum(info: Any, in_dims: Dims, inputs: Sequence[Tensor], *args: Any) -> tuple[Any, Any]:
@@ -51,7 +52,7 @@ def _tiled_sum(info: Any, in_dims: Dims, inputs: Sequence[Tensor], *args: Any) -
         return _one_by_one(operator.tiled_sum, info, in_dims, inputs, *args)
     folded = [_fold(x, dim, info.batch_size, True) for x, dim in zip(inputs, dims, strict=True)]
     found = operator.tiled_sum(folded, *args)
-    return [_unfold(x, info.batch_size) for x in found], [0] * len(found)
+    return [_unfold(x, info.batch_size, _batch(inputs, dims)) for x in found], [0] * len(found)
 
 
 def _foldable(dims: Dims, fixed: Dims, facts: Sequence[Tensor], options: str, operands: Sequence[Tensor]) -> bool:
@@ -70,8 +71,14 @@ def _fold(x: Tensor, dim: int | None, size: int, has_batch: bool) -> Tensor:
     return x.flatten(0, 1)
 
 
-def _unfold(x: Tensor, size: int) -> Tensor:
-    return x.unflatten(0, (size, -1)) if x.shape[0] else x.reshape(size, 0, *x.shape[1:])
+def _unfold(x: Tensor, size: int, batch: int) -> Tensor:
+    """(N B, …) as (N, B, …)."""
+    return x.reshape(size, batch, *x.shape[1:])
+
+
+def _batch(operands: Sequence[Tensor], dims: Dims) -> int:
+    """B of queries that may have a mapped axis as well."""
+    return operands[0].shape[1 if dims[0] == 0 else 0]
 
 
 def _one_by_one(apply: Any, info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:

@@ -24,7 +24,8 @@ def attention(
     dropout: Any, layout: str, return_lse: bool, kernel: str | None, allow_quadratic: bool,
 ) -> Any:  # fmt: skip
     """As `tilewise.attention`, for torch tensors; q, k and v join the dtype of an autocast region."""
-    arrays = _arrays(*autocast(q, k, v), layout)
+    q, k, v = autocast(q, k, v)
+    arrays = _arrays(q, k, v, layout)
     checked = validate.check_options(arrays, _tensor(mask), _tensor(bias), scale, softcap, sinks, dropout)
     out, lse = run(checked, layout, kernel, allow_quadratic)
     out, lse = validate.restore(out, lse, layout)

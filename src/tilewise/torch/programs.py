@@ -74,6 +74,8 @@ class Program:
     def layouts(self) -> tuple[tuple[Axes, ...], tuple[Axes, ...]]:
         """Layouts of the inputs and of the outputs."""
         primals = (Axes.ROWS, Axes.KEYS, Axes.KEYS, *self.biases)
+        inputs: tuple[Axes, ...]
+        outputs: tuple[Axes, ...]
         if self.name == "sums":
             inputs, outputs = (*primals, Axes.ROWS), (Axes.ROWS, Axes.ROWS)
         else:

@@ -43,7 +43,7 @@ _FIELDS = {name: tuple(field.name for field in dataclasses.fields(kind)) for nam
 def spell(mask: Mask, tensors: list[Tensor], integers: list[int]) -> str:
     """The mask's text; its arrays and integers are appended to the two lists, in the order in which it names them."""
     kind = type(mask)
-    if kind is Predicate:
+    if isinstance(mask, Predicate):
         return f"Predicate({_name(mask)})"
     parts = [_field(getattr(mask, name), tensors, integers) for name in _FIELDS[kind.__name__]]
     return f"{kind.__name__}({','.join(parts)})"
@@ -94,7 +94,14 @@ def _name(mask: Predicate) -> str:
         return name_of(mask)
     # One made outside the program has its name, on which the compiler guards; one made inside it gets one now.
     name = getattr(mask, "_name", None)
-    return name if name is not None else _name_for_good(mask.function)
+    if name is not None:
+        return name
+    return _name_outside(mask) if mask.function.__code__.co_freevars else _name_for_good(mask.function)
+
+
+def _name_outside(mask: Predicate) -> str:
+    """A function that looks at values of the program cannot be a constant in it: the program is cut in two here."""
+    return name_of(mask)
 
 
 def _name_for_good(function: Any) -> str:
@@ -103,7 +110,8 @@ def _name_for_good(function: Any) -> str:
     return name_of(mask)
 
 
-# What `torch.compiler.assume_constant_result` does, which would load the whole compiler just to set this.
+# What `torch.compiler.disable` and `assume_constant_result` do, which would load the whole compiler just to set these.
+_name_outside._torchdynamo_disable = True  # type: ignore[attr-defined]
 _name_for_good._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
