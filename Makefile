@@ -13,7 +13,11 @@ NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.h')
 PYTEST := OMP_NUM_THREADS=1 TILEWISE_NUM_THREADS=2 $(BIN)/python -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint types format demo clean
+.PHONY: help venv test test-slow lint types format demo bench sanitize fuzz clean
+
+# How long `make fuzz` searches.
+MINUTES ?= 30
+
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1  /p' $(MAKEFILE_LIST) | awk -F'  ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -39,6 +43,16 @@ format: venv  ## format everything and make the repairs that ruff can make by it
 
 demo: venv  ## run the main job on real input, with progress
 	$(BIN)/python examples/demo.py
+
+bench: venv  ## measure this machine: ours beside every installed peer; JSON and a picture under benchmarks/results
+	$(BIN)/tilewise bench --out benchmarks/results
+
+sanitize: venv  ## run the native kernels' tests under AddressSanitizer with UBSan, then under ThreadSanitizer
+	sh tools/sanitize.sh address
+	sh tools/sanitize.sh thread
+
+fuzz: venv  ## hold random problems against the definition for MINUTES=30
+	TILEWISE_FUZZ_MINUTES=$(MINUTES) OMP_NUM_THREADS=1 TILEWISE_NUM_THREADS=2 $(BIN)/python -m pytest -q -m fuzz tests/fuzz
 
 clean:  ## remove .venv and everything else that was made
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

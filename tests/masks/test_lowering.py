@@ -256,3 +256,21 @@ def test_one_lowering_is_shared_by_all_calls_with_a_symbolic_mask():
 def test_many_more_masks(case):
     mask, size = case
     np.testing.assert_array_equal(picture(lower(mask, Site(*size))), expected(mask, size))
+
+
+def test_bits_are_packed_where_ranges_end_before_the_keys():
+    """Ranges leave tiles of keys out on the right, and what is left is no whole number of packing steps."""
+    mask = causal("start") & predicate(lambda b, h, i, j: (i + j) % 3 != 0)
+    lowered = lower(mask, Site(1, 1, 100, 600))
+    bits = lowered.tile_bits(0, 100)
+    seen = picture(lowered)[0, 0]
+    for row in range(2):
+        for tile in range(10):
+            number = bits.index[0, 0, row, tile]
+            part = seen[row * 64 : row * 64 + 64, tile * 64 : tile * 64 + 64]
+            assert (number == -1) == (not part.any())
+            if number >= 0:
+                columns = bits.words[number][None] >> np.arange(64, dtype=np.uint64)[:, None] & np.uint64(1)
+                columns = columns[: part.shape[0], : part.shape[1]].astype(bool)
+                i, j = np.ogrid[row * 64 : row * 64 + part.shape[0], tile * 64 : tile * 64 + part.shape[1]]
+                np.testing.assert_array_equal(columns & (j <= i), part)

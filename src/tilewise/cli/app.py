@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
+from .bench import bench
 from .doctor import doctor
 from .explain import explain
 from .mask import mask
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(doctor)
 app.command()(explain)
 app.command()(mask)
+app.command()(bench)
 
 
 def _version(asked: bool) -> None:

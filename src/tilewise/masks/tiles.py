@@ -101,12 +101,13 @@ def pack(mask: LoweredMask, q_start: int, q_stop: int) -> TileBits:
         rows = slice(q_start + row * TILE, min(q_start + (row + 1) * TILE, q_stop))
         first, last = _key_tiles(mask.ranges, rows, nk)
         for k in range(first, last, step):
-            tiles, real = _tile_row(bits, rows, k, min(k + step, last))
+            stop = min(k + step, last)
+            tiles, real = _tile_row(bits, rows, k, stop)
             some, every = tiles.any((-1, -2)), (tiles | ~real).all((-1, -2))  # (B', H', n)
             mixed = some & ~every
             states = np.where(every, -2, -1).astype(np.int32)
             states[mixed] = np.arange(count, count + int(mixed.sum()))
-            index[:, :, row, k : k + step] = states
+            index[:, :, row, k:stop] = states
             words.append(_words(tiles[mixed]))
             count += len(words[-1])
     return TileBits(index, np.concatenate(words), q_start, q_stop)

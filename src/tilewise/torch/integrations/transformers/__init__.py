@@ -1,7 +1,8 @@
 """Hugging Face transformers: `attn_implementation="tilewise"` for its models.
 
 After `register()`, `AutoModel.from_pretrained(name, attn_implementation="tilewise")` gives a model on tilewise, and
-`model.set_attn_implementation("tilewise")` changes one that is already loaded.
+`model.set_attn_implementation("tilewise")` changes one that is already loaded. Models of T5's kind make a matrix of
+their relative bias before any attention is asked; `linear_biases(model)` keeps them from that.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention import attention_forward
 from .masks import attention_mask
+from .positions import linear_biases
 
-__all__ = ["attention_forward", "attention_mask", "register"]
+__all__ = ["attention_forward", "attention_mask", "linear_biases", "register"]
 
 
 def register(name: str = "tilewise") -> None:

@@ -11,9 +11,11 @@ import torch
 from ...._api import attention
 from ....contract import Dropout
 from ....masks.algebra import Mask
-from ....masks.biases import as_bias
+from ....masks.biases import Bias, as_bias, relative
 from ....masks.primitives import causal, dense
+from .relative import RelativeBias
 from .symbolic import SymbolicMask
+from .translate import both
 
 # Arguments by which some models ask for another attention than the plain one, and why they cannot be honoured. Models
 # hand over many more that say nothing about the result (positions, packed lengths); those are ignored.
@@ -21,9 +23,7 @@ _REFUSED = {
     "output_attentions": "the probabilities are never stored",
     "head_mask": "scaling whole heads is not supported",
     "cache": "paged caches of continuous batching are not supported",
-    "indices": "a choice of keys per query, made by the model, is not supported",
     "block_indices": "a choice of key blocks per query, made by the model, is not supported",
-    "sinks": "sinks that differ from row to row are not supported (one per head is `s_aux`)",
 }
 
 
@@ -39,6 +39,8 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention for a module of transformers, differentiable.
@@ -54,7 +56,9 @@ def attention_forward(
         is_causal: overrides the module's.
         softcap: c replaces scores s by c * tanh(s / c).
         s_aux: (Hq,) sinks, one more exponent in each row's denominator.
-        position_bias: floats that broadcast to (B, Hq, Sq, Sk), added to the scores.
+        position_bias: floats that broadcast to (B, Hq, Sq, Sk), added to the scores; a `RelativeBias` stays a table.
+        sinks: (B, Hq, Sq, 1), a sink of each row.
+        indices: (B, Sq, n), integers: the keys that each query sees, of those that the mask shows.
         kwargs: whatever else models hand over. `sliding_window` is ignored, since the mask holds it.
 
     Returns:
@@ -70,8 +74,10 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     mask, added = _mask_and_bias(attention_mask, bool(is_causal) and query.shape[2] > 1)
-    biases = [as_bias(bias) for bias in (added, position_bias) if bias is not None]
-    out = attention(
+    if indices is not None:
+        mask = both(mask, dense(_chosen(indices, key.shape[2])))
+    biases = [_as_bias(bias) for bias in (added, position_bias) if bias is not None]
+    out, lse = attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -82,7 +88,12 @@ def attention_forward(
         sinks=s_aux,
         dropout=_draw(dropout),
         layout="bshd",
+        return_lse=True,
     )
+    if sinks is not None:
+        # A sink s makes the denominator exp(lse) + exp(s), so it scales its row by 1 / (1 + exp(s - lse)).
+        share = torch.sigmoid(lse - sinks.squeeze(-1)).transpose(1, 2).unsqueeze(-1)
+        out = (out * share).to(out.dtype)
     return out.contiguous(), None
 
 
@@ -94,6 +105,16 @@ def _mask_and_bias(given: torch.Tensor | None, is_causal: bool) -> tuple[Mask | 
     if given.ndim != 4:
         raise ValueError(f"attention_mask: has shape {tuple(given.shape)}, expected 4 axes, (B, Hq, Sq, Sk) or 1 each")
     return (dense(given), None) if given.dtype == torch.bool else (None, given)
+
+
+def _as_bias(bias: torch.Tensor) -> Bias:
+    return relative(bias.table()) if isinstance(bias, RelativeBias) else as_bias(bias)
+
+
+def _chosen(indices: torch.Tensor, k_len: int) -> torch.Tensor:
+    """Booleans (B, 1, Sq, Sk), True at the keys chosen; the model has scored as many pairs to choose them."""
+    seen = indices.new_zeros((*indices.shape[:2], k_len), dtype=torch.bool)
+    return seen.scatter(-1, indices.long(), True).unsqueeze(1)
 
 
 def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -112,4 +133,4 @@ def _one_batch(query: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _draw(p: float) -> Dropout | None:
-    return Dropout(p, int(torch.randint(2**63 - 1, ()))) if p else None
+    return Dropout(p, torch.randint(2**63 - 1, ())) if p else None
