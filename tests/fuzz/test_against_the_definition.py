@@ -24,6 +24,8 @@ from tilewise.plan.preset import Example
 
 MINUTES = float(os.environ.get("TILEWISE_FUZZ_MINUTES", "1"))
 
+_SEARCH = {"deadline": None, "suppress_health_check": list(HealthCheck), "report_multiple_bugs": False}
+
 _length = st.one_of(st.integers(0, 9), st.integers(0, 80), st.sampled_from([63, 64, 65, 127, 128, 129, 200, 260]))
 _width = st.one_of(st.integers(1, 20), st.sampled_from([32, 33, 64, 65, 80, 96, 128, 129, 160, 256]))
 _placed = st.sampled_from(["start", "end"])
@@ -124,7 +126,7 @@ def test_kernels(kernel: str, family: str, loud_memory: None, roomy: None) -> No
 
 
 def _check_some(kernel: str, family: str) -> Callable[[], None]:
-    @settings(max_examples=50 if family != "jax" else 10, deadline=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
+    @settings(max_examples=50 if family != "jax" else 10, **_SEARCH)
     @given(_examples(), st.sampled_from(["float32", "float32", "float64", "bfloat16", "float16"]), st.booleans())
     def once(example: Example, dtype: str, gradients: bool) -> None:
         check(example, kernel, family, dtype, gradients=gradients)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 from ..._arrays import Array
@@ -52,14 +51,6 @@ def causal(align: Align | None = None, *, offset: Array | int | None = None) -> 
         ValueError: unknown `align`, or both "end" and an offset. At the call: no alignment where Sq != Sk.
         TypeError: `offset` is not of integers.
     """
-    if offset is None and isinstance(align, str | None) and align in (None, "start", "end"):
-        return _plain(align)
     offset = as_operand(offset)
     check_alignment("causal", align, offset)
     return Causal(align, offset)
-
-
-@cache
-def _plain(align: Align | None) -> Mask:
-    """Masks are values: models that write causal() at every call may all hold the same one."""
-    return Causal(align, None)
