@@ -1,0 +1,78 @@
+"""The harness: what it counts, that it notices wrong results, and that a run gives a table, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
+from tilewise.bench import measure
+from tilewise.bench.cases import CASES, MASKS, Case, arrays
+from tilewise.bench.peers import PEERS, installed
+from tilewise.cli.app import app
+from tilewise.masks.materialize import materialize
+
+PEAKS = {"float32": 100.0, "bfloat16": 200.0, "read": 10.0}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_pairs_are_the_visible_ones(mask):
+    case = Case("", 2, 4, 2, 600, 700, 8, mask)
+    made = case.mask_of()
+    seen = np.ones((2, 4, 600, 700)) if made is None else materialize(made, 600, 700, batch=2, heads=4)
+    assert case.pairs() == pytest.approx(seen.sum(), rel=1e-12)
+
+
+def test_work():
+    case = Case("", 2, 4, 2, 3, 5, 8)
+    assert case.work(4) == 4 * 8 * 2 * 4 * 3 * 5
+    assert replace(case, kind="training").work(4) == 14 * 8 * 2 * 4 * 3 * 5
+    assert replace(case, kind="decode").work(2) == 2 * (2 * 2 * 5 * 8) * 2  # K and V, each read once
+
+
+@pytest.mark.parametrize("peer", [name for name in installed() if name != "flex"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_is_right_in_every_peer(case, peer):
+    small = case.smaller(64)
+    data = arrays(small)
+    try:
+        run, values = PEERS[peer][1](small, data, "float32")
+    except Exception as refusal:
+        assert peer == "onnxruntime" and type(refusal).__name__ == "Refused"
+        return
+    assert measure.worst_error(small, data, values(run())) < 1e-5
+
+
+def test_a_wrong_peer_is_not_timed(monkeypatch):
+    case = Case("", 1, 2, 2, 40, 40, 8, "causal")
+    right = PEERS["tilewise"]
+    monkeypatch.setitem(
+        PEERS, "wrong", (("torch",), lambda case, data, dtype: right[1](replace(case, mask="full"), data, dtype))
+    )
+    result = measure.measure(case, "float32", ["tilewise", "wrong"], 100.0, 0.0, lambda text: None)
+    assert set(result.seconds) == {"tilewise"} and result.refusals["wrong"].startswith("wrong by")
+
+
+def test_a_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "peaks", lambda: PEAKS)
+    words = "bench --quick --seconds 0 --peer torch --case cross --case 512 --dtype float32 --out"
+    done = CliRunner().invoke(app, [*words.split(), str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "cross-attention" in done.output and "x torch" in done.output
+    (found,) = tmp_path.glob("*.json")
+    held = json.loads(found.read_text())
+    assert held["peaks"] == PEAKS and {"tilewise", "torch"} == set(held["results"][0]["seconds"])
+    assert found.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("words", ["--case nothing", "--dtype int8"])
+def test_mistakes_are_named(words):
+    done = CliRunner().invoke(app, ["bench", *words.split()])
+    assert done.exit_code != 0 and words.split()[0] in done.output
