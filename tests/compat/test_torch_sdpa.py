@@ -143,6 +143,7 @@ def test_mask_of_windows_is_not_copied(monkeypatch):
         return attention(*args, **options)
 
     monkeypatch.setattr("tilewise._api.attention", spy)
+    monkeypatch.setattr("tilewise.compat.torch_sdpa.again.key_of", lambda *args: None)
     for mask in (normal(1, 3, 1, 4, 5), normal(3, 1, 4, 5).expand(7, 3, 2, 4, 5), normal(4, 5)):
         sdpa(normal(7, 3, 2, 4, 8), normal(7, 3, 2, 5, 8), normal(7, 3, 2, 5, 8), mask)
         assert seen["bias"].untyped_storage().data_ptr() == mask.untyped_storage().data_ptr()
@@ -427,3 +428,27 @@ def test_what_torch_lets_through_and_we_do_not():
         sdpa(q, k, v, dropout_p=-0.1)
     with pytest.raises(ValueError, match="^query: .*layout"):
         sdpa(q.to_sparse(), k, v)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}])
+@pytest.mark.parametrize("grad", [False, True])
+def test_remembered_calls_are_like_first_ones(options, grad, monkeypatch):
+    """The second call of its kind goes a shorter way, to the same bits; any difference that matters makes a first."""
+    monkeypatch.setattr("tilewise.compat.torch_sdpa.again._ways", {})
+    heads = 2 if "enable_gqa" in options else 4
+    q, k, v = (normal(2, n, 5, 6, dtype=torch.float32, requires_grad=grad) for n in (4, heads, heads))
+    mask = None if "is_causal" in options else torch.arange(25).reshape(5, 5) % 3 > 0
+    variants = [
+        (q, k, v, mask),
+        (q.transpose(2, 3).contiguous().transpose(2, 3), k, v, mask),
+        (q.double(), k.double(), v.double(), mask),
+        (q, k[:, :, :4], v[:, :, :4], None),
+        (q, k, v[..., :3], None if mask is None else mask[:1]),
+        (q, k, v, None if mask is None else ~mask),
+    ]
+    for given in variants:
+        first, second = (sdpa(*given, **options) for _ in range(2))
+        assert torch.equal(first, second) and first.requires_grad == grad
+        torch.testing.assert_close(first, stock(*given, **options), rtol=1e-5, atol=1e-5)
+        if grad:
+            assert all(map(torch.equal, *(torch.autograd.grad(out.sum(), (q, k, v)) for out in (first, second))))

@@ -145,10 +145,10 @@ def _onnxruntime(case: Case, data: dict[str, np.ndarray], dtype: str) -> tuple[R
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        engine = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
     except Exception as error:  # the classes of its errors differ between versions
         raise Refused(str(error).splitlines()[0]) from None
-    return lambda: session.run(None, inputs)[0], lambda out: np.asarray(out)
+    return lambda: engine.run(None, inputs)[0], lambda out: np.asarray(out)
 
 
 def _booleans(case: Case) -> np.ndarray | None:

@@ -13,8 +13,10 @@ from tilewise.masks.lower import lower  # noqa: E402
 from tilewise.masks.materialize import picture  # noqa: E402
 from tilewise.masks.site import Site  # noqa: E402
 from tilewise.torch.integrations.transformers import masks  # noqa: E402
-from tilewise.torch.integrations.transformers.masks import NotUnderstood, Place, attention_mask, translate  # noqa: E402
+from tilewise.torch.integrations.transformers import translate as translation  # noqa: E402
+from tilewise.torch.integrations.transformers.masks import attention_mask  # noqa: E402
 from tilewise.torch.integrations.transformers.symbolic import SymbolicMask  # noqa: E402
+from tilewise.torch.integrations.transformers.translate import NotUnderstood, Place, translate  # noqa: E402
 
 BATCH, LENGTH = 3, 24
 GROUPS = torch.tensor([[-1] * 4 + [0] * 6 + [-1] * 3 + [1] * 5 + [-1] * 6, [0] * 24, [-1] * 24])
@@ -26,6 +28,7 @@ FUNCTIONS = {
     "bidirectional": theirs.bidirectional_mask_function,
     "sliding": theirs.sliding_window_causal_mask_function(5),
     "sliding of one": theirs.sliding_window_causal_mask_function(1),
+    "sliding of none": theirs.sliding_window_causal_mask_function(0),
     "sliding both ways": theirs.sliding_window_bidirectional_mask_function(4),
     "chunked": theirs.chunked_causal_mask_function(7, torch.tensor([0, 2, 5])),
     "blocks in a causal mask": theirs.or_masks(theirs.causal_mask_function, theirs.blockwise_overlay(GROUPS)),
@@ -118,7 +121,7 @@ def test_what_is_not_understood_is_evaluated(function):
 
 
 def test_a_name_that_came_to_mean_something_else_is_evaluated(monkeypatch):
-    monkeypatch.setitem(masks._RULES, "causal_mask_function", lambda place: causal(offset=place.offset - 1))
+    monkeypatch.setitem(translation._RULES, "causal_mask_function", lambda place: causal(offset=place.offset - 1))
     masks._trusted.cache_clear()
     try:
         mask = asked(FUNCTIONS["causal"], PLACES[2], None)
@@ -147,6 +150,32 @@ def test_a_million_tokens_cost_nothing():
     mask = attention_mask(1, 1_000_000, 1_000_000, attention_mask=real)
     assert mask.shape == (1, 1, 1_000_000, 1_000_000)
     assert mask.dtype == torch.bool
+
+
+class TestForModelsThatAddMasks:
+    """A model that knows nothing of torch's attention gets what it would add to its scores."""
+
+    config = pytest.importorskip("transformers").GitConfig()
+
+    @pytest.mark.parametrize("name", ["causal", "of a user"])
+    def test_floats(self, name):
+        function = FUNCTIONS.get(name, lambda b, h, i, j: (i + j) % 3 != 1)
+        place, real = PLACES[2], paddings()["left"]
+        found = attention_mask(BATCH, *place, function, real, dtype=torch.bfloat16, config=self.config)
+        stock = theirs.eager_mask(BATCH, *place, function, real, dtype=torch.bfloat16)
+        assert isinstance(found, SymbolicMask) == (name in FUNCTIONS)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found + 0, stock)
+        assert found.detach().dtype == found.to("meta").dtype == torch.bfloat16
+
+    def test_attention_takes_the_mask_itself(self):
+        from tilewise.torch.integrations.transformers import attention_forward
+
+        x = torch.randn(BATCH, 2, 24, 8)
+        masks_ = [attention_mask(BATCH, *PLACES[0], config=config) for config in (self.config, None)]
+        found = [attention_forward(torch.nn.Module(), x, x, x, mask)[0] for mask in masks_]
+        assert [mask.dtype for mask in masks_] == [torch.float32, torch.bool]
+        assert torch.equal(*found)
 
 
 class TestSymbolicMask:

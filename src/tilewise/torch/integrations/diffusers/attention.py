@@ -10,6 +10,7 @@ from ...._api import attention
 from ....contract import Dropout
 from ....masks.algebra import Mask
 from ....masks.primitives import causal, dense
+from ..autocast import as_autocast
 
 
 def attend(
@@ -37,8 +38,10 @@ def attend(
         return_lse: also return the log of each row's denominator, float32.
 
     Returns:
-        out (B, Hq, Sq, Dv) in the layout, query's dtype; with `return_lse` the pair (out, lse), lse (B, Hq, Sq).
+        out (B, Hq, Sq, Dv) in the layout, query's dtype or torch.autocast's; with `return_lse` the
+        pair (out, lse), lse (B, Hq, Sq).
     """
+    query, key, value = as_autocast(query, key, value)
     mask: Mask | None = causal("start") if is_causal else None
     bias = None
     if attn_mask is not None and attn_mask.dtype == torch.bool:

@@ -13,6 +13,7 @@ from ....contract import Dropout
 from ....masks.algebra import Mask
 from ....masks.biases import Bias, as_bias, relative
 from ....masks.primitives import causal, dense
+from ..autocast import as_autocast
 from .relative import RelativeBias
 from .symbolic import SymbolicMask
 from .translate import both
@@ -70,7 +71,7 @@ def attention_forward(
     for name, reason in _REFUSED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f'{name}: attn_implementation="tilewise" cannot honour it: {reason}; use "eager" instead')
-    query, key, value = _one_batch(*_as_autocast(query, key, value))
+    query, key, value = _one_batch(*as_autocast(query, key, value))
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     mask, added = _mask_and_bias(attention_mask, bool(is_causal) and query.shape[2] > 1)
@@ -115,15 +116,6 @@ def _chosen(indices: torch.Tensor, k_len: int) -> torch.Tensor:
     """Booleans (B, 1, Sq, Sk), True at the keys chosen; the model has scored as many pairs to choose them."""
     seen = indices.new_zeros((*indices.shape[:2], k_len), dtype=torch.bool)
     return seen.scatter(-1, indices.long(), True).unsqueeze(1)
-
-
-def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors in the dtype that torch.autocast asks for around its own attention; elsewhere as they are."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
 def _one_batch(query: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -66,15 +66,21 @@ def attention_mask(
     )  # fmt: skip
 
 
-@cache
 def _adds_masks(config: Any) -> bool:
     """Whether the models of a class of configurations add masks to their scores, knowing nothing of torch's attention.
 
     Where such a model computes with its mask before the attention, only floats mean what it takes them for.
     """
-    model = MODEL_MAPPING.get(config, None)
-    model = model[0] if isinstance(model, tuple) else model
-    return model is not None and not getattr(model, "_supports_sdpa", True)
+    if config not in _adding:
+        model = MODEL_MAPPING.get(config, None)
+        model = model[0] if isinstance(model, tuple) else model
+        _adding[config] = model is not None and not getattr(model, "_supports_sdpa", True)
+    return _adding[config]
+
+
+_adding: dict[Any, bool] = {}
+# What `torch.compiler.assume_constant_result` does, which would load the whole compiler just to set this.
+_adds_masks._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -1,0 +1,1 @@
+"""Where tilewise plugs into libraries built on jax: flax and equinox."""
