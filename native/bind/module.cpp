@@ -213,13 +213,14 @@ nb::dict build_info() {
     return info;
 }
 
-// float32 GFLOP/s that `threads` threads reach together on multiply-adds in registers: the yardstick of benchmarks.
-double peak_gflops(int threads, double seconds) {
+// GFLOP/s that `threads` threads reach together on the products of a type, in registers: the yardstick of benchmarks.
+double peak_gflops(int threads, double seconds, int dtype) {
+    if (dtype < 0 || dtype >= TW_DTYPES) throw nb::value_error("dtype: must be a number of enum tw_dtype");
     struct Probe {
-        const tw_kernel_table *table;
+        double (*run)(int64_t steps, float *twelve);
         double seconds;
         std::vector<double> rates;
-    } probe{page(), seconds, {}};
+    } probe{page()->peak_probes[dtype], seconds, {}};
     if (threads <= 0) threads = tilewise::default_threads();
     probe.rates.assign(size_t(threads), 0.0);
     nb::gil_scoped_release unlocked;
@@ -231,7 +232,7 @@ double peak_gflops(int threads, double seconds) {
             double operations = 0, passed = 0;
             float numbers[12] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
             do {
-                operations += own.table->peak_probe(100000, numbers);
+                operations += own.run(100000, numbers);
                 passed = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
             } while (passed < own.seconds);
             own.rates[size_t(index)] = operations / passed / 1e9;
@@ -267,8 +268,10 @@ NB_MODULE(_native, m) {
     m.def("build_info", &build_info, "compiler, pages (compiled in, best first), supported_pages, xla_ffi_version.");
     m.def("num_threads", &tilewise::default_threads, "Threads a call uses where it does not say.");
     m.def("set_num_threads", &set_num_threads, "threads"_a, "Set that number for the process; 0 returns to the default.");
-    m.def("peak_gflops", &peak_gflops, "threads"_a = 0, "seconds"_a = 0.05, "Measured float32 multiply-add peak, GFLOP/s.");
+    m.def("peak_gflops", &peak_gflops, "threads"_a = 0, "seconds"_a = 0.05, "dtype"_a = 0,
+          "Measured peak of the products that the kernels of a dtype (a tw_dtype number) are made of, GFLOP/s.");
     m.def("philox_word", &philox_word, "seed"_a, "stream"_a, "index"_a,
           "First word of Philox4x32-10 for counter (index, stream), as the page in use draws it.");
-    m.def("xla_handler", [] { return nb::capsule(reinterpret_cast<void *>(&tw_xla_forward)); }, "Capsule for jax.ffi.");
+    m.def("xla_forward", [] { return nb::capsule(reinterpret_cast<void *>(&tw_xla_forward)); }, "Capsule for jax.ffi.");
+    m.def("xla_backward", [] { return nb::capsule(reinterpret_cast<void *>(&tw_xla_backward)); }, "Capsule for jax.ffi.");
 }

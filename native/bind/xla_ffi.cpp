@@ -1,4 +1,4 @@
-// The XLA FFI handler "tilewise_forward", on hand-declared structs of XLA's C interface.
+// The XLA FFI handlers "tilewise_forward" and "tilewise_backward", on hand-declared structs of XLA's C interface.
 //
 // The structs are declared here because building against newer headers would report a newer version, which older XLA
 // refuses; version 0.1 is taken by all since jaxlib 0.4.31. tests/native compares them with jaxlib's own headers.
@@ -15,7 +15,11 @@
 //   64      seed              (2,) u32 as (low, high)
 // Attributes, all required: present, bias_count, layout, bits_q_offset, dropout_threshold, dropout_stream, threads (i64);
 //   scale, softcap, dropout_inverse_keep (f64).
-// Results: out as q with Dv for D; lse (B,Hq,Sq), accumulator's type.
+// Results of forward: out as q with Dv for D; lse (B,Hq,Sq), accumulator's type.
+// Backward takes the same, then out, lse, d_out (as out) and d_lse (as lse), and one more attribute, wanted (i64). Its
+// results are those whose bit of `wanted` is 1, in this order; all but the first in the accumulator's type:
+//   1 d_q as q   2 d_k as k   4 d_v as v   16 d_table (B,Hq,Sq+Sk-1)   32 d_sinks (Hq,)
+//   256 << n     gradient of bias n, (b',h',i',j'), summed over the axes of size 1
 #include "bind/xla_ffi.h"
 
 #include <stdint.h>
@@ -92,6 +96,7 @@ enum { ARGUMENT_BUFFER = 1, ATTRIBUTE_SCALAR = 3, STAGE_EXECUTE = 3, EXTENSION_M
 enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, UNIMPLEMENTED = 12 };
 enum { PRED = 1, S32 = 4, S64 = 5, U32 = 8, U64 = 9, F16 = 10, F32 = 11, F64 = 12, BF16 = 16 };
 enum { RANGES = 1, LABELS = 2, MASK = 4, BITS = 8, TABLE = 16, SINKS = 32, DROPOUT = 64 };
+enum { D_Q = 1, D_K = 2, D_V = 4, FIRST_BIAS = 256 }; // of `wanted`, beside TABLE and SINKS
 
 } // namespace
 
@@ -160,6 +165,8 @@ class Reader {
 int dtype_of(int xla) {
     return xla == F32 ? TW_FLOAT32 : xla == F64 ? TW_FLOAT64 : xla == F16 ? TW_FLOAT16 : xla == BF16 ? TW_BFLOAT16 : -1;
 }
+
+int xla_of(int32_t dtype) { return dtype == TW_FLOAT32 ? F32 : dtype == TW_FLOAT64 ? F64 : dtype == TW_FLOAT16 ? F16 : BF16; }
 
 bool fits(int64_t got, int64_t full) { return got == full || got == 1; }
 
@@ -260,13 +267,14 @@ void read_additions(Reader &r, int64_t present, int accumulator, tw_problem &p) 
     }
 }
 
-void read_problem(Reader &r, tw_problem &p) {
+int accumulator_of(const tw_problem &p) { return p.dtype == TW_FLOAT64 ? F64 : F32; }
+
+// Everything but out and lse; returns the layout.
+int64_t read_problem(Reader &r, tw_problem &p) {
     const Buffer *q = r.operand(4, "q: expected 4 axes"), *k = r.operand(4, "k: expected 4 axes"), *v = r.operand(4, "v: expected 4 axes");
-    const Buffer *out = r.result(4, "out: expected 4 axes"), *lse = r.result(3, "lse: expected (B, Hq, Sq)");
-    if (r.complaint) return;
+    if (r.complaint) return 0;
     const int64_t layout = r.integer("layout"), present = r.integer("present");
     const int heads = layout ? 2 : 1, positions = layout ? 1 : 2;
-    const int accumulator = q->dtype == F64 ? F64 : F32;
     p.dtype = dtype_of(q->dtype);
     p.batch = q->dims[0];
     p.q_heads = q->dims[heads];
@@ -276,25 +284,118 @@ void read_problem(Reader &r, tw_problem &p) {
     p.k_len = k->dims[positions];
     p.value_dim = v->dims[3];
     if (!r.want(p.dtype >= 0, "q: expected floats") ||
-        !r.want(k->dtype == q->dtype && v->dtype == q->dtype && out->dtype == q->dtype, "k, v, out: expected q's dtype") ||
+        !r.want(k->dtype == q->dtype && v->dtype == q->dtype, "k, v: expected q's dtype") ||
         !r.want(k->dims[0] == p.batch && k->dims[3] == p.head_dim, "k: its batch or head size is not q's") ||
-        !r.want(v->dims[0] == p.batch && v->dims[heads] == p.kv_heads && v->dims[positions] == p.k_len, "v: its shape does not fit k's") ||
-        !r.want(out->dims[0] == p.batch && out->dims[heads] == p.q_heads && out->dims[positions] == p.q_len && out->dims[3] == p.value_dim,
-                "out: its shape does not fit q and v") ||
-        !r.want(lse->dtype == accumulator && lse->dims[0] == p.batch && lse->dims[1] == p.q_heads && lse->dims[2] == p.q_len,
-                "lse: expected the accumulator's type, (B, Hq, Sq)"))
-        return;
+        !r.want(v->dims[0] == p.batch && v->dims[heads] == p.kv_heads && v->dims[positions] == p.k_len, "v: its shape does not fit k's"))
+        return layout;
     p.q = tensor_of(*q, layout);
     p.k = tensor_of(*k, layout);
     p.v = tensor_of(*v, layout);
-    p.out = tensor_of(*out, layout);
-    p.lse = lse->data;
     p.scale = r.number("scale");
     p.softcap = r.number("softcap");
     p.threads = int32_t(r.integer("threads"));
     read_mask(r, present, p);
-    if (!r.complaint) read_additions(r, present, accumulator, p);
+    if (!r.complaint) read_additions(r, present, accumulator_of(p), p);
+    return layout;
+}
+
+// A (B, heads, length, width) array of the given type.
+tw_tensor read_tensor(Reader &r, const Buffer *buffer, int64_t layout, int dtype, const tw_problem &p, int64_t heads,
+                      int64_t length, int64_t width, const char *otherwise) {
+    if (!r.want(buffer && buffer->dtype == dtype && buffer->dims[0] == p.batch && buffer->dims[layout ? 2 : 1] == heads &&
+                    buffer->dims[layout ? 1 : 2] == length && buffer->dims[3] == width,
+                otherwise))
+        return {};
+    return tensor_of(*buffer, layout);
+}
+
+// A (B, Hq, Sq) array of the accumulator's type.
+void *read_rows(Reader &r, const Buffer *buffer, const tw_problem &p, const char *otherwise) {
+    const bool fit = buffer && buffer->dtype == accumulator_of(p) && buffer->dims[0] == p.batch &&
+                     buffer->dims[1] == p.q_heads && buffer->dims[2] == p.q_len;
+    return r.want(fit, otherwise) ? buffer->data : nullptr;
+}
+
+void read_forward(Reader &r, tw_problem &p) {
+    const char *out = "out: expected q's dtype, (B, Hq, Sq, Dv)", *lse = "lse: expected the accumulator's type, (B, Hq, Sq)";
+    const int64_t layout = read_problem(r, p);
+    if (r.complaint) return;
+    const int dtype = xla_of(p.dtype);
+    p.out = read_tensor(r, r.result(4, out), layout, dtype, p, p.q_heads, p.q_len, p.value_dim, out);
+    p.lse = read_rows(r, r.result(3, lse), p, lse);
     r.want(r.all_read(), "operands: more of them than `present` and `bias_count` announce");
+}
+
+// The core adds to its sums, and XLA's memory is whatever it was.
+void clear(const Buffer *buffer, int accumulator) {
+    int64_t count = accumulator == F64 ? 8 : 4;
+    for (int64_t n = 0; n < buffer->rank; ++n) count *= buffer->dims[n];
+    if (count > 0) memset(buffer->data, 0, size_t(count));
+}
+
+void read_sums(Reader &r, int64_t wanted, const tw_problem &p, tw_gradients &g) {
+    const int accumulator = accumulator_of(p), bytes = accumulator == F64 ? 8 : 4;
+    if (wanted & TABLE) {
+        const char *otherwise = "d_table: expected the accumulator's type, (B, Hq, Sq + Sk - 1)";
+        const Buffer *sum = r.result(3, otherwise);
+        if (!r.want(sum && sum->dtype == accumulator && sum->dims[0] == p.batch && sum->dims[1] == p.q_heads &&
+                        sum->dims[2] == p.q_len + p.k_len - 1,
+                    otherwise))
+            return;
+        clear(sum, accumulator);
+        const Outer outer = outer_of(*sum, sum->dims[2]);
+        // Pair (i, j) stands at j - i + Sq - 1.
+        g.gather[g.gather_count++] = {static_cast<char *>(sum->data) + (p.q_len - 1) * bytes, outer.b, outer.h, -1, 1};
+        g.diagonal = 1;
+    }
+    if (wanted & SINKS) {
+        const char *otherwise = "d_sinks: expected the accumulator's type, (Hq,)";
+        const Buffer *sum = r.result(1, otherwise);
+        if (!r.want(sum && sum->dtype == accumulator && sum->dims[0] == p.q_heads, otherwise)) return;
+        clear(sum, accumulator);
+        g.sinks = sum->data;
+    }
+    for (int t = 0; t < p.bias_count; ++t) {
+        if (!(wanted & int64_t(FIRST_BIAS) << t)) continue;
+        const char *otherwise = "d_bias: expected the accumulator's type, (b, h, i, j)";
+        const Buffer *sum = r.result(4, otherwise);
+        if (!r.want(sum && sum->dtype == accumulator && fits(sum->dims[0], p.batch) && fits(sum->dims[1], p.q_heads) &&
+                        fits(sum->dims[2], p.q_len) && fits(sum->dims[3], p.k_len),
+                    otherwise))
+            return;
+        clear(sum, accumulator);
+        const int64_t *n = sum->dims;
+        const Outer outer = outer_of(*sum, n[2] * n[3]);
+        g.gather[g.gather_count++] = {sum->data, outer.b, outer.h, n[2] > 1 ? n[3] : 0, n[3] > 1 ? 1 : 0};
+    }
+}
+
+void read_backward(Reader &r, tw_problem &p, tw_gradients &g) {
+    const int64_t layout = read_problem(r, p);
+    if (r.complaint) return;
+    const int dtype = xla_of(p.dtype), accumulator = accumulator_of(p);
+    const char *out = "out, d_out: expected q's dtype, (B, Hq, Sq, Dv)", *lse = "lse, d_lse: expected the accumulator's type, (B, Hq, Sq)";
+    p.out = read_tensor(r, r.operand(4, out), layout, dtype, p, p.q_heads, p.q_len, p.value_dim, out);
+    p.lse = read_rows(r, r.operand(3, lse), p, lse);
+    g.d_out = read_tensor(r, r.operand(4, out), layout, dtype, p, p.q_heads, p.q_len, p.value_dim, out);
+    g.d_lse = read_rows(r, r.operand(3, lse), p, lse);
+    const int64_t wanted = r.integer("wanted");
+    if (wanted & D_Q) {
+        const char *as_q = "d_q: expected q's dtype and shape";
+        g.d_q = read_tensor(r, r.result(4, as_q), layout, dtype, p, p.q_heads, p.q_len, p.head_dim, as_q);
+    }
+    // The core adds to these.
+    const char *otherwise = "d_k, d_v: expected the accumulator's type and the shapes of k and v";
+    const auto read_added = [&](int64_t width) {
+        const Buffer *sum = r.result(4, otherwise);
+        const tw_tensor to = read_tensor(r, sum, layout, accumulator, p, p.kv_heads, p.k_len, width, otherwise);
+        if (!r.complaint) clear(sum, accumulator);
+        return to;
+    };
+    if (wanted & D_K) g.d_k = read_added(p.head_dim);
+    if (wanted & D_V) g.d_v = read_added(p.value_dim);
+    if (!r.complaint) read_sums(r, wanted, p, g);
+    r.want(r.all_read(), "operands: more of them than `present`, `bias_count` and `wanted` announce");
 }
 
 void *error(const tw_xla_call_frame &frame, int code, const char *message) {
@@ -302,26 +403,47 @@ void *error(const tw_xla_call_frame &frame, int code, const char *message) {
     return frame.api->create_error(&request);
 }
 
+// A frame with the metadata extension asks for the version and nothing else; other stages ask for nothing.
+bool only_asks(tw_xla_call_frame &frame) {
+    if (frame.head.extensions && frame.head.extensions->type == EXTENSION_METADATA) {
+        Metadata *metadata = reinterpret_cast<MetadataExtension *>(frame.head.extensions)->metadata;
+        metadata->version.major = 0;
+        metadata->version.minor = 1;
+        return true;
+    }
+    return frame.stage != STAGE_EXECUTE;
+}
+
+void *answer(const tw_xla_call_frame &frame, int status, const char *message) {
+    switch (status) {
+    case TW_OK: return nullptr;
+    case TW_OUT_OF_MEMORY: return error(frame, RESOURCE_EXHAUSTED, message);
+    case TW_UNSUPPORTED: return error(frame, UNIMPLEMENTED, message);
+    default: return error(frame, INVALID_ARGUMENT, message);
+    }
+}
+
 } // namespace
 
 void *tw_xla_forward(tw_xla_call_frame *frame) {
-    // A frame with the metadata extension asks for the version and nothing else.
-    if (frame->head.extensions && frame->head.extensions->type == EXTENSION_METADATA) {
-        Metadata *metadata = reinterpret_cast<MetadataExtension *>(frame->head.extensions)->metadata;
-        metadata->version.major = 0;
-        metadata->version.minor = 1;
-        return nullptr;
-    }
-    if (frame->stage != STAGE_EXECUTE) return nullptr;
+    if (only_asks(*frame)) return nullptr;
     Reader reader(*frame);
     tw_problem problem = {};
-    read_problem(reader, problem);
+    read_forward(reader, problem);
     if (reader.complaint) return error(*frame, INVALID_ARGUMENT, reader.complaint);
     const char *message = nullptr;
-    switch (tw_forward(&problem, &message)) {
-    case TW_OK: return nullptr;
-    case TW_OUT_OF_MEMORY: return error(*frame, RESOURCE_EXHAUSTED, message);
-    case TW_UNSUPPORTED: return error(*frame, UNIMPLEMENTED, message);
-    default: return error(*frame, INVALID_ARGUMENT, message);
-    }
+    const int status = tw_forward(&problem, &message);
+    return answer(*frame, status, message);
+}
+
+void *tw_xla_backward(tw_xla_call_frame *frame) {
+    if (only_asks(*frame)) return nullptr;
+    Reader reader(*frame);
+    tw_problem problem = {};
+    tw_gradients gradients = {};
+    read_backward(reader, problem, gradients);
+    if (reader.complaint) return error(*frame, INVALID_ARGUMENT, reader.complaint);
+    const char *message = nullptr;
+    const int status = tw_backward(&problem, &gradients, &message);
+    return answer(*frame, status, message);
 }

@@ -14,9 +14,12 @@ bool host_runs_avx512() {
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
 }
+
+bool host_runs_avx512_bf16() { return host_runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #else
 bool host_runs_avx2() { return false; }
 bool host_runs_avx512() { return false; }
+bool host_runs_avx512_bf16() { return false; }
 #endif
 
 } // namespace tilewise

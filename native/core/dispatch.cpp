@@ -9,6 +9,9 @@ namespace tilewise {
 
 const Page *pages(int *count) {
     static const Page list[] = {
+#ifdef TILEWISE_PAGE_AVX512_BF16
+        {&tw_page_avx512_bf16, host_runs_avx512_bf16()},
+#endif
 #ifdef TILEWISE_PAGE_AVX512
         {&tw_page_avx512, host_runs_avx512()},
 #endif

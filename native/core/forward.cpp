@@ -4,6 +4,7 @@
 // Where a kv head has few rows (decode), its keys are cut too, at fixed places that depend on the sizes of the problem
 // alone, and the pieces are merged in key order.
 #include <stdlib.h>
+#include <unistd.h>
 
 #include <algorithm>
 
@@ -16,7 +17,19 @@ namespace {
 
 constexpr int64_t split_keys = 1024;      // keys of a split: a multiple of the kernels' chunk
 constexpr int64_t split_rows_at_most = 64; // more rows than this fill the threads without splits
-constexpr size_t tiles_bytes = size_t(384) << 10; // of an item: its state should stay in a second-level cache
+
+// Bytes for the tiles of an item, whose state should stay in a second-level cache beside a chunk of keys. How many tiles
+// an item has changes no bit.
+size_t tiles_bytes() {
+    static const size_t bytes = [] {
+        long cache = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+        cache = sysconf(_SC_LEVEL2_CACHE_SIZE); // 0 or -1 where the system does not know
+#endif
+        return size_t(cache > 0 ? std::clamp(cache, 256L << 10, 4096L << 10) : 1024L << 10) * 3 / 8;
+    }();
+    return bytes;
+}
 
 struct Call {
     const tw_problem *problem;
@@ -73,7 +86,7 @@ Cut cut_of(const tw_problem &p, const tw_kernels &kernels) {
     // As many tiles as fit the cache, fewer where that leaves threads without work.
     const int64_t tiles_in_all = (c.rows + kernels.tile_rows - 1) / kernels.tile_rows;
     const size_t tile_bytes = std::max<size_t>(1, kernels.scratch_bytes(&p, 2) - kernels.scratch_bytes(&p, 1));
-    c.tiles = std::clamp<int64_t>(int64_t(tiles_bytes / tile_bytes), 1, most_tiles_of_item);
+    c.tiles = std::clamp<int64_t>(int64_t(tiles_bytes() / tile_bytes), 1, most_tiles_of_item);
     c.tiles = std::min(c.tiles, std::max<int64_t>(1, c.heads * tiles_in_all / (4 * int64_t(c.threads))));
     c.tiles = std::min(c.tiles, tiles_in_all);
 

@@ -46,11 +46,12 @@ struct tw_kernels {
 struct tw_kernel_table {
     const char *name;
     tw_kernels kernels[TW_DTYPES];
-    // Keeps the multiply-add units busy for `steps` rounds on twelve numbers; returns the float32 operations done.
-    double (*peak_probe)(int64_t steps, float *twelve);
+    // For each type: keeps the units that its products run on busy for `steps` rounds on twelve numbers; returns the
+    // operations done.
+    double (*peak_probes[TW_DTYPES])(int64_t steps, float *twelve);
     // The first Philox word of `count` counters (index[l], stream): the dropout of the kernels, for tests.
     void (*philox)(uint64_t seed, uint64_t stream, const uint64_t *index, int count, uint32_t *words);
 };
 
-extern const tw_kernel_table tw_page_scalar, tw_page_avx2, tw_page_avx512;
+extern const tw_kernel_table tw_page_scalar, tw_page_avx2, tw_page_avx512, tw_page_avx512_bf16;
 }

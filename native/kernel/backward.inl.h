@@ -1,35 +1,38 @@
 // The backward pass. A record holds a tile between the segments of keys that pass over it: its facts, its queries and
 // gradients of the output with queries in lanes, and the gradient to the queries so far.
 
-template <class A> TW_INLINE size_t record_numbers(const tw_problem &p) {
-    return size_t(2 * p.head_dim + p.value_dim) * size_t(tile_rows<A>);
+// Units and accumulators of a record, which take the same space.
+template <class M> TW_INLINE size_t record_numbers(const tw_problem &p) {
+    return size_t(units_of<M>(p.head_dim) + units_of<M>(p.value_dim) + p.head_dim) * size_t(tile_rows<sum_of<M>>);
 }
-template <class A> static size_t record_bytes(const tw_problem *p) {
-    return rounded(sizeof(Tile<A>)) + rounded(record_numbers<A>(*p) * sizeof(A));
+template <class M> static size_t record_bytes(const tw_problem *p) {
+    return rounded(sizeof(Tile<M>)) + rounded(record_numbers<M>(*p) * sizeof(sum_of<M>));
 }
 
 // The gradients of the output in a record.
-template <class A> TW_INLINE A *d_out_of(const tw_problem &p, const Tile<A> &tile) {
-    return tile.query + p.head_dim * tile_rows<A>;
+template <class M> TW_INLINE unit_of<M> *d_out_of(const tw_problem &p, const Tile<M> &tile) {
+    return tile.query + units_of<M>(p.head_dim) * tile_rows<sum_of<M>>;
 }
 
-template <class T, class A>
+template <class T, class M>
 static void open_tile(const tw_problem *problem, const tw_gradients *gradients, int64_t b, int64_t kv_head,
                       int64_t number, void *record) {
+    using A = sum_of<M>;
     const tw_problem &p = *problem;
     const A infinity = A(__builtin_inf());
-    Tile<A> &tile = *static_cast<Tile<A> *>(record);
-    tile.query = reinterpret_cast<A *>(static_cast<char *>(record) + rounded(sizeof(Tile<A>)));
-    tile.out = tile.query + (p.head_dim + p.value_dim) * tile_rows<A>;
+    Tile<M> &tile = *static_cast<Tile<M> *>(record);
+    tile.query = reinterpret_cast<unit_of<M> *>(static_cast<char *>(record) + rounded(sizeof(Tile<M>)));
+    unit_of<M> *d_out = d_out_of(p, tile);
+    tile.out = reinterpret_cast<A *>(d_out + units_of<M>(p.value_dim) * tile_rows<A>);
     const int64_t row = number * tile_rows<A>, left = rows_in_call(p) - row;
     const tw_item item = {b, kv_head, 0, 0, 0, p.k_len, 0, nullptr};
-    fill_tile<T, A>(p, item, row, left < tile_rows<A> ? left : tile_rows<A>, tile);
+    fill_tile<T>(p, item, row, left < tile_rows<A> ? left : tile_rows<A>, tile);
     __builtin_memset(tile.out, 0, size_t(p.head_dim * tile.width) * sizeof(A));
-    A *d_out = d_out_of(p, tile);
+    const T *rows[most_lanes];
     for (int l = 0; l < tile.width; ++l) {
         const int64_t h = tile.h[l], i = tile.i[l], at = (b * p.q_heads + h) * p.q_len + i;
-        const T *own = tensor_row<const T>(gradients->d_out, b, h, i), *out = tensor_row<const T>(p.out, b, h, i);
-        widen_down(own, p.value_dim, A(1), d_out + l, tile.width);
+        const T *own = rows[l] = tensor_row<const T>(gradients->d_out, b, h, i);
+        const T *out = tensor_row<const T>(p.out, b, h, i);
         vec<A> products = {};
         int64_t e = 0;
         for (; e + lanes<A> <= p.value_dim; e += lanes<A>) products += widen(own + e) * widen(out + e);
@@ -43,22 +46,31 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
         tile.shift[l] = empty ? infinity : lse * A(1.4426950408889634074);
         tile.sum[l] = empty ? A(0) : pull;
     }
-    tile.masked = !finite_rows(tile.query, 0, 1, p.head_dim * tile.width) ||
-                  !finite_rows(d_out, 0, 1, p.value_dim * tile.width);
+    for (int l = 0; l < tile.width; l += lanes<A>)
+        rows_to_lanes<M>(rows + l, p.value_dim, A(1), d_out + l, tile.width);
+    tile.masked = !finite_rows(tile.query, 0, 1, units_of<M>(p.head_dim) * tile.width) ||
+                  !finite_rows(d_out, 0, 1, units_of<M>(p.value_dim) * tile.width);
 }
 
-template <class T, class A>
+template <class T, class M>
 static void close_tile(const tw_problem *problem, const tw_gradients *gradients, int64_t b, void *record) {
     const tw_problem &p = *problem;
-    const Tile<A> &tile = *static_cast<const Tile<A> *>(record);
-    for (int l = 0; l < tile.rows; ++l)
-        narrow_row(tile.out + l, tile.width, A(p.scale), p.head_dim,
-                   tensor_row<T>(gradients->d_q, b, tile.h[l], tile.i[l]));
+    using A = sum_of<M>;
+    const Tile<M> &tile = *static_cast<const Tile<M> *>(record);
+    A factors[most_lanes];
+    T *rows[most_lanes];
+    for (int l = 0; l < tile.rows; ++l) {
+        factors[l] = A(p.scale);
+        rows[l] = tensor_row<T>(gradients->d_q, b, tile.h[l], tile.i[l]);
+    }
+    for (int l = 0; l < tile.rows; l += lanes<A>)
+        lanes_to_rows(tile.out + l, tile.width, factors + l, p.head_dim, rows + l, tile.rows - l);
 }
 
 // A sink's gradient: the sum over rows of its probability times pull.
-template <class A> static void close_sinks(const tw_problem *problem, const tw_gradients *gradients, void *record) {
-    const Tile<A> &tile = *static_cast<const Tile<A> *>(record);
+template <class M> static void close_sinks(const tw_problem *problem, const tw_gradients *gradients, void *record) {
+    using A = sum_of<M>;
+    const Tile<M> &tile = *static_cast<const Tile<M> *>(record);
     A *to = static_cast<A *>(gradients->sinks), terms[most_lanes];
     const A *sinks = static_cast<const A *>(problem->sinks);
     for (int l = 0; l < tile.width; ++l) terms[l] = sinks[tile.h[l]] * A(1.4426950408889634074);
@@ -67,21 +79,30 @@ template <class A> static void close_sinks(const tw_problem *problem, const tw_g
     for (int l = 0; l < tile.rows; ++l) to[tile.h[l]] += terms[l];
 }
 
-// Numbers of a segment's scratch; the marks of its blocks follow them.
-template <class T, class A> static size_t segment_numbers(const tw_problem &p, int64_t keys) {
-    const size_t widths = size_t(padded<A>(p.head_dim) + padded<A>(p.value_dim));
-    const size_t whole = size_t((keys + block_keys - 1) / block_keys * block_keys);
-    const size_t rows = size_t(tile_rows<A>), copies = sizeof(T) == sizeof(A) ? 1 : 2;
-    return widths * (whole * copies + rows) + 4 * size_t(block_keys + TW_GROUP_KEYS) * rows;
+// Places for the scores of a block of keys with a tile, spare ones included.
+template <class M> constexpr int64_t score_places = int64_t(block_keys + TW_GROUP_KEYS) * tile_rows<sum_of<M>>;
+
+// Units and accumulators of a segment's scratch, in the order in which run_segment takes them.
+template <class T, class M> static size_t segment_numbers(const tw_problem &p, int64_t keys) {
+    using A = sum_of<M>;
+    const int64_t whole = (keys + block_keys - 1) / block_keys * block_keys;
+    const int64_t head = padded<A>(p.head_dim), value = padded<A>(p.value_dim);
+    int64_t numbers = whole * (head + value) + units_of<M>(tile_rows<A>) * (head + value);
+    if (sizeof(T) != sizeof(unit_of<M>)) numbers += whole * (padded_units<M>(p.head_dim) + padded_units<M>(p.value_dim));
+    if (M::numbers > 1) numbers += whole / M::numbers * head;
+    numbers += 2 * score_places<M> + 3 * (score_places<M> / M::numbers) + TW_GROUP_KEYS * tile_rows<A>;
+    return size_t(numbers);
 }
-template <class T, class A> static size_t segment_bytes(const tw_problem *p, int64_t keys) {
-    return segment_numbers<T, A>(*p, keys) * sizeof(A) + rounded(size_t(keys / block_keys + 1));
+// The marks of its blocks follow them.
+template <class T, class M> static size_t segment_bytes(const tw_problem *p, int64_t keys) {
+    return segment_numbers<T, M>(*p, keys) * sizeof(sum_of<M>) + rounded(size_t(keys / block_keys + 1));
 }
 
 // Adds a segment's rows, times `factor`, to what the caller has.
-template <class A>
-static void add_gradients(const tw_tensor &to, const Slopes<A> &s, const A *from, int64_t width, int64_t columns,
-                          A factor) {
+template <class M>
+static void add_gradients(const tw_tensor &to, const Slopes<M> &s, const sum_of<M> *from, int64_t width,
+                          int64_t columns, sum_of<M> factor) {
+    using A = sum_of<M>;
     if (!to.data) return;
     for (int64_t key = s.first; key <= s.last; ++key, from += width) {
         if (s.blocks[(key - s.first) / block_keys] == BLOCK_UNMET) continue;
@@ -90,19 +111,22 @@ static void add_gradients(const tw_tensor &to, const Slopes<A> &s, const A *from
     }
 }
 
-template <class T, class A>
+template <class T, class M>
 static void run_segment(const tw_problem *problem, const tw_gradients *gradients, const tw_segment *segment,
                         void *scratch) {
     const tw_problem &p = *problem;
     const tw_gradients &g = *gradients;
-    Slopes<A> s;
+    using A = sum_of<M>;
+    using U = unit_of<M>;
+    Slopes<M> s;
     s.problem = problem;
     s.gradients = gradients;
     s.b = segment->b;
     s.kv_head = segment->kv_head;
     s.first = segment->key_begin;
     s.last = segment->key_end - 1;
-    s.meet = meet_block<T, A>;
+    s.meet = meet_block<T, M>;
+    s.factor = A(p.scale * 1.4426950408889634074);
     s.facts = p.ranges.count || p.mask.data || p.labels.q || p.bits.index;
     s.biased = p.bias_count || p.table.data;
     s.general = p.softcap > 0 || s.biased || p.dropout.enabled;
@@ -114,52 +138,62 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
 
     A *numbers = static_cast<A *>(scratch);
     const auto take = [&numbers](int64_t count) { return (numbers += count) - count; };
+    const auto take_units = [&take](int64_t count) { return reinterpret_cast<U *>(take(count)); };
     s.d_k = take(whole * s.head_width);
     s.d_v = take(whole * s.value_width);
-    if constexpr (sizeof(T) == sizeof(A)) {
+    if constexpr (sizeof(T) == sizeof(U)) {
         s.k = tensor_row<const T>(p.k, s.b, s.kv_head, s.first);
         s.v = tensor_row<const T>(p.v, s.b, s.kv_head, s.first);
         s.k_stride = p.k.stride_s;
         s.v_stride = p.v.stride_s;
     } else {
-        s.k_stride = s.head_width;
-        s.v_stride = s.value_width;
-        s.k = s.wide_k = take(whole * s.head_width);
-        s.v = s.wide_v = take(whole * s.value_width);
+        s.k_stride = padded_units<M>(p.head_dim);
+        s.v_stride = padded_units<M>(p.value_dim);
+        s.k = s.copy_k = take_units(whole * s.k_stride);
+        s.v = s.copy_v = take_units(whole * s.v_stride);
     }
-    s.q_rows = take(tile_rows<A> * s.head_width);
-    s.d_out_rows = take(tile_rows<A> * s.value_width);
-    const int64_t places = int64_t(block_keys + TW_GROUP_KEYS) * tile_rows<A>;
-    s.p = take(places);
-    s.ds = take(places);
-    s.raw = take(places);
-    if (!(p.softcap > 0)) s.raw = s.ds;
-    s.bias = take(places);
+    s.k_across = s.k;
+    s.across_stride = s.k_stride;
+    if constexpr (M::numbers > 1) {
+        s.across_stride = s.head_width;
+        s.k_across = s.copy_across = take_units(whole / M::numbers * s.across_stride);
+    }
+    s.q_rows = take_units(units_of<M>(tile_rows<A>) * s.head_width);
+    s.d_out_rows = take_units(units_of<M>(tile_rows<A>) * s.value_width);
+    s.p = take_units(score_places<M> / M::numbers);
+    s.raw = s.raw_across = take_units(score_places<M> / M::numbers);
+    if constexpr (M::numbers > 1) s.raw_across = take_units(score_places<M> / M::numbers);
+    s.ds = take(score_places<M>);
+    s.bias = take(score_places<M>);
+    s.cap_slopes = take(TW_GROUP_KEYS * tile_rows<A>);
     s.blocks = reinterpret_cast<uint8_t *>(numbers);
     __builtin_memset(s.blocks, BLOCK_UNMET, size_t(whole / block_keys));
 
-    const size_t each = record_bytes<A>(problem);
+    const size_t each = record_bytes<M>(problem);
     for (int64_t t = 0; t < segment->tiles; ++t) {
-        Tile<A> &tile = *reinterpret_cast<Tile<A> *>(segment->records + size_t(t) * each);
-        const A *d_out = d_out_of(p, tile);
+        Tile<M> &tile = *reinterpret_cast<Tile<M> *>(segment->records + size_t(t) * each);
+        const U *d_out = d_out_of(p, tile);
         // What a tile gathers, its segments add in the order of keys.
         const uint64_t before = (uint64_t(1) << segment->number) - 1;
         for (int tries = 0; (__atomic_load_n(segment->done + t, __ATOMIC_ACQUIRE) & before) != before; ++tries)
             segment->rest(tries);
         int64_t key = next_key(tile, s.first, s.last + 1);
         if (key <= s.last)
-            for (int l = 0; l < tile.rows; ++l) {
-                const T *q = tensor_row<const T>(p.q, s.b, tile.h[l], tile.i[l]);
-                const T *own = tensor_row<const T>(g.d_out, s.b, tile.h[l], tile.i[l]);
-                widen_row(q, p.head_dim, s.q_rows + l * s.head_width);
-                widen_row(own, p.value_dim, s.d_out_rows + l * s.value_width);
+            for (int l = 0; l < tile.rows; l += M::numbers) {
+                const T *q[M::numbers] = {}, *d_out_row[M::numbers] = {};
+                for (int n = 0; n < M::numbers && l + n < tile.rows; ++n) {
+                    q[n] = tensor_row<const T>(p.q, s.b, tile.h[l + n], tile.i[l + n]);
+                    d_out_row[n] = tensor_row<const T>(g.d_out, s.b, tile.h[l + n], tile.i[l + n]);
+                }
+                write_across<M>(q, p.head_dim, s.q_rows + l / M::numbers * s.head_width);
+                write_across<M>(d_out_row, p.value_dim, s.d_out_rows + l / M::numbers * s.value_width);
             }
         while (key <= s.last) {
             const int64_t stop = key + block_keys <= s.last ? key + block_keys : s.last + 1;
             if (tile.width == lanes<A>)
-                slope_block<A, 1>(s, tile, d_out, key, int(stop - key));
+                slope_block<M, 1>(s, tile, d_out, key, int(stop - key));
             else
-                slope_block<A, TW_TILE_VECTORS>(s, tile, d_out, key, int(stop - key));
+                slope_block<M, TW_TILE_VECTORS>(s, tile, d_out, key, int(stop - key));
             key = next_key(tile, stop, s.last + 1);
         }
         __atomic_fetch_or(segment->done + t, uint64_t(1) << segment->number, __ATOMIC_RELEASE);

@@ -75,6 +75,13 @@ TW_INLINE vec<double> widen_first(const double *p, int n) {
 }
 #endif
 
+// The first n < W numbers of a vector, rounded; nothing beyond is written.
+template <class T, class V> TW_INLINE void narrow_first(T *p, V x, int n) {
+    T rounded[TW_VECTOR_BYTES / sizeof(x[0])];
+    narrow(rounded, x);
+    for (int l = 0; l < n; ++l) p[l] = rounded[l];
+}
+
 // Numbers of a row that is made whole vectors by zeros.
 template <class A> TW_INLINE int64_t padded(int64_t n) { return (n + lanes<A> - 1) / lanes<A> * lanes<A>; }
 
@@ -85,28 +92,10 @@ template <class T, class A> TW_INLINE void widen_row(const T *from, int64_t n, A
     if (d < n) store(to + d, widen_first(from + d, int(n - d)));
 }
 
-// n numbers that stand `stride` apart, times `factor`, rounded once, as a row at `to`.
-template <class T, class A> TW_INLINE void narrow_row(const A *from, int64_t stride, A factor, int64_t n, T *to) {
+// n numbers times `factor`, rounded once, as a row at `to`.
+template <class T, class A> TW_INLINE void narrow_row(const A *from, A factor, int64_t n, T *to) {
     constexpr int W = lanes<A>;
-    A numbers[W];
-    T rounded[W];
     int64_t d = 0;
-    for (; d + W <= n; d += W) {
-        for (int l = 0; l < W; ++l) numbers[l] = from[(d + l) * stride];
-        narrow(to + d, load(numbers) * factor);
-    }
-    if (d == n) return;
-    for (int l = 0; l < W; ++l) numbers[l] = d + l < n ? from[(d + l) * stride] : A(0);
-    narrow(rounded, load(numbers) * factor);
-    for (int l = 0; d + l < n; ++l) to[d + l] = rounded[l];
-}
-
-// The row of n numbers at `from`, times `factor`, down lane `to` of a tile `width` lanes wide.
-template <class T, class A> TW_INLINE void widen_down(const T *from, int64_t n, A factor, A *to, int64_t width) {
-    constexpr int W = lanes<A>;
-    A numbers[W];
-    for (int64_t d = 0; d < n; d += W) {
-        store(numbers, (d + W <= n ? widen(from + d) : widen_first(from + d, int(n - d))) * factor);
-        for (int l = 0; l < W && d + l < n; ++l) to[(d + l) * width] = numbers[l];
-    }
+    for (; d + W <= n; d += W) narrow(to + d, load(from + d) * factor);
+    if (d < n) narrow_first(to + d, widen_first(from + d, int(n - d)) * factor, int(n - d));
 }

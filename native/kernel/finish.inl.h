@@ -24,21 +24,30 @@ template <class A> TW_INLINE Ending<A> ending_of(const tw_problem &p, int64_t h,
     return {factor * keep / sum, shift * A(0.69314718055994530942) + logarithm(sum)};
 }
 
-template <class T, class A> static void write_row(const tw_problem &p, int64_t b, int64_t h, int64_t i, const A *from, int64_t stride, Ending<A> end) {
+template <class T, class A> static void write_row(const tw_problem &p, int64_t b, int64_t h, int64_t i, const A *from, Ending<A> end) {
     T *out = static_cast<T *>(p.out.data) + b * p.out.stride_b + h * p.out.stride_h + i * p.out.stride_s;
-    narrow_row(from, stride, end.factor, p.value_dim, out);
+    narrow_row(from, end.factor, p.value_dim, out);
     static_cast<A *>(p.lse)[(b * p.q_heads + h) * p.q_len + i] = end.lse;
 }
 
 // A row has seen a key once its limit has left -inf, or its sum is NaN.
-template <class A> TW_INLINE bool has_seen(const Tile<A> &tile, int l) {
-    return tile.limit[l] > -A(__builtin_inf()) || tile.sum[l] != 0;
+template <class M> TW_INLINE bool has_seen(const Tile<M> &tile, int l) {
+    return tile.limit[l] > -sum_of<M>(__builtin_inf()) || tile.sum[l] != 0;
 }
 
-template <class T, class A> static void finish(const tw_problem &p, const tw_item &item, const Tile<A> &tile) {
-    for (int l = 0; l < tile.rows; ++l)
-        write_row<T, A>(p, item.b, tile.h[l], tile.i[l], tile.out + l, tile.width,
-                        ending_of<A>(p, tile.h[l], tile.shift[l], tile.sum[l], has_seen(tile, l)));
+template <class T, class M> static void finish(const tw_problem &p, const tw_item &item, const Tile<M> &tile) {
+    using A = sum_of<M>;
+    A factors[most_lanes];
+    T *rows[most_lanes];
+    for (int l = 0; l < tile.rows; ++l) {
+        const int64_t h = tile.h[l], i = tile.i[l];
+        const Ending<A> end = ending_of<A>(p, h, tile.shift[l], tile.sum[l], has_seen(tile, l));
+        factors[l] = end.factor;
+        rows[l] = tensor_row<T>(p.out, item.b, h, i);
+        static_cast<A *>(p.lse)[(item.b * p.q_heads + h) * p.q_len + i] = end.lse;
+    }
+    for (int l = 0; l < tile.rows; l += lanes<A>)
+        lanes_to_rows(tile.out + l, tile.width, factors + l, p.value_dim, rows + l, tile.rows - l);
 }
 
 // A row's state for merge(): its sums of values, reference, denominator, and whether it has seen a key.
@@ -49,7 +58,9 @@ template <class A> static void write_partial(const tw_problem &p, A *to, const A
     to[p.value_dim + 2] = seen;
 }
 
-template <class A> static void finish_partial(const tw_problem &p, const tw_item &item, const Tile<A> &tile, int64_t row) {
+template <class M>
+static void finish_partial(const tw_problem &p, const tw_item &item, const Tile<M> &tile, int64_t row) {
+    using A = sum_of<M>;
     A *to = static_cast<A *>(item.partial) + row * (p.value_dim + 3);
     for (int l = 0; l < tile.rows; ++l, to += p.value_dim + 3)
         write_partial(p, to, tile.out + l, tile.width, tile.shift[l], tile.sum[l], has_seen(tile, l));
@@ -78,6 +89,6 @@ template <class T, class A> static void merge(const tw_problem *problem, const t
             for (int64_t d = 0; d < p.value_dim; ++d) first[d] = (s ? first[d] : A(0)) + own[d] * factor;
         }
         const int64_t at = item->row_begin + r, h = item->kv_head * group + at / per_head;
-        write_row<T, A>(p, item->b, h, p.row_begin + at % per_head, first, 1, ending_of<A>(p, h, top, sum, seen));
+        write_row<T, A>(p, item->b, h, p.row_begin + at % per_head, first, ending_of<A>(p, h, top, sum, seen));
     }
 }

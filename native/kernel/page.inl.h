@@ -11,15 +11,19 @@
 namespace {
 // clang-format off: the order is that of use
 #include "kernel/vector.inl.h"
+#include "kernel/reduce.inl.h"
 #include "kernel/element.inl.h"
+#include "kernel/product.inl.h"
+#include "kernel/transpose.inl.h"
 #include "kernel/exp.inl.h"
 #include "kernel/philox.inl.h"
 #include "kernel/tile.inl.h"
 #include "kernel/tile_mask.inl.h"
 #include "kernel/tile_bias.inl.h"
+#include "kernel/fetch.inl.h"
 #include "kernel/sweep.inl.h"
 #include "kernel/finish.inl.h"
-#include "kernel/reduce.inl.h"
+#include "kernel/few_products.inl.h"
 #include "kernel/few_rows.inl.h"
 #include "kernel/forward.inl.h"
 #include "kernel/slopes.inl.h"
@@ -27,10 +31,18 @@ namespace {
 #include "kernel/probe.inl.h"
 // clang-format on
 
-template <class T, class A> constexpr tw_kernels kernels_of() {
-    return {tile_rows<A>, chunk_keys, scratch_bytes<T, A>, forward<T, A>, merge<T, A>,
-            record_bytes<A>, segment_bytes<T, A>, open_tile<T, A>, run_segment<T, A>, close_tile<T, A>, close_sinks<A>};
+template <class T, class M> constexpr tw_kernels kernels_of() {
+    using A = sum_of<M>;
+    return {tile_rows<A>,    chunk_keys,          scratch_bytes<T, M>, forward<T, M>,     merge<T, A>,
+            record_bytes<M>, segment_bytes<T, M>, open_tile<T, M>,     run_segment<T, M>, close_tile<T, M>,
+            close_sinks<M>};
 }
+
+#if defined(__AVX512BF16__)
+using bfloat_products = Pairs;
+#else
+using bfloat_products = Singles<float>;
+#endif
 
 void philox(uint64_t seed, uint64_t stream, const uint64_t *index, int count, uint32_t *words) {
     philox_words(seed, stream, index, count, words);
@@ -41,6 +53,8 @@ extern "C" {
 extern const tw_kernel_table TW_PAGE;
 const tw_kernel_table TW_PAGE = {
     TW_PAGE_NAME,
-    {kernels_of<float, float>(), kernels_of<double, double>(), kernels_of<half, float>(), kernels_of<bfloat, float>()},
-    peak_probe, philox};
+    {kernels_of<float, Singles<float>>(), kernels_of<double, Singles<double>>(), kernels_of<half, Singles<float>>(),
+     kernels_of<bfloat, bfloat_products>()},
+    {peak_probe<Singles<float>>, peak_probe<Singles<double>>, peak_probe<Singles<float>>, peak_probe<bfloat_products>},
+    philox};
 }

@@ -1,11 +1,16 @@
-// The float32 multiply-add peak of this page: twelve independent chains, nothing loaded, nothing stored. Their starts
-// come from memory, so that the compiler can neither foresee a chain nor join two.
-static double peak_probe(int64_t steps, float *start) {
+// The peak of this page: twelve independent chains of the products that a type's kernels are made of, nothing loaded,
+// nothing stored. Their starts come from memory, so that the compiler can neither foresee a chain nor join two.
+template <class M> static double peak_probe(int64_t steps, float *start) {
+    using A = sum_of<M>;
     constexpr int chains = 12;
-    vf a[chains];
-    const vf factor = splat<float>(0.999999f), term = splat<float>(1e-6f);
-    TW_UNROLL for (int i = 0; i < chains; ++i) a[i] = splat<float>(start[i]);
-    for (int64_t step = 0; step < steps; ++step) TW_UNROLL for (int i = 0; i < chains; ++i) a[i] = a[i] * factor + term;
-    TW_UNROLL for (int i = 0; i < chains; ++i) start[i] = a[i][0];
-    return 2.0 * chains * lanes<float> * double(steps);
+    vec<A> a[chains];
+    TW_UNROLL for (int i = 0; i < chains; ++i) a[i] = splat(A(start[i]));
+    for (int64_t step = 0; step < steps; ++step) TW_UNROLL for (int i = 0; i < chains; ++i) {
+        if constexpr (M::numbers == 1)
+            a[i] = add_product(splat(A(1e-6)), a[i], splat(A(0.999999)));
+        else
+            a[i] = add_product(a[i], splat(0x3F803F80), splat(0x3F803F80)); // 1 and 1
+    }
+    TW_UNROLL for (int i = 0; i < chains; ++i) start[i] = float(a[i][0]);
+    return 2.0 * chains * M::numbers * lanes<A> * double(steps);
 }

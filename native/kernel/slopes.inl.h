@@ -5,18 +5,26 @@
 // Scores, p, ds and d_q have queries in lanes, as forward. In d_k and d_v the lanes hold the head axis and the
 // tile's rows are added one after another. Every sum runs in the order of keys or of rows, whatever the segments.
 
-// What does not change during a segment. A tile keeps lse in `shift`, pull in `sum`, and d_q in `out`.
-template <class A> struct Slopes {
+// What does not change during a segment. A tile keeps lse in `shift`, pull in `sum`, and d_q in `out`. Units stand along
+// the head axis where that is summed over; across keys or across rows where those are.
+template <class M> struct Slopes {
+    using A = sum_of<M>;
+    using U = unit_of<M>;
     const tw_problem *problem;
     const tw_gradients *gradients;
-    int64_t b, kv_head, first, last; // the segment's first and last key
-    const A *k, *v;                  // from the segment's first key
-    int64_t k_stride, v_stride, head_width, value_width; // the widths: D and Dv in whole vectors
-    A *wide_k, *wide_v;              // the same, where the elements must be widened
-    A *d_k, *d_v;                    // [keys][width]
-    A *q_rows, *d_out_rows;          // [rows][width]: the tile's rows
-    A *p, *ds, *raw, *bias;          // [block_keys + TW_GROUP_KEYS][tile width]; raw is ds where there is no softcap
-    uint8_t *blocks;                 // what is known of each block of keys
+    int64_t b, kv_head, first, last;    // the segment's first and last key
+    const U *k, *v;                     // [keys][units of D, Dv], from the segment's first key
+    const U *k_across;                  // [units of keys][D]
+    int64_t k_stride, v_stride, across_stride, head_width, value_width; // the widths: D and Dv in whole vectors
+    U *copy_k, *copy_v, *copy_across;   // the same, where they cannot be read in place
+    A *d_k, *d_v;                       // [keys][width]
+    U *q_rows, *d_out_rows;             // [units of rows][width]: the tile's rows
+    U *p, *raw;                         // [block_keys + TW_GROUP_KEYS][units of rows]
+    U *raw_across;                      // [units of as many keys][rows]
+    A *ds, *bias;                       // [block_keys + TW_GROUP_KEYS][rows]; ds where it is gathered
+    A *cap_slopes;                      // [TW_GROUP_KEYS][rows]: the softcap's
+    A factor;                           // of the products, where queries are not multiplied by it: scale * log2(e)
+    uint8_t *blocks;                    // what is known of each block of keys
     void (*meet)(Slopes &, int64_t key, int n); // when a block is first seen: reads it and clears its gradients
     bool facts, biased, general, scores_wanted;
 };
@@ -34,27 +42,43 @@ template <class A> static bool finite_rows(const A *numbers, int64_t stride, int
     return lane_bits(doubt != doubt) == 0;
 }
 
-template <class T, class A> static void meet_block(Slopes<A> &s, int64_t key, int n) {
+#if defined(__AVX512BF16__)
+static bool finite_rows(const int32_t *numbers, int64_t stride, int64_t rows, int64_t columns) {
+    __mmask32 doubt = 0; // an exponent of ones
+    const __m512i exponent = _mm512_set1_epi16(0x7F80);
+    for (int64_t r = 0; r < rows; ++r, numbers += stride)
+        for (int64_t d = 0; d < columns; d += 16) {
+            const __m512i x = _mm512_maskz_loadu_epi32(__mmask16(first_bits(columns - d)), numbers + d);
+            doubt |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+        }
+    return !doubt;
+}
+#endif
+
+template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, int n) {
     const tw_problem &p = *s.problem;
     const int64_t at = key - s.first;
-    if constexpr (sizeof(T) != sizeof(A))
-        for (int j = 0; j < n; ++j) {
-            const T *k = tensor_row<const T>(p.k, s.b, s.kv_head, key + j);
-            const T *v = tensor_row<const T>(p.v, s.b, s.kv_head, key + j);
-            widen_row(k, p.head_dim, s.wide_k + (at + j) * s.k_stride);
-            widen_row(v, p.value_dim, s.wide_v + (at + j) * s.v_stride);
-        }
-    const bool finite = finite_rows(s.k + at * s.k_stride, s.k_stride, n, p.head_dim) &&
-                        finite_rows(s.v + at * s.v_stride, s.v_stride, n, p.value_dim);
+    if constexpr (sizeof(T) != sizeof(unit_of<M>)) {
+        const T *k = tensor_row<const T>(p.k, s.b, s.kv_head, key), *v = tensor_row<const T>(p.v, s.b, s.kv_head, key);
+        rows_in_units<M>(k, p.k.stride_s, n, p.head_dim, s.copy_k + at * s.k_stride, s.k_stride);
+        rows_in_units<M>(v, p.v.stride_s, n, p.value_dim, s.copy_v + at * s.v_stride, s.v_stride);
+        if constexpr (M::numbers > 1)
+            rows_across_units<M>(k, p.k.stride_s, n, p.head_dim, s.copy_across + at / M::numbers * s.across_stride,
+                                 s.across_stride);
+    }
+    const bool finite = finite_rows(s.k + at * s.k_stride, s.k_stride, n, units_of<M>(p.head_dim)) &&
+                        finite_rows(s.v + at * s.v_stride, s.v_stride, n, units_of<M>(p.value_dim));
     s.blocks[at / block_keys] = finite ? BLOCK_FINITE : BLOCK_NOT_FINITE;
-    __builtin_memset(s.d_k + at * s.head_width, 0, size_t(block_keys * s.head_width) * sizeof(A));
-    __builtin_memset(s.d_v + at * s.value_width, 0, size_t(block_keys * s.value_width) * sizeof(A));
+    __builtin_memset(s.d_k + at * s.head_width, 0, size_t(block_keys * s.head_width) * sizeof(sum_of<M>));
+    __builtin_memset(s.d_v + at * s.value_width, 0, size_t(block_keys * s.value_width) * sizeof(sum_of<M>));
 }
 
 // The group of NK keys from `key`: p, ds and raw at place `at` of the block. words, keep: of the group, or NULL.
-template <class A, int NZ, ScorePath PATH>
-TW_INLINE void slope_group(const Slopes<A> &s, const Tile<A> &tile, const A *d_out, int64_t key, int64_t at,
+template <class M, int NZ, ScorePath PATH>
+TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int64_t at,
                            const uint64_t *words, const uint64_t *keep) {
+    using A = sum_of<M>;
+    using U = unit_of<M>;
     constexpr int W = lanes<A>, width = NZ * W, NK = TW_GROUP_KEYS;
     const tw_problem &problem = *s.problem;
     // A ragged last group repeats the last key; its words bar every lane from the repetitions.
@@ -62,21 +86,22 @@ TW_INLINE void slope_group(const Slopes<A> &s, const Tile<A> &tile, const A *d_o
     TW_UNROLL for (int n = 0; n < NK; ++n) row[n] = (key + n < s.last ? key + n : s.last) - s.first;
     const bool masked = PATH == MASKED || (PATH == GENERAL && words);
 
-    const A *own[NK];
+    const U *own[NK];
     TW_UNROLL for (int n = 0; n < NK; ++n) own[n] = s.k + row[n] * s.k_stride;
     vec<A> x[NK][NZ] = {};
-    const A *q = tile.query;
-    for (int64_t d = 0; d < problem.head_dim; ++d, q += width) {
-        vec<A> query[NZ];
+    const U *q = tile.query;
+    for (int64_t d = 0, units = units_of<M>(problem.head_dim); d < units; ++d, q += width) {
+        vec<U> query[NZ];
         TW_UNROLL for (int z = 0; z < NZ; ++z) query[z] = load(q + z * W);
         TW_UNROLL for (int n = 0; n < NK; ++n) {
-            const vec<A> number = splat(own[n][d]);
-            TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] += number * query[z];
+            const vec<U> number = splat(own[n][d]);
+            TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, query[z]);
         }
     }
-    // With dropout, s.p takes what is kept and s.ds the probabilities themselves, until they are overwritten.
-    A *p = s.p + at * width, *ds = s.ds + at * width, *raw = s.raw + at * width;
-    A *whole = PATH == GENERAL && keep ? ds : p;
+    if constexpr (M::numbers > 1)
+        TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] *= s.factor;
+
+    alignas(64) A whole[NK * width]; // probabilities before dropout, until they are multiplied below
     const bool capped = PATH == GENERAL && problem.softcap > 0;
     const A cap = A(problem.softcap * 1.4426950408889634074), twice_inverse = A(2 / problem.softcap);
     const A inverse_keep = A(problem.dropout.inverse_keep);
@@ -86,116 +111,144 @@ TW_INLINE void slope_group(const Slopes<A> &s, const Tile<A> &tile, const A *d_o
             if (capped) {
                 const vec<A> t = tanh_of_log2<A>(x[n][z] * twice_inverse);
                 x[n][z] = cap * t;
-                store(raw + place, A(1) - t * t);
+                store(s.cap_slopes + place, A(1) - t * t);
             }
             if (s.biased) x[n][z] += load(s.bias + at * width + place);
         }
         vec<A> weight = exp2<A>(x[n][z] - load(tile.shift + z * W));
         if (masked) weight = select<A>(words[n] >> (z * W), weight, vec<A>{});
         store(whole + place, weight);
-        if (PATH == GENERAL && keep) store(p + place, select<A>(keep[n] >> (z * W), weight * inverse_keep, vec<A>{}));
+        x[n][z] = PATH == GENERAL && keep ? select<A>(keep[n] >> (z * W), weight * inverse_keep, vec<A>{}) : weight;
     }
+    store_along<M>(s.p + at * width / M::numbers, x);
     if (!s.scores_wanted) return;
 
     TW_UNROLL for (int n = 0; n < NK; ++n) own[n] = s.v + row[n] * s.v_stride;
     TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] = vec<A>{};
-    for (int64_t e = 0; e < problem.value_dim; ++e, d_out += width) {
-        vec<A> gradient[NZ];
+    for (int64_t e = 0, units = units_of<M>(problem.value_dim); e < units; ++e, d_out += width) {
+        vec<U> gradient[NZ];
         TW_UNROLL for (int z = 0; z < NZ; ++z) gradient[z] = load(d_out + z * W);
         TW_UNROLL for (int n = 0; n < NK; ++n) {
-            const vec<A> number = splat(own[n][e]);
-            TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] += number * gradient[z];
+            const vec<U> number = splat(own[n][e]);
+            TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, gradient[z]);
         }
     }
+    const bool gathered = s.gradients->gather_count > 0;
     TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z) {
         const int place = n * width + z * W;
         if (PATH == GENERAL && keep) x[n][z] = select<A>(keep[n] >> (z * W), x[n][z] * inverse_keep, vec<A>{});
         vec<A> slope = load(whole + place) * (x[n][z] + load(tile.sum + z * W));
         if (masked) slope = select<A>(words[n] >> (z * W), slope, vec<A>{});
-        store(ds + place, slope);
+        if (gathered) store(s.ds + at * width + place, slope);
         if (capped) {
-            slope *= load(raw + place);
+            slope *= load(s.cap_slopes + place);
             if (masked) slope = select<A>(words[n] >> (z * W), slope, vec<A>{});
-            store(raw + place, slope);
         }
+        x[n][z] = slope;
     }
+    store_along<M>(s.raw + at * width / M::numbers, x);
+    if constexpr (M::numbers > 1) store_across<M>(s.raw_across + at / M::numbers * width, x);
 }
 
-template <class A, int NC>
-TW_INLINE void row_block(const A *weights, int width, const A *rows, int64_t stride, int count, A *out) {
+template <class M, int NC>
+TW_INLINE void row_block(const unit_of<M> *weights, int width, const unit_of<M> *rows, int64_t stride, int64_t count,
+                         sum_of<M> *out) {
+    using A = sum_of<M>;
+    using U = unit_of<M>;
     constexpr int W = lanes<A>, NK = TW_GROUP_KEYS;
     vec<A> acc[NK][NC];
     TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int c = 0; c < NC; ++c)
         acc[n][c] = load(out + n * stride + c * W);
-    for (int l = 0; l < count; ++l, rows += stride) {
-        vec<A> row[NC];
+    for (int64_t l = 0; l < count; ++l, rows += stride) {
+        vec<U> row[NC];
         TW_UNROLL for (int c = 0; c < NC; ++c) row[c] = load(rows + c * W);
         TW_UNROLL for (int n = 0; n < NK; ++n) {
-            const vec<A> weight = splat(weights[n * width + l]);
-            TW_UNROLL for (int c = 0; c < NC; ++c) acc[n][c] += weight * row[c];
+            const vec<U> weight = splat(weights[n * width + l]);
+            TW_UNROLL for (int c = 0; c < NC; ++c) acc[n][c] = add_product(acc[n][c], weight, row[c]);
         }
     }
     TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int c = 0; c < NC; ++c)
         store(out + n * stride + c * W, acc[n][c]);
 }
 
-// out [keys][columns] += weights [keys][width] times the first `count` rows [count][columns]; keys: whole groups.
-template <class A>
-static __attribute__((noinline)) void
-add_rows(const A *weights, int width, const A *rows, int count, int64_t keys, int64_t columns, A *out) {
-    constexpr int W = lanes<A>, NC = TW_TILE_VECTORS;
+// out [keys][columns] += weights [keys][width] times the first `count` rows [count][columns], width and count in units;
+// keys: whole groups.
+template <class M>
+static __attribute__((noinline)) void add_rows(const unit_of<M> *weights, int width, const unit_of<M> *rows,
+                                               int64_t count, int64_t keys, int64_t columns, sum_of<M> *out) {
+    constexpr int W = lanes<sum_of<M>>, NC = TW_TILE_VECTORS;
     for (int64_t j = 0; j < keys; j += TW_GROUP_KEYS) {
         int64_t d = 0;
-        for (; d + NC * W <= columns; d += NC * W) row_block<A, NC>(weights, width, rows + d, columns, count, out + d);
-        for (; d < columns; d += W) row_block<A, 1>(weights, width, rows + d, columns, count, out + d);
+        for (; d + NC * W <= columns; d += NC * W) row_block<M, NC>(weights, width, rows + d, columns, count, out + d);
+        for (; d < columns; d += W) row_block<M, 1>(weights, width, rows + d, columns, count, out + d);
         weights += TW_GROUP_KEYS * width;
         out += TW_GROUP_KEYS * columns;
     }
 }
 
-// The same for pairs that are visible alone, where something is not finite.
-template <class A>
-TW_RARE void add_rows_carefully(const A *weights, int width, const A *rows, int count, int64_t keys, int64_t columns,
-                                const uint64_t *words, A *out) {
-    for (int64_t j = 0; j < keys; ++j)
-        for (int l = 0; l < count; ++l)
-            if (words[j] >> l & 1)
-                for (int64_t d = 0; d < columns; ++d)
-                    out[j * columns + d] += weights[j * width + l] * rows[l * columns + d];
+// The same sums over pairs that are visible alone, where something is not finite: what belongs to any other pair is made
+// 0 times 0, which leaves every bit of the sums as it is.
+template <class M>
+TW_RARE void add_rows_carefully(const unit_of<M> *weights, int width, const unit_of<M> *rows, int count, int64_t keys,
+                                int64_t columns, const uint64_t *words, sum_of<M> *out) {
+    using A = sum_of<M>;
+    using U = unit_of<M>;
+    for (int64_t j = 0; j < keys; ++j, out += columns)
+        for (int64_t l = 0; l < units_of<M>(count); ++l) {
+            const ivec<A> seen = seen_numbers<M>((words[j] & first_bits(count)) >> l * M::numbers);
+            const vec<U> weight = splat(weights[j * width + l]);
+            for (int64_t d = 0; d < columns; d += lanes<A>) {
+                const vec<U> row = load(rows + l * columns + d);
+                store(out + d, add_product(load(out + d), (vec<U>)((ivec<A>)weight & seen), (vec<U>)((ivec<A>)row & seen)));
+            }
+        }
 }
 
-template <class A>
-TW_RARE void add_keys_carefully(const A *weights, int width, const A *k, int64_t stride, int64_t keys, int64_t columns,
-                                const uint64_t *words, A *out) {
-    for (int64_t j = 0; j < keys; ++j)
-        for (int l = 0; l < width; ++l)
-            if (words[j] >> l & 1)
-                for (int64_t d = 0; d < columns; ++d)
-                    out[d * width + l] += weights[j * width + l] * k[j * stride + d];
+template <class M>
+TW_RARE void add_keys_carefully(const unit_of<M> *weights, int width, const unit_of<M> *k, int64_t stride, int64_t keys,
+                                int64_t columns, const uint64_t *words, sum_of<M> *out) {
+    using A = sum_of<M>;
+    using U = unit_of<M>;
+    for (int64_t j = 0; j < units_of<M>(keys); ++j, weights += width, k += stride, words += M::numbers)
+        for (int z = 0; z < width; z += lanes<A>) {
+            const ivec<A> seen = seen_lanes<M>(words, z);
+            const vec<U> weight = (vec<U>)((ivec<A>)load(weights + z) & seen);
+            for (int64_t d = 0; d < columns; ++d) {
+                A *sums = out + d * width + z;
+                store(sums, add_product(load(sums), (vec<U>)((ivec<A>)splat(k[d]) & seen), weight));
+            }
+        }
 }
 
 // Sums the places [begin, end) of the block at `key`, of which n keys exist. end is a whole group.
-template <class A, int NZ>
-static void add_run(const Slopes<A> &s, const Tile<A> &tile, int64_t key, int n, int begin, int end,
+template <class M, int NZ>
+static void add_run(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int n, int begin, int end,
                     const uint64_t *words) {
-    constexpr int width = NZ * lanes<A>;
+    using A = sum_of<M>;
+    using U = unit_of<M>;
+    constexpr int width = NZ * lanes<A>, row_units = width / M::numbers;
     if (begin >= end) return;
     const tw_problem &p = *s.problem;
     const tw_gradients &g = *s.gradients;
     const int64_t at = key - s.first + begin, groups = end - begin, keys = (end < n ? end : n) - begin;
-    const A *weights = s.p + begin * width, *ds = s.ds + begin * width, *raw = s.raw + begin * width;
-    const A *k = s.k + at * s.k_stride;
+    const U *weights = s.p + begin * row_units, *raw = s.raw + begin * row_units;
+    const U *raw_across = s.raw_across + begin / M::numbers * width;
+    const U *k = s.k_across + at / M::numbers * s.across_stride;
+    const A *ds = s.ds + begin * width;
     A *d_k = s.d_k + at * s.head_width, *d_v = s.d_v + at * s.value_width;
     const bool careful = tile.masked || s.blocks[at / block_keys] == BLOCK_NOT_FINITE;
     if (careful) {
         words += begin;
-        if (g.d_q.data) add_keys_carefully(raw, width, k, s.k_stride, keys, p.head_dim, words, tile.out);
-        if (g.d_k.data) add_rows_carefully(raw, width, s.q_rows, tile.rows, keys, s.head_width, words, d_k);
-        if (g.d_v.data) add_rows_carefully(weights, width, s.d_out_rows, tile.rows, keys, s.value_width, words, d_v);
+        if (g.d_q.data) add_keys_carefully<M>(raw_across, width, k, s.across_stride, keys, p.head_dim, words, tile.out);
+        if (g.d_k.data) add_rows_carefully<M>(raw, row_units, s.q_rows, tile.rows, keys, s.head_width, words, d_k);
+        if (g.d_v.data)
+            add_rows_carefully<M>(weights, row_units, s.d_out_rows, tile.rows, keys, s.value_width, words, d_v);
     } else {
-        if (g.d_q.data) add_values<A, NZ, false>(raw, k, s.k_stride, keys, p.head_dim, tile.out);
-        if (g.d_k.data) add_rows(raw, width, s.q_rows, tile.rows, groups, s.head_width, d_k);
-        if (g.d_v.data) add_rows(weights, width, s.d_out_rows, tile.rows, groups, s.value_width, d_v);
+        const int64_t rows = units_of<M>(tile.rows);
+        if (g.d_q.data)
+            add_values<M, NZ, false>(raw_across, k, s.across_stride, units_of<M>(keys), p.head_dim, tile.out);
+        if (g.d_k.data) add_rows<M>(raw, row_units, s.q_rows, rows, groups, s.head_width, d_k);
+        if (g.d_v.data) add_rows<M>(weights, row_units, s.d_out_rows, rows, groups, s.value_width, d_v);
     }
     for (int t = 0; t < g.gather_count; ++t) {
         const tw_gather &own = g.gather[t];
@@ -208,7 +261,9 @@ static void add_run(const Slopes<A> &s, const Tile<A> &tile, int64_t key, int n,
 }
 
 // One block of 64 keys (n <= 64 of them exist).
-template <class A, int NZ> static void slope_block(Slopes<A> &s, Tile<A> &tile, const A *d_out, int64_t key, int n) {
+template <class M, int NZ>
+static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int n) {
+    using A = sum_of<M>;
     constexpr int W = lanes<A>, width = NZ * W, NK = TW_GROUP_KEYS;
     const tw_problem &p = *s.problem;
     uint64_t words[block_keys], keep[block_keys];
@@ -231,17 +286,17 @@ template <class A, int NZ> static void slope_block(Slopes<A> &s, Tile<A> &tile, 
         uint64_t some = 0, all = every_lane;
         for (int j = g; j < g + NK; ++j) some |= words[j], all &= words[j];
         if (!some) {
-            add_run<A, NZ>(s, tile, key, n, run, g, words);
+            add_run<M, NZ>(s, tile, key, n, run, g, words);
             run = g + NK;
             continue;
         }
         const uint64_t *own = all != every_lane ? words + g : nullptr;
         if (s.general)
-            slope_group<A, NZ, GENERAL>(s, tile, d_out, key + g, g, own, p.dropout.enabled ? keep + g : nullptr);
+            slope_group<M, NZ, GENERAL>(s, tile, d_out, key + g, g, own, p.dropout.enabled ? keep + g : nullptr);
         else if (own)
-            slope_group<A, NZ, MASKED>(s, tile, d_out, key + g, g, own, nullptr);
+            slope_group<M, NZ, MASKED>(s, tile, d_out, key + g, g, own, nullptr);
         else
-            slope_group<A, NZ, PLAIN>(s, tile, d_out, key + g, g, nullptr, nullptr);
+            slope_group<M, NZ, PLAIN>(s, tile, d_out, key + g, g, nullptr, nullptr);
     }
-    add_run<A, NZ>(s, tile, key, n, run, (n + NK - 1) / NK * NK, words);
+    add_run<M, NZ>(s, tile, key, n, run, (n + NK - 1) / NK * NK, words);
 }

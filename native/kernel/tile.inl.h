@@ -1,6 +1,7 @@
 // A tile: up to 64 query rows, one per lane, with their running softmax state.
 //
-// Everything is in log2 units: queries come multiplied by scale * log2(e). For each lane, with s the scores so far,
+// Everything is in log2 units: queries come multiplied by scale * log2(e), or, where their type would have to be rounded
+// for that, their products are. For each lane, with s the scores so far,
 //   shift  the exponent's reference (0 until a key is seen),   sum = sum of 2^(s - shift),   out = sum of 2^(s - shift) v,
 //   limit  raise the reference once a score exceeds this: shift + slack, or -inf while no key is seen.
 // The reference moves rarely (Milakov, Gimelshein 2018 move it always); a lane decides for itself, so a row's bits never
@@ -9,9 +10,10 @@
 enum { most_lanes = 64, block_keys = TW_BIT_TILE, chunk_keys = 128 };
 template <class A> constexpr A slack = A(8); // 2^8 times the first reference is far from overflow and costs no precision
 
-template <class A> struct Tile {
-    A *query; // [D][width]
-    A *out;   // [Dv][width]
+template <class M> struct Tile {
+    using A = sum_of<M>;
+    unit_of<M> *query; // [D in units][width]
+    A *out;            // [Dv][width]
     A shift[most_lanes], limit[most_lanes], sum[most_lanes];
     int64_t i[most_lanes], h[most_lanes]; // query index and query head; spare lanes repeat the last row
     int rows, width;                      // rows in use; lanes: one or two vectors
@@ -35,7 +37,8 @@ TW_INLINE int64_t range_row(const tw_ranges &r, int64_t b, int64_t h, int64_t i)
     return b * r.stride_b + h * r.stride_h + i * r.count;
 }
 
-template <class A> TW_INLINE void reset(Tile<A> &tile, int64_t value_dim) {
+template <class M> TW_INLINE void reset(Tile<M> &tile, int64_t value_dim) {
+    using A = sum_of<M>;
     for (int l = 0; l < tile.width; ++l) {
         tile.shift[l] = tile.sum[l] = 0;
         tile.limit[l] = -A(__builtin_inf());
@@ -45,7 +48,7 @@ template <class A> TW_INLINE void reset(Tile<A> &tile, int64_t value_dim) {
 }
 
 // Spans of the keys in [begin, end) that any lane may see by its ranges.
-template <class A> static void find_spans(const tw_problem &p, int64_t b, int64_t begin, int64_t end, Tile<A> &tile) {
+template <class M> static void find_spans(const tw_problem &p, int64_t b, int64_t begin, int64_t end, Tile<M> &tile) {
     tile.spans = 0;
     if (begin >= end) return;
     if (!p.ranges.count) {
@@ -95,14 +98,14 @@ template <class A> static void find_spans(const tw_problem &p, int64_t b, int64_
 }
 
 // The first key at or after `key` that some span holds, or `none`.
-template <class A> TW_INLINE int64_t next_key(const Tile<A> &tile, int64_t key, int64_t none) {
+template <class M> TW_INLINE int64_t next_key(const Tile<M> &tile, int64_t key, int64_t none) {
     for (int s = 0; s < tile.spans; ++s)
         if (key < tile.span_end[s]) return key > tile.span_begin[s] ? key : tile.span_begin[s];
     return none;
 }
 
 // Whether every lane sees the n keys from `key` by its ranges, as far as can be told without asking each lane.
-template <class A> TW_INLINE bool within_common_range(const tw_problem &p, const Tile<A> &tile, int64_t key, int n) {
+template <class M> TW_INLINE bool within_common_range(const tw_problem &p, const Tile<M> &tile, int64_t key, int n) {
     for (int r = 0; r < p.ranges.count; ++r)
         if (key >= tile.common_begin[r] && key + n <= tile.common_end[r]) return true;
     return false;

@@ -56,13 +56,16 @@ TW_INLINE void add_biases(const tw_problem &p, int64_t b, int64_t h, int64_t i, 
     }
 }
 
-template <class A> static void gather_bias(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t key, int n, A *bias) {
+template <class M>
+static void gather_bias(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, sum_of<M> *bias) {
+    using A = sum_of<M>;
     __builtin_memset(bias, 0, size_t(n) * size_t(tile.width) * sizeof(A));
     for (int l = 0; l < tile.width; ++l) add_biases<A>(p, b, tile.h[l], tile.i[l], key, n, tile.width, bias + l);
 }
 
 // keep[key]: the lanes whose pair with that key survives dropout.
-template <class A> static void draw_dropout(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t key, int n, uint64_t *keep) {
+template <class M>
+static void draw_dropout(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *keep) {
     uint64_t index[most_lanes];
     uint32_t words[most_lanes];
     for (int l = 0; l < tile.width; ++l)

@@ -81,8 +81,8 @@ TW_INLINE uint64_t row_sight(const tw_problem &p, int64_t b, int64_t h, int64_t 
 }
 
 // Narrows words[0..n) (bit = lane) by the labels. Disjoint or single labels are seen without comparing pairs.
-template <class A>
-TW_INLINE Sight narrow_by_labels(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t key, int n, uint64_t *words) {
+template <class M>
+TW_INLINE Sight narrow_by_labels(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
     const tw_labels &labels = p.labels;
     const bool per_head = labels.q_stride_h != 0 || labels.k_stride_h != 0;
     if (!per_head) {
@@ -104,8 +104,8 @@ TW_INLINE Sight narrow_by_labels(const tw_problem &p, int64_t b, const Tile<A> &
 }
 
 // Narrows words[0..n) by the stored tiles. Lanes that stand beside each other in one stored tile are read together.
-template <class A>
-TW_INLINE Sight narrow_by_bits(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t key, int n, uint64_t *words) {
+template <class M>
+TW_INLINE Sight narrow_by_bits(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
     uint64_t seen[block_keys] = {};
     uint64_t all = 0, none = 0; // lanes whose stored tile is full, or empty
     for (int l = 0; l < tile.width;) {
@@ -133,8 +133,8 @@ TW_INLINE Sight narrow_by_bits(const tw_problem &p, int64_t b, const Tile<A> &ti
 }
 
 // The words of the n keys from `key` (a multiple of 64); words beyond n are 0. Filled only where some are seen.
-template <class A>
-static Sight look(const tw_problem &p, int64_t b, const Tile<A> &tile, int64_t key, int n, uint64_t *words) {
+template <class M>
+static Sight look(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
     const uint64_t every_key = first_bits(n), every_lane = first_bits(tile.width);
     bool rows_full = true;
     if (p.mask.data || (p.ranges.count && !within_common_range(p, tile, key, n))) {

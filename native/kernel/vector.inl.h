@@ -22,6 +22,9 @@ template <> struct vectors<double> {
     using ints = vi64;
     using lane = int64_t;
 };
+template <> struct vectors<int32_t> {
+    using type = vi32;
+};
 template <class A> using vec = typename vectors<A>::type;
 template <class A> using ivec = typename vectors<A>::ints;
 template <class A> using ilane = typename vectors<A>::lane;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 import pytest
 
@@ -17,13 +18,18 @@ def page(request, monkeypatch) -> None:
     monkeypatch.setenv("TILEWISE_ISA", request.param)
 
 
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request) -> str:
+    return request.param
+
+
 @pytest.fixture(params=SIZES, ids=str)
-def call(request):
+def call(request, dtype):
     """q, k, v and per-row key intervals (2, Hq, Sq, 1)."""
     group, kv, q_len, k_len = request.param
     rng = np.random.default_rng(q_len)
     shapes = [(2, group * kv, q_len, 40), (2, kv, k_len, 40), (2, kv, k_len, 24)]
-    q, k, v = (3 * rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    q, k, v = ((3 * rng.standard_normal(shape)).astype(dtype) for shape in shapes)
     bounds = np.sort(rng.integers(0, k_len + 1, (2, group * kv, q_len, 2)), -1)
     return q, k, v, bounds[..., :1], bounds[..., 1:]
 
@@ -66,7 +72,7 @@ def test_batch(call) -> None:
 
 def test_padding(call) -> None:
     q, k, v, starts, stops = call
-    padding = np.full((2, k.shape[1], 200, 40), np.nan, np.float32)
+    padding = np.full((2, k.shape[1], 200, 40), np.nan, k.dtype)
     longer = np.concatenate([k, padding], 2), np.concatenate([v, padding[..., :24]], 2)
     _same(_run(q, *longer, tw.intervals(starts, stops)), _run(q, k, v, tw.intervals(starts, stops)))
 
@@ -77,6 +83,6 @@ def test_other_rows(call) -> None:
     out, lse = _run(q, k, v, tw.intervals(starts, stops))
     other_starts, other_stops = np.zeros_like(starts), np.full_like(stops, k.shape[2])
     other_starts[:, :, row], other_stops[:, :, row] = starts[:, :, row], stops[:, :, row]
-    changed = np.where(np.arange(q.shape[2])[:, None] == row, q, 50 * q)
+    changed = np.where(np.arange(q.shape[2])[:, None] == row, q, (50 * q).astype(q.dtype))
     got, got_lse = _run(changed, k, v, tw.intervals(other_starts, other_stops))
     _same((got[:, :, row], got_lse[:, :, row]), (out[:, :, row], lse[:, :, row]))

@@ -73,5 +73,8 @@ def test_default_number_fits_the_process(monkeypatch) -> None:
         _native.set_num_threads(-1)
 
 
-def test_peak_is_measured() -> None:
-    assert _native.peak_gflops(1, 0.01) > 0.1
+@pytest.mark.parametrize("dtype", range(4))
+def test_peak_is_measured(dtype) -> None:
+    assert _native.peak_gflops(1, 0.01, dtype) > 0.1
+    with pytest.raises(ValueError, match=r"^dtype"):
+        _native.peak_gflops(1, 0.01, 4)

@@ -1,0 +1,63 @@
+// Where a sweep finds keys and values: in place, or copied a block at a time into the units that its products want, when
+// the first tile sees the block, for all tiles of the item.
+
+// What does not change during an item, and the run of keys whose probabilities wait for their values.
+template <class M> struct Sweep {
+    using A = sum_of<M>;
+    using U = unit_of<M>;
+    const tw_problem *problem;
+    const U *keys;   // [keys][D in units], from the chunk's first key
+    const U *values; // [keys in units][Dv]
+    int64_t key_stride, value_stride, head_units, value_dim, batch, kv_head;
+    void (*fetch)(Sweep &, int64_t key, int n); // NULL: read in place
+    U *fetched_keys, *fetched_values;           // chunk_keys of each
+    uint32_t fetched;                           // bit per block of the chunk
+    U *probabilities; // [chunk_keys in units][width], of the keys from chunk
+    A *bias;          // [block_keys][width]
+    A factor;         // of the products, where queries are not multiplied by it: scale * log2(e)
+    bool general;     // softcap, bias or dropout: every group takes the general path
+    bool careful;     // bar invisible values lane by lane: they hold something that is not finite
+    int64_t chunk, run_begin;
+};
+
+// Goes to the chunk that begins at `key`.
+template <class T, class M> TW_INLINE void enter_chunk(Sweep<M> &s, int64_t key) {
+    const tw_problem &p = *s.problem;
+    s.chunk = key;
+    s.fetched = 0;
+    if constexpr (sizeof(T) == sizeof(unit_of<M>)) {
+        s.keys = tensor_row<const T>(p.k, s.batch, s.kv_head, key);
+        s.values = tensor_row<const T>(p.v, s.batch, s.kv_head, key);
+    }
+}
+
+template <class T, class M> static void fetch_block(Sweep<M> &s, int64_t key, int n) {
+    const tw_problem &p = *s.problem;
+    const int64_t first = key - s.chunk;
+    const T *k = tensor_row<const T>(p.k, s.batch, s.kv_head, key), *v = tensor_row<const T>(p.v, s.batch, s.kv_head, key);
+    rows_in_units<M>(k, p.k.stride_s, n, p.head_dim, s.fetched_keys + first * s.key_stride, s.key_stride);
+    rows_across_units<M>(v, p.v.stride_s, n, p.value_dim, s.fetched_values + first / M::numbers * s.value_stride,
+                         s.value_stride);
+    s.fetched |= 1u << first / block_keys;
+}
+
+// Units of a chunk's copy.
+template <class T, class M> TW_INLINE int64_t fetched_units(const tw_problem &p) {
+    if (sizeof(T) == sizeof(unit_of<M>)) return 0;
+    return chunk_keys * padded_units<M>(p.head_dim) + chunk_keys / M::numbers * padded<sum_of<M>>(p.value_dim);
+}
+
+// Says where keys and values are: in place, or in `copy` as soon as they are fetched.
+template <class T, class M> TW_INLINE void choose_source(Sweep<M> &s, unit_of<M> *copy) {
+    const tw_problem &p = *s.problem;
+    s.fetch = nullptr;
+    s.key_stride = p.k.stride_s;
+    s.value_stride = p.v.stride_s;
+    if constexpr (sizeof(T) != sizeof(unit_of<M>)) {
+        s.fetch = fetch_block<T, M>;
+        s.key_stride = padded_units<M>(p.head_dim);
+        s.value_stride = padded<sum_of<M>>(p.value_dim);
+        s.keys = s.fetched_keys = copy;
+        s.values = s.fetched_values = copy + chunk_keys * s.key_stride;
+    }
+}

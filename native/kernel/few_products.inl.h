@@ -1,0 +1,122 @@
+// A row among few (few_rows.inl.h), and its two products: scores of W keys, and weighted values of a block of keys. Lanes
+// hold the head axis.
+
+template <class A> constexpr int64_t few_rows = lanes<A> / 2;
+
+// One row of the group. State as in Tile, with the sum still spread over the lanes.
+template <class M> struct Row {
+    using A = sum_of<M>;
+    unit_of<M> *query; // [D in units], filled up with zeros to whole vectors
+    A *out;            // [Dv], likewise, in the order of add_weighted
+    A shift, limit;
+    vec<A> sum;
+    int64_t i, h;
+    uint64_t seen; // keys of the current block
+    bool masked;
+    alignas(64) A scores[block_keys];              // then probabilities
+    alignas(64) unit_of<M> weights[block_keys]; // the same after dropout, in units
+};
+
+// Numbers of a row's out: whole vectors of units across two keys.
+template <class M> TW_INLINE int64_t out_numbers(const tw_problem &p) {
+    return M::numbers * padded_units<M>(p.value_dim);
+}
+
+template <class M> static size_t few_rows_bytes(const tw_problem *p, int64_t rows) {
+    const int64_t numbers = padded_units<M>(p->head_dim) + out_numbers<M>(*p);
+    return size_t(rows) * (rounded(sizeof(Row<M>)) + rounded(size_t(numbers) * sizeof(sum_of<M>)));
+}
+
+// Scores of W keys with one row: W sums over the head axis, then one reduction.
+template <class M, class T>
+TW_INLINE vec<sum_of<M>> dot_products(const T *const *keys, const unit_of<M> *query, int64_t head_dim) {
+    using A = sum_of<M>;
+    constexpr int W = lanes<A>;
+    vec<A> x[W] = {};
+    int64_t d = 0;
+    const int64_t whole = head_dim / (W * M::numbers) * W;
+    for (; d < whole; d += W) {
+        const vec<unit_of<M>> q = load(query + d);
+        TW_UNROLL for (int n = 0; n < W; ++n) x[n] = add_product(x[n], load_units<M>(keys[n] + d * M::numbers), q);
+    }
+    if (d * M::numbers < head_dim) {
+        const vec<unit_of<M>> q = load(query + d);
+        TW_UNROLL for (int n = 0; n < W; ++n) x[n] = add_product(x[n], row_units<M>(keys[n], d, head_dim, A(1)), q);
+    }
+    sum_lanes<A, W>(x);
+    return x[0];
+}
+
+// Probabilities of a block as units across the keys.
+template <class M> TW_INLINE void weights_to_units(const sum_of<M> *scores, unit_of<M> *weights) {
+    constexpr int W = lanes<sum_of<M>>;
+    for (int j = 0; j < block_keys; j += W * M::numbers, weights += W) {
+        if constexpr (M::numbers == 1)
+            store(weights, load(scores + j));
+        else
+            store(weights, narrow_beside(load(scores + j), load(scores + j + W)));
+    }
+}
+
+// The numbers of a unit of keys, from `row` on, as units across them: NC vectors, of which `left` numbers exist. Bits
+// say which of the keys are read; the others are zeros. Pairs stand in the order in which they are interleaved: of 32
+// columns, the first half of each eight, then the second.
+template <class M, int NC, class T>
+TW_INLINE void values_across(const T *row, int64_t stride, int64_t left, uint64_t bits, vec<unit_of<M>> (&value)[NC]) {
+    constexpr int W = lanes<sum_of<M>>;
+    if constexpr (M::numbers == 1)
+        TW_UNROLL for (int c = 0; c < NC; ++c)
+            value[c] = left >= (c + 1) * W ? widen(row + c * W) : widen_first(row + c * W, int(left - c * W));
+    else
+        TW_UNROLL for (int c = 0; c < NC; c += 2) interleave(row + c * W, stride, left - c * W, bits, value[c], value[c + 1]);
+}
+
+// Memory is the bound here, and its own prefetchers start too late: asks for a row of n numbers.
+template <class T> TW_INLINE void ask_for(const T *row, int64_t n) {
+    for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
+}
+
+// Rows to ask for, one for each key: the next block's.
+template <class T> struct Ahead {
+    const T *rows; // NULL: none
+    int64_t stride, n;
+};
+
+// The columns from d of add_weighted, in NC vectors of COUNT rows; `left` of them exist. Keys that `some` leaves out are
+// not read.
+template <class M, int COUNT, int NC, class T>
+TW_INLINE void weighted_columns(Row<M> *const *rows, const T *values, int64_t stride, int64_t left, int64_t d, uint64_t some,
+                               Ahead<T> next) {
+    using A = sum_of<M>;
+    constexpr int W = lanes<A>;
+    vec<A> out[COUNT][NC];
+    TW_UNROLL for (int r = 0; r < COUNT; ++r) TW_UNROLL for (int c = 0; c < NC; ++c)
+        out[r][c] = load(rows[r]->out + d + c * W);
+    for (uint64_t rest = some; rest;) {
+        const int unit = __builtin_ctzll(rest) / M::numbers, j = unit * M::numbers;
+        vec<unit_of<M>> value[NC];
+        values_across<M>(values + j * stride + d, stride, left, rest >> j, value);
+        rest &= rest - 1;
+        if constexpr (M::numbers > 1) rest &= ~(uint64_t(2) << j);
+        if (next.rows && d < next.n)
+            TW_UNROLL for (int i = 0; i < M::numbers; ++i)
+                ask_for(next.rows + (j + i) * next.stride + d, next.n - d < NC * W ? next.n - d : NC * W);
+        TW_UNROLL for (int r = 0; r < COUNT; ++r) {
+            const vec<unit_of<M>> weight = splat(rows[r]->weights[unit]);
+            TW_UNROLL for (int c = 0; c < NC; ++c) out[r][c] = add_product(out[r][c], value[c], weight);
+        }
+    }
+    TW_UNROLL for (int r = 0; r < COUNT; ++r) TW_UNROLL for (int c = 0; c < NC; ++c)
+        store(rows[r]->out + d + c * W, out[r][c]);
+}
+
+// out += weights * values, for the keys of the block that `some` names.
+template <class M, int COUNT, class T>
+TW_INLINE void add_weighted(Row<M> *const *rows, const T *values, int64_t stride, int64_t value_dim, uint64_t some,
+                            Ahead<T> next) {
+    constexpr int W = lanes<sum_of<M>>, N = M::numbers;
+    int64_t d = 0;
+    for (; d + 4 * W <= value_dim; d += 4 * W)
+        weighted_columns<M, COUNT, 4>(rows, values, stride, 4 * W, d, some, next);
+    for (; d < value_dim; d += N * W) weighted_columns<M, COUNT, N>(rows, values, stride, value_dim - d, d, some, next);
+}
