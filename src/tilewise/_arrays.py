@@ -38,8 +38,14 @@ def introduce() -> None:
 
     Masks and biases call this when they are made; it loads jax's room only where the caller has loaded jax.
     """
-    if "jax" in sys.modules:
+    if "jax" in sys.modules and not traced_by_torch() and "tilewise.jax.pytrees" not in sys.modules:
         import_module(f"{__package__}.jax.pytrees")
+
+
+def traced_by_torch() -> bool:
+    """Whether torch's compiler is following this very call; it can neither import nor count."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
 
 
 def dtype_name(array: Array) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -134,6 +136,17 @@ def test_inductor():
     given = [x.requires_grad_() for x in tensors()]
     compiled = torch.compile(f, fullgraph=True, dynamic=True)
     assert_same(torch.autograd.grad(compiled(*given), given), torch.autograd.grad(f(*given), given))
+
+
+def test_compiles_beside_jax():
+    """Masks make themselves known to jax where it is loaded; a compiler that follows their making must not stumble."""
+    program = """if True:
+        import jax, torch, tilewise as tw
+        q = torch.randn(1, 2, 5, 4)
+        f = lambda q: tw.attention(q, q, q, mask=tw.causal() & tw.window(2))
+        torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="eager")(q), f(q))
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
 def test_a_compiled_program_sees_another_predicate():

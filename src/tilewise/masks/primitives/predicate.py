@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from ..._arrays import Array, dtype_name, family_of
+from ..._arrays import Array, dtype_name, family_of, traced_by_torch
 from ..algebra import Mask
 from ..site import Site
 
@@ -25,8 +25,7 @@ class Predicate(Mask):
     def __post_init__(self) -> None:
         """Name the mask, unless torch's compiler is just following its making and could not."""
         super().__post_init__()
-        torch = sys.modules.get("torch")
-        if torch is None or not torch.compiler.is_compiling():
+        if not traced_by_torch():
             name_of(self)
 
     def visible(self, site: Site, b: Array, h: Array, i: Array, j: Array) -> Array:

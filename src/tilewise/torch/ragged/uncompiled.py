@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,13 +13,15 @@ import torch
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """As `torch.compiler.disable`, which would load the compiler for programs that never compile."""
 
-    @cache
-    def disabled() -> Callable[..., Any]:
-        return torch.compiler.disable(function)
+    disabled: list[Callable[..., Any]] = []
 
     @wraps(function)
     def outside(*args: Any) -> Any:
-        return (disabled() if "torch._dynamo" in sys.modules else function)(*args)
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
 
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
     return outside
