@@ -22,18 +22,34 @@ OPTIONS = {
 }
 
 
+LINEAR = [
+    *[
+        pytest.param("portable", name, marks=pytest.mark.slow if name in ("plain", "causal") else ())
+        for name in OPTIONS
+    ],
+    *[("native", name) for name in OPTIONS if name != "predicate"],  # traced, a predicate is the portable kernel's
+]
+
+
 def temporary(function, *args) -> int:
     return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_gradients_are_linear(name):
+@pytest.mark.parametrize(("kernel", "name"), LINEAR)
+def test_gradients_are_linear(kernel, name):
+    if kernel == "native":
+        pytest.importorskip("tilewise._native")
+
     def bytes_at(length):
         array = jax.ShapeDtypeStruct((1, 2, length, 16), jnp.float32)
+        values = jax.ShapeDtypeStruct((2,), jnp.float32)
         options = OPTIONS[name](length)
-        return temporary(
-            jax.grad(lambda q, k, v: tw.attention(q, k, v, kernel="portable", **options).sum(), (0, 1, 2)), *[array] * 3
-        )
+
+        def loss(q, k, v, values):
+            bias = {"bias": tw.alibi(values), "sinks": values} if "bias" in options else {}
+            return tw.attention(q, k, v, kernel=kernel, **{**options, **bias}).sum()
+
+        return temporary(jax.grad(loss, (0, 1, 2, 3)), *[array] * 3, values)
 
     small, large = bytes_at(4096), bytes_at(16384)
     assert large < 4.2 * small and large < 16384 * 4096

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ..contract import Dropout, Operands, Plan
+from ..contract import Dropout, Operands, Plan, Tiles
 from ..errors import KernelRefused
 from ..kernels import forward_of
 from ..kernels.portable.jax_scan import Facts, Smooth
 from ..kernels.portable.tiles import default_tiles
+from ..problem import AttentionProblem
 from . import pytrees  # noqa: F401  (operands cross into jit as pytrees)
-from .derivative import Case, attention
+from .case import Case
+from .derivative import attention
 from .ffi import words_of
+from .meshes import spread
 from .predicates import capture
 
 Array = Any
@@ -23,11 +27,12 @@ Array = Any
 def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
     """out (B, Hq, Sq, Dv) in q's dtype and lse (B, Hq, Sq) in the accumulator's, by the plan's kernel.
 
-    Under jit, grad, jvp, vmap, scan and their compositions; derivatives are the portable kernel's, in linear memory.
+    Under jit, grad, jvp, vmap, scan and their compositions, on one device or spread over a mesh. Gradients are that
+    kernel's too; tangents, and derivatives of higher order, are the portable kernel's, in linear memory.
     """
     if plan.kernel == "reference":
         return forward_of("reference").forward(plan, operands)
-    # Derivatives are the portable kernel's, so its tiles are needed whichever kernel runs forward.
+    # Tangents are the portable kernel's, so its tiles are needed whichever kernel runs forward.
     tiles = plan.tiles if plan.kernel == "portable" else default_tiles(plan.problem)
     mask, native, bits = capture(operands.mask, plan.problem, tiles), plan.kernel == "native", None
     if native and mask.lazy is not None:
@@ -40,8 +45,18 @@ def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
         else:
             native = False
     smooth = Smooth(operands.q, operands.k, operands.v, operands.dense, operands.table, operands.sinks)
-    facts = Facts(mask, _seeded(operands.dropout), bits)
-    return attention(Case(plan.problem, tiles, native), smooth, facts)
+    return spread(partial(_run, plan.problem, tiles, native), smooth, Facts(mask, _seeded(operands.dropout), bits))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(problem: AttentionProblem, tiles: Tiles, native: bool, smooth: Smooth, facts: Facts) -> tuple[Array, Array]:
+    """out in q's dtype, and lse; compiled once for each problem and structure of its operands."""
+    # The portable kernel gives out in the accumulator's dtype: its derivatives are computed from that.
+    out_dtype = problem.dtype if native else problem.accumulator
+    precision = jax.config.jax_default_matmul_precision
+    case = Case(problem, tiles, native, out_dtype, jax.tree.structure((smooth, facts)), precision)
+    out, lse = attention(case, smooth, facts)
+    return out.astype(problem.dtype), lse
 
 
 def _seeded(dropout: Dropout | None) -> Dropout | None:

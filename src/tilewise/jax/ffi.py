@@ -1,11 +1,10 @@
-"""The native forward pass inside jax programs: a call into the compiled core through XLA's foreign function interface.
+"""The native kernel inside jax programs: calls into the compiled core through XLA's foreign function interface.
 
 The operands' order and the attributes are those stated at the top of `native/bind/xla_ffi.cpp`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,37 +13,81 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..contract import Dropout
 from ..kernels.portable.jax_scan import Facts, Smooth
 from ..masks.lower import TileBits
 from ..problem import AttentionProblem
 
 Array = Any
 
-_TARGET = "tilewise_forward"
-
 
 def forward(problem: AttentionProblem, smooth: Smooth, facts: Facts) -> tuple[Array, Array]:
     """out (B, Hq, Sq, Dv) in q's dtype and lse (B, Hq, Sq), by the native kernel on the CPU."""
-    _register()
-    mask, dropout = facts.mask, facts.dropout
-    given = {
-        "ranges": (mask.ranges.starts, mask.ranges.stops) if mask.ranges is not None else (),
-        "labels": _labels(mask.q_labels, mask.k_labels) if mask.q_labels is not None else (),
-        "mask": (mask.dense,) if mask.dense is not None else (),
-        "bits": facts.bits or (),
-        "biases": smooth.dense,
-        "table": (smooth.table,) if smooth.table is not None else (),
-        "sinks": (smooth.sinks,) if smooth.sinks is not None else (),
-        "seed": (dropout.seed,) if dropout is not None else (),
+    call, operands = _Call.of(problem, smooth, facts)
+    p = problem
+    out = call.tensor(p.q_heads, p.q_len, p.value_dim, p.dtype)
+    out, lse = call("tilewise_forward", [out, call.rows], operands)
+    return call.turned(out), lse
+
+
+def backward(
+    problem: AttentionProblem,
+    wanted: tuple[bool, ...],
+    smooth: Smooth,
+    facts: Facts,
+    out: Array,
+    lse: Array,
+    d_out: Array,
+    d_lse: Array,
+) -> list[Array]:
+    """Gradients of the wanted leaves of `smooth` in their shapes, by the native kernel on the CPU.
+
+    All but that of q are in the accumulator's dtype.
+    """
+    call, operands = _Call.of(problem, smooth, facts)
+    p, biases = problem, len(smooth.dense)
+    q, k, v = wanted[:3]
+    dense, rest = wanted[3 : 3 + biases], iter(wanted[3 + biases :])
+    table, sinks = (x is not None and next(rest) for x in (smooth.table, smooth.sinks))
+    bits = {
+        1: q and call.tensor(p.q_heads, p.q_len, p.head_dim, p.dtype),
+        2: k and call.tensor(p.kv_heads, p.k_len, p.head_dim, p.accumulator),
+        4: v and call.tensor(p.kv_heads, p.k_len, p.value_dim, p.accumulator),
+        16: table and jax.ShapeDtypeStruct((p.batch, p.q_heads, p.q_len + p.k_len - 1), p.accumulator),
+        32: sinks and jax.ShapeDtypeStruct((p.q_heads,), p.accumulator),
+        **{
+            256 << n: wants and jax.ShapeDtypeStruct(_gathered(p, bias.shape), p.accumulator)
+            for n, (wants, bias) in enumerate(zip(dense, smooth.dense, strict=True))
+        },
     }
-    kinds = tuple(kind for kind, group in given.items() for _ in group)
-    operands = (jnp.asarray(array) for group in given.values() for array in group)
-    static = None if dropout is None else Dropout(dropout.p, None, dropout.stream)
-    out, lse = _foreign(problem, kinds, static)(smooth.q, smooth.k, smooth.v, *operands)
-    # A zero that costs nothing: inside `shard_map` the results must be known to vary where the operands do.
-    zero = sum(jnp.zeros_like(x, shape=()) for x in jax.tree.leaves(smooth[:3]))
-    return out + zero, lse + zero
+    types = {bit: shape for bit, shape in bits.items() if shape}
+    if not types:
+        return []
+    more = (call.turned(out.astype(p.dtype)), lse, call.turned(d_out.astype(p.dtype)), d_lse.astype(p.accumulator))
+    found = call("tilewise_backward", list(types.values()), (*operands, *more), wanted=np.int64(sum(types)))
+    results = dict(zip(types, found, strict=True))
+    results.update({bit: call.turned(results[bit]) for bit in (1, 2, 4) if bit in results})
+    # In the order of the leaves: the biases stand before the table and the sinks.
+    order = [1, 2, 4, *(256 << n for n in range(biases)), 16, 32]
+    like = [smooth.q, smooth.k, smooth.v, *smooth.dense, smooth.table, smooth.sinks]
+    return [_summed(results[bit], x.shape) for bit, x in zip(order, like, strict=True) if bit in results]
+
+
+def _gathered(p: AttentionProblem, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which the core sums the gradient of a bias of this shape.
+
+    Where it has one row or one key, batch rows and heads are kept apart, in memory linear in Sq + Sk; where both are
+    one, the rows too.
+    """
+    batch, heads, q_len, k_len = shape
+    if q_len == 1 or k_len == 1:
+        return p.batch, p.q_heads, p.q_len if k_len == 1 else 1, k_len
+    return batch, heads, q_len, k_len
+
+
+def _summed(x: Array, shape: tuple[int, ...]) -> Array:
+    """`x` summed over the axes that are larger than in `shape`."""
+    axes = tuple(n for n, (size, wanted) in enumerate(zip(x.shape, shape, strict=True)) if size != wanted)
+    return x.sum(axes, keepdims=True) if axes else x
 
 
 def words_of(bits: TileBits) -> tuple[np.ndarray, np.ndarray]:
@@ -56,90 +99,72 @@ def words_of(bits: TileBits) -> tuple[np.ndarray, np.ndarray]:
 _PRESENT = {"ranges": 1, "labels": 2, "mask": 4, "bits": 8, "biases": 0, "table": 16, "sinks": 32, "seed": 64}
 
 
-@lru_cache(maxsize=1024)
-def _foreign(
-    problem: AttentionProblem, kinds: tuple[str, ...], dropout: Dropout | None
-) -> Callable[..., tuple[Array, Array]]:
-    """A function of q, k, v and operands of these kinds, with a rule of its own for `vmap`."""
-    bshd = problem.layout == "bshd"
-    attributes = {
-        "present": np.int64(sum(_PRESENT[kind] for kind in set(kinds))),
-        "bias_count": np.int64(kinds.count("biases")),
-        "layout": np.int64(bshd),
-        "scale": np.float64(problem.scale),
-        "softcap": np.float64(problem.softcap or 0.0),
-        "bits_q_offset": np.int64(0),
-        "dropout_threshold": np.int64(dropout.threshold if dropout else 0),
-        "dropout_inverse_keep": np.float64(dropout.inverse_keep if dropout else 1.0),
-        "dropout_stream": np.uint64(dropout.stream if dropout else 0).astype(np.int64),
-        "threads": np.int64(0),
-    }
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What both handlers take: attributes, and how arrays lie in memory."""
 
-    @jax.custom_batching.custom_vmap
-    def call(q: Array, k: Array, v: Array, *operands: Array) -> tuple[Array, Array]:
-        batch, heads, length, _ = q.shape
-        # Memory of a "bshd" caller is read as it lies: these transposes undo those of the door, and XLA drops both.
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v)) if bshd else (q, k, v)
-        out = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype)
-        lse = jax.ShapeDtypeStruct((batch, heads, length), problem.accumulator)
-        out, lse = jax.ffi.ffi_call(_TARGET, (out, lse))(q, k, v, *operands, **attributes)
-        return (out.swapaxes(1, 2) if bshd else out), lse
+    problem: AttentionProblem
+    attributes: dict[str, Any]
 
-    @call.def_vmap
-    def _vmap(size: int, mapped: list[bool], *args: Array) -> tuple[tuple[Array, Array], tuple[bool, bool]]:
-        plan = [_Mapped(kind, x, flag) for kind, x, flag in zip(("q", "k", "v", *kinds), args, mapped, strict=True)]
-        batch = args[0].shape[1 if mapped[0] else 0]
-        if all(part.folds(batch) for part in plan):
-            out, lse = call(*(part.folded(size, batch) for part in plan))
-            return (out.reshape(size, batch, *out.shape[1:]), lse.reshape(size, batch, *lse.shape[1:])), (True, True)
+    @classmethod
+    def of(cls, problem: AttentionProblem, smooth: Smooth, facts: Facts) -> tuple[_Call, tuple[Array, ...]]:
+        """The call, and the operands that both handlers take."""
+        mask, dropout = facts.mask, facts.dropout
+        given = {
+            "ranges": (mask.ranges.starts, mask.ranges.stops) if mask.ranges is not None else (),
+            "labels": _labels(mask.q_labels, mask.k_labels) if mask.q_labels is not None else (),
+            "mask": (mask.dense,) if mask.dense is not None else (),
+            "bits": facts.bits or (),
+            "biases": smooth.dense,
+            "table": (smooth.table,) if smooth.table is not None else (),
+            "sinks": (smooth.sinks,) if smooth.sinks is not None else (),
+            "seed": (dropout.seed,) if dropout is not None else (),
+        }
+        attributes = {
+            "present": np.int64(sum(_PRESENT[kind] for kind, group in given.items() if group)),
+            "bias_count": np.int64(len(smooth.dense)),
+            "layout": np.int64(problem.layout == "bshd"),
+            "scale": np.float64(problem.scale),
+            "softcap": np.float64(problem.softcap or 0.0),
+            "bits_q_offset": np.int64(0),
+            "dropout_threshold": np.int64(dropout.threshold if dropout else 0),
+            "dropout_inverse_keep": np.float64(dropout.inverse_keep if dropout else 1.0),
+            "dropout_stream": np.uint64(dropout.stream if dropout else 0).astype(np.int64),
+            "threads": np.int64(0),
+        }
+        call = cls(problem, attributes)
+        tensors = (call.turned(x) for x in smooth[:3])
+        return call, (*tensors, *(jnp.asarray(array) for group in given.values() for array in group))
 
-        def one(moving: list[Array]) -> tuple[Array, Array]:
-            rest = iter(moving)
-            return call(*(next(rest) if part.mapped else part.array for part in plan))
+    def __call__(self, target: str, results: list[Any], operands: tuple[Array, ...], **more: Any) -> list[Array]:
+        _register()
+        return list(jax.ffi.ffi_call(target, results)(*operands, **self.attributes, **more))
 
-        return jax.lax.map(one, [part.array for part in plan if part.mapped]), (True, True)
+    def turned(self, x: Array) -> Array:
+        """(B, H, S, D) as it lies in memory, and back: these transposes undo those of the door, and XLA drops both."""
+        return x.swapaxes(1, 2) if self.problem.layout == "bshd" else x
 
-    return call
+    def tensor(self, heads: int, length: int, width: int, dtype: str) -> jax.ShapeDtypeStruct:
+        """The type of a (B, heads, length, width) result as it lies in memory."""
+        axes = (length, heads) if self.problem.layout == "bshd" else (heads, length)
+        return jax.ShapeDtypeStruct((self.problem.batch, *axes, width), dtype)
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Mapped:
-    """An operand under `vmap`, with the mapped axis first where it is mapped."""
-
-    kind: str
-    array: Array
-    mapped: bool
-
-    def folds(self, batch: int) -> bool:
-        """Whether the mapped axis can become a part of the batch axis without copying anything of Sq x Sk."""
-        if self.kind == "seed":
-            return False  # dropout counts batch rows, and those of every mapped call begin at 0
-        if self.kind == "sinks" or (self.kind == "bits" and self.mapped):
-            return not self.mapped
-        if self.kind in ("mask", "biases", "bits"):
-            rows = self.array.shape[1 if self.mapped else 0]
-            return rows == batch if self.mapped else rows == 1
-        return True
-
-    def folded(self, size: int, batch: int) -> Array:
-        """(size * batch, …), or as it is where it is the same for all."""
-        x = self.array
-        if not self.mapped:
-            if self.kind == "sinks" or (self.kind not in "qkv" and x.shape[0] == 1) or self.kind == "bits":
-                return x
-            x = jnp.broadcast_to(x, (size, *x.shape))
-        x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
-        return x.reshape(size * batch, *x.shape[2:])
+    @property
+    def rows(self) -> jax.ShapeDtypeStruct:
+        """The type of lse."""
+        p = self.problem
+        return jax.ShapeDtypeStruct((p.batch, p.q_heads, p.q_len), p.accumulator)
 
 
 @lru_cache(maxsize=1)
 def _register() -> None:
-    """Tell XLA of the handler, at the first call that needs it: a handler refused before jax has started breaks jax."""
+    """Tell XLA of the handlers, at the first call that needs them: one refused before jax has started breaks jax."""
     from .. import _native
 
     jax.devices("cpu")
     try:
-        jax.ffi.register_ffi_target(_TARGET, _native.xla_handler(), platform="cpu")
+        jax.ffi.register_ffi_target("tilewise_forward", _native.xla_forward(), platform="cpu")
+        jax.ffi.register_ffi_target("tilewise_backward", _native.xla_backward(), platform="cpu")
     except Exception as error:
         raise RuntimeError(
             f"kernel: this jaxlib refused tilewise's native kernel ({error}); pass kernel='portable'"

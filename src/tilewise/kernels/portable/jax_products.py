@@ -7,6 +7,9 @@ Each is linear in either factor, and the transpose of each is the other: so valu
 go through these two alone, and NaN or infinity in a row of y never reaches a row that does not see it. A plain matrix
 product with zeros at masked pairs would let it through, for 0 * NaN is NaN, and would do so in the transposes that jax
 derives, where no caller can step in. That is why they are primitives and not functions.
+
+The precision of products is `jax.default_matmul_precision` where attention is called, and travels as a parameter: what
+is in force later, when the compiler asks for the formula, or in the backward pass, may be another.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ def pair_products(x: Array, y: Array, seen: Array | None) -> Array:
     Returns:
         (…, R, C), 0 at masked pairs.
     """
-    return _pairs_p.bind(x, y, *_given(seen))
+    return _pairs_p.bind(x, y, *_given(seen), precision=jax.config.jax_default_matmul_precision)
 
 
 def weighted_rows(w: Array, y: Array, seen: Array | None) -> Array:
@@ -46,7 +49,7 @@ def weighted_rows(w: Array, y: Array, seen: Array | None) -> Array:
     Returns:
         (…, R, F).
     """
-    return _rows_p.bind(w, y, *_given(seen))
+    return _rows_p.bind(w, y, *_given(seen), precision=jax.config.jax_default_matmul_precision)
 
 
 def _given(seen: Array | None) -> tuple[Array, ...]:
@@ -90,16 +93,16 @@ def _add_the_rest(total: Array, w: Array, seen: Array, y: Array, finite: Array) 
 _pairs_p, _rows_p = Primitive("tilewise_pair_products"), Primitive("tilewise_weighted_rows")
 
 
-def _transpose_pairs(ct: Array, x: Array, y: Array, *seen: Array) -> tuple[Array | None, ...]:
+def _transpose_pairs(ct: Array, x: Array, y: Array, *seen: Array, **how: Any) -> tuple[Array | None, ...]:
     if ad.is_undefined_primal(x):
-        return _rows_p.bind(ct, y, *seen), None, *_none(seen)
-    return None, _rows_p.bind(ct.mT, x, *_flipped(seen)), *_none(seen)
+        return _rows_p.bind(ct, y, *seen, **how), None, *_none(seen)
+    return None, _rows_p.bind(ct.mT, x, *_flipped(seen), **how), *_none(seen)
 
 
-def _transpose_rows(ct: Array, w: Array, y: Array, *seen: Array) -> tuple[Array | None, ...]:
+def _transpose_rows(ct: Array, w: Array, y: Array, *seen: Array, **how: Any) -> tuple[Array | None, ...]:
     if ad.is_undefined_primal(w):
-        return _pairs_p.bind(ct, y, *seen), None, *_none(seen)
-    return None, _rows_p.bind(w.mT, ct, *_flipped(seen)), *_none(seen)
+        return _pairs_p.bind(ct, y, *seen, **how), None, *_none(seen)
+    return None, _rows_p.bind(w.mT, ct, *_flipped(seen), **how), *_none(seen)
 
 
 def _flipped(seen: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -110,19 +113,19 @@ def _none(seen: tuple[Array, ...]) -> tuple[None, ...]:
     return (None,) * len(seen)
 
 
-def _jvp(primitive: Primitive, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
+def _jvp(primitive: Primitive, primals: tuple, tangents: tuple, **how: Any) -> tuple[Array, Any]:
     (a, b, *seen), (da, db, *_) = primals, tangents
-    out = primitive.bind(a, b, *seen)
-    parts = [] if type(da) is ad.Zero else [primitive.bind(da, b, *seen)]
-    parts += [] if type(db) is ad.Zero else [primitive.bind(a, db, *seen)]
+    out = primitive.bind(a, b, *seen, **how)
+    parts = [] if type(da) is ad.Zero else [primitive.bind(da, b, *seen, **how)]
+    parts += [] if type(db) is ad.Zero else [primitive.bind(a, db, *seen, **how)]
     return out, sum(parts[1:], parts[0])
 
 
-def _batch(primitive: Primitive, operands: tuple, axes: tuple) -> tuple[Array, int]:
+def _batch(primitive: Primitive, operands: tuple, axes: tuple, **how: Any) -> tuple[Array, int]:
     """One more leading axis: full for the factors, 1 for a mask that is not mapped."""
     size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
     fronts = (_in_front(x, axis, size if n < 2 else 1) for n, (x, axis) in enumerate(zip(operands, axes, strict=True)))
-    return primitive.bind(*fronts), 0
+    return primitive.bind(*fronts, **how), 0
 
 
 def _in_front(x: Array, axis: int | None, size: int) -> Array:
@@ -130,13 +133,17 @@ def _in_front(x: Array, axis: int | None, size: int) -> Array:
 
 
 def _define(primitive: Primitive, formula: Callable, plain: Callable, transpose: Callable) -> None:
-    def abstract(a: Any, b: Any, *seen: Any) -> Any:
+    def at_precision(*operands: Array, precision: str | None) -> Array:
+        with jax.default_matmul_precision(precision):
+            return formula(*operands)
+
+    def abstract(a: Any, b: Any, *seen: Any, precision: str | None) -> Any:
         # The plain product has the type asked for, with what jax adds to it: shardings and mesh axes.
         return jax.make_jaxpr(plain)(a, b).out_avals[0]
 
-    primitive.def_impl(jax.jit(formula))
+    primitive.def_impl(jax.jit(at_precision, static_argnames="precision"))
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(formula, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(at_precision, multiple_results=False))
     ad.primitive_jvps[primitive] = partial(_jvp, primitive)
     ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = partial(_batch, primitive)

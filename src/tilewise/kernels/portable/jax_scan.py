@@ -43,11 +43,17 @@ class Smooth(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """The operands without a derivative; `bits` are the packed tiles of a lazy mask, for kernels that want them."""
+    """The operands without a derivative.
+
+    Attributes:
+        bits: the packed tiles of a lazy mask, for kernels that want them.
+        corner: numbers of the first batch row and the first head, where the operands are a part of a larger problem.
+    """
 
     mask: LoweredMask
     dropout: Dropout | None = None
     bits: tuple[Array, Array] | None = None
+    corner: tuple[Array, Array] | None = None
 
 
 def forward(plan: Plan, operands: Operands) -> tuple[Array, Array]:
@@ -75,11 +81,11 @@ def attend(problem: AttentionProblem, tiles: Tiles, smooth: Smooth, facts: Facts
 
         empty = State.empty(zeros, (problem.batch, problem.kv_heads, grid.rows), problem.value_dim)
         carry = (empty.peak, empty.total, empty.weighted)
-        carry = jax.lax.scan(_step(grid, facts, smooth, i, q, absorb), carry, (keys, None))[0]
+        carry = _scan(_step(grid, facts, smooth, i, q, absorb), carry, (keys, None))[0]
         return State(*carry).finish(jnp, _if_given(partial(_per_row, grid), smooth.sinks))
 
     starts = jnp.asarray(grid.queries.starts)
-    _, (out, lse) = jax.lax.scan(lambda _, xs: (None, block(*xs)), None, (starts, _query_blocks(grid, smooth.q)))
+    _, (out, lse) = _scan(lambda _, xs: (None, block(*xs)), None, (starts, _query_blocks(grid, smooth.q)))
     return _join(grid, out), _join(grid, lse[..., None])[..., 0]
 
 
@@ -123,7 +129,7 @@ def tangent(
         shape = (problem.batch, problem.kv_heads, grid.rows)
         carry = (zeros((*shape, problem.value_dim)), zeros(shape))
         (keys, d_k, d_v) = key_blocks
-        (d_weighted, d_lse), _ = jax.lax.scan(step, carry, (keys, (d_k, d_v, columns)))
+        (d_weighted, d_lse), _ = _scan(step, carry, (keys, (d_k, d_v, columns)))
         if moving.sinks is not None:
             sink, d_sink = _per_row(grid, smooth.sinks), _per_row(grid, moving.sinks)
             d_lse = d_lse + jnp.where(unseen, 0.0, jnp.exp(sink - base) * d_sink)
@@ -132,8 +138,16 @@ def tangent(
     body = jax.checkpoint(lambda xs: block(*xs), prevent_cse=False)
     rows = (*(_query_blocks(grid, x) for x in (smooth.q, out)), _query_blocks(grid, lse[..., None])[..., 0])
     xs = (jnp.asarray(grid.queries.starts), *rows, _if_given(partial(_query_blocks, grid), moving.q), bias_rows)
-    _, (d_out, d_lse) = jax.lax.scan(lambda _, xs: (None, body(xs)), None, xs)
+    _, (d_out, d_lse) = _scan(lambda _, xs: (None, body(xs)), None, xs)
     return _join(grid, d_out), _join(grid, d_lse[..., None])[..., 0]
+
+
+def _scan(step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan`, and no loop where there is one step: XLA's partitioner may never end on a loop of one step."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.scan(step, carry, xs)
+    carry, ys = step(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda y: y[None], ys)
 
 
 def _step(grid: Grid, facts: Facts, smooth: Smooth, i: Array, q: Array, absorb: Callable) -> Callable:
@@ -142,21 +156,38 @@ def _step(grid: Grid, facts: Facts, smooth: Smooth, i: Array, q: Array, absorb: 
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
         (j, fresh, k, v), extra = xs
-        tile = Tile(grid, i, j, fresh)
+        tile = Tile(grid, i, j, fresh, facts.corner)
 
         def visit(carry: tuple) -> tuple:
             at = Smooth(q, k, v, tuple(map(tile.cut, smooth.dense)), _if_given(tile.band, smooth.table))
             seen = tile.seen(mask, at.dense, at.table)
             if seen is None or (mask.dense is None and mask.lazy is None):
                 return absorb(carry, tile, at, seen, extra)
-            return jax.lax.cond(
-                seen.any(), lambda carry: absorb(carry, tile, at, seen, extra), lambda carry: carry, carry
-            )
+            return _where(seen.any(), lambda carry: absorb(carry, tile, at, seen, extra), carry)
 
         worth = tile.worth(mask)
-        return visit(carry) if worth is None else jax.lax.cond(worth, visit, lambda carry: carry, carry), None
+        return visit(carry) if worth is None else _where(worth, visit, carry), None
 
     return step
+
+
+def _where(worth: Array, visit: Callable[[tuple], tuple], carry: tuple) -> tuple:
+    """`visit(carry)`, or `carry` where that is known to be the same."""
+    return jax.lax.cond(_for_any(worth), visit, lambda carry: carry, carry)
+
+
+@jax.custom_batching.custom_vmap
+def _for_any(worth: Array) -> Array:
+    """A condition that stays one under `vmap`: all mapped examples take the branch that one of them needs.
+
+    Left to jax, the condition would be mapped, both branches computed, and the linear ones no longer transposed.
+    """
+    return worth
+
+
+@_for_any.def_vmap
+def _(size: int, mapped: list[bool], worth: Array) -> tuple[Array, bool]:
+    return worth.any(0) if mapped[0] else worth, False
 
 
 def _scores(grid: Grid, at: Smooth, seen: Array | None) -> Array:
@@ -190,7 +221,7 @@ def _dropped(weights: Array, tile: Tile, facts: Facts) -> Array:
     """Weights after dropout, kept ones divided by 1 - p."""
     if facts.dropout is None:
         return weights
-    return jnp.where(tile.kept(facts.dropout), weights * facts.dropout.inverse_keep, 0)
+    return jnp.where(tile.kept(facts.dropout, facts.mask.site.heads), weights * facts.dropout.inverse_keep, 0)
 
 
 def _visible(x: Array, seen: Array | None, otherwise: float = 0.0) -> Array:

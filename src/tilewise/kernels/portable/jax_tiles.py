@@ -120,12 +120,16 @@ def cut(x: Array, axis: int, start: Array, size: int) -> Array:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """One tile: queries from position i, keys from position j; keys before `fresh` belong to the block before."""
+    """One tile: queries from position i, keys from position j; keys before `fresh` belong to the block before.
+
+    `corner` are the numbers of the first batch row and head where they are not 0.
+    """
 
     grid: Grid
     i: Array
     j: Array
     fresh: Array
+    corner: tuple[Array, Array] | None = None
 
     def cut(self, x: Array) -> Array:
         """The tile of (B', H', Sq or 1, Sk or 1)."""
@@ -134,7 +138,8 @@ class Tile:
     def positions(self) -> tuple[Array, Array, Array, Array]:
         """b, h, i, j of the tile as 4-D integers that broadcast against each other."""
         problem, grid = self.grid.problem, self.grid
-        b, h = jnp.arange(problem.batch), jnp.arange(problem.q_heads)
+        row, head = self.corner or (0, 0)
+        b, h = row + jnp.arange(problem.batch), head + jnp.arange(problem.q_heads)
         i, j = self.i + jnp.arange(grid.queries.size), self.j + jnp.arange(grid.keys.size)
         return b.reshape(-1, 1, 1, 1), h.reshape(1, -1, 1, 1), i.reshape(1, 1, -1, 1), j.reshape(1, 1, 1, -1)
 
@@ -192,9 +197,9 @@ class Tile:
         flat = rows.reshape(*band.shape[:2], queries * (width + 1))[..., queries - 1 : -1]
         return flat.reshape(*band.shape[:2], queries, width)[..., :keys]
 
-    def kept(self, dropout: Dropout) -> Array:
-        """Which pairs dropout keeps, (B, Hkv, R, C)."""
+    def kept(self, dropout: Dropout, heads: int) -> Array:
+        """Which pairs dropout keeps, (B, Hkv, R, C); `heads` are those of the whole problem."""
         problem = self.grid.problem
-        sizes = (problem.q_heads, problem.q_len, problem.k_len)
+        sizes = (heads, problem.q_len, problem.k_len)
         kept = keep_mask(dropout, *self.positions(), *sizes, jnp, wide=False)
         return kept.reshape(problem.batch, problem.kv_heads, self.grid.rows, self.grid.keys.size)
