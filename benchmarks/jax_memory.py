@@ -3,8 +3,10 @@
     PYTHONPATH=src python benchmarks/jax_memory.py
 
 Programs are compiled and asked (`memory_analysis`), not run, so lengths are free. To the temporary memory of a program
-is added what the native kernel promises to allocate itself (`explain(...).workspace`), for the forward pass. Arrays of
-all pairs that the caller brings are inputs and do not count. `jax.nn.dot_product_attention` stands beside as a measure.
+is added what the native kernel promises to allocate itself in the forward pass (`explain(...).workspace`); what its
+backward pass allocates is not counted: records of its rows, linear in their number, for as many heads as fit 32 MiB and
+at least one. Arrays of all pairs that the caller brings are inputs and do not count. `jax.nn.dot_product_attention`
+stands beside as a measure.
 """
 
 from __future__ import annotations
@@ -117,7 +119,8 @@ def picture(rows: list[dict[str, Any]], cases: list[str], path: Path) -> None:
         panel.set_xlabel("tokens")
     for panel in panels[:, 0]:
         panel.set_ylabel("MiB beside inputs, outputs")
-    panels.flat[cases.index("causal") if "causal" in cases else 0].legend(fontsize=7)
+    example = panels.flat[cases.index("causal") if "causal" in cases else 0]
+    figure.legend(*example.get_legend_handles_labels(), loc="lower right", fontsize=9)
     figure.suptitle(f"Memory of compiled jax programs: {HEADS} heads of width {WIDTH}, float32, CPU", fontsize=11)
     figure.savefig(path, dpi=130)
 

@@ -13,6 +13,10 @@
 #include <system_error>
 #include <thread>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace tilewise {
 namespace {
 
@@ -26,6 +30,23 @@ void pause_briefly() {
     std::this_thread::yield();
 #endif
 }
+
+// Rounding to nearest, denormals kept, nothing trapped, while this lives; then as it was. A framework's thread may flush
+// denormals (XLA's do), and a thread starts with the mode of whoever started it: a row's bits must not depend on either.
+struct DefaultMode {
+#if defined(__SSE2__)
+    unsigned before = _mm_getcsr();
+    DefaultMode() { _mm_setcsr(0x1F80); }
+    ~DefaultMode() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+    uint64_t before;
+    DefaultMode() {
+        __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+        __asm__ volatile("msr fpcr, %0" : : "r"(uint64_t(0)));
+    }
+    ~DefaultMode() { __asm__ volatile("msr fpcr, %0" : : "r"(before)); }
+#endif
+};
 
 // Workers sleep until a region opens. A region is a task and a counter of indices; every thread takes the next index.
 // The caller waits for workers *inside* the region only: one that the system has not scheduled yet is not waited for,
@@ -48,6 +69,7 @@ struct Pool {
     }
 
     void work(int number) {
+        DefaultMode mode;
         uint64_t seen = 0;
         for (;;) {
             for (int i = 0; i < spins && epoch.load(std::memory_order_acquire) == seen; ++i) pause_briefly();
@@ -136,6 +158,7 @@ int processors() {
 } // namespace
 
 void parallel_for(int64_t count, int threads, Task task, void *context) {
+    DefaultMode mode;
     Pool *shared = threads > 1 && count > 1 ? pool() : nullptr;
     std::unique_lock<std::mutex> lock;
     if (shared) lock = std::unique_lock<std::mutex>(shared->owner, std::try_to_lock);

@@ -78,3 +78,19 @@ def test_peak_is_measured(dtype) -> None:
     assert _native.peak_gflops(1, 0.01, dtype) > 0.1
     with pytest.raises(ValueError, match=r"^dtype"):
         _native.peak_gflops(1, 0.01, 4)
+
+
+def test_a_caller_that_flushes_denormals_changes_no_bit():
+    """XLA's threads do; and a worker starts with the mode of the thread that started it."""
+    program = """if True:
+        import numpy as np, torch, tilewise as tw
+        tiny = np.full((1, 4, 300, 8), 1e-39, np.float32)
+        zero = np.zeros_like(tiny)
+        assert torch.set_flush_denormal(True)
+        flushed = [tw.attention(zero, zero, tiny, kernel="native") for _ in range(3)]
+        torch.set_flush_denormal(False)
+        kept = tw.attention(zero, zero, tiny, kernel="native")
+        assert (kept > 0).all() and all((out.view("i4") == kept.view("i4")).all() for out in flushed)
+    """
+    environment = {**os.environ, "TILEWISE_NUM_THREADS": "3"}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)
