@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import tilewise as tw  # noqa: E402
 from tilewise.torch import call, operator  # noqa: E402
@@ -200,6 +201,12 @@ def test_opcheck(name, layout, monkeypatch):
     out, lse = real(operands, *rest)
     rows = (out.detach(), lse.detach(), torch.randn_like(out), torch.randn_like(lse))
     torch.library.opcheck(operator.attention_backward, (operands, *rows, *rest, [0, 1, 2]))
+
+
+def test_traced_with_symbolic_sizes():
+    traced = make_fx(function("causal"), tracing_mode="symbolic")(*tensors())
+    q, k, v = (torch.cat([x, x.flip(2)], 2) for x in tensors())
+    assert_same(traced(q, k, v), function("causal")(q, k, v))
 
 
 def _in_worker(index):

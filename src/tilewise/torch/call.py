@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import validate
-from . import autograd, batching, legacy_batching, operator  # noqa: F401  (register the operators' derivatives and batching rules)
+from . import autograd, batching, legacy_batching, operator  # noqa: F401  (they register rules)
 from .options import write
 from .watch import nobody_else, recording
 
@@ -73,7 +73,8 @@ _MOST = 1024
 
 def _arrays(q: Tensor, k: Tensor, v: Tensor, layout: str) -> validate.Arrays:
     """`validate.check_arrays`, once for each combination of shapes, dtypes and devices."""
-    if torch.compiler.is_compiling() or not isinstance(q, Tensor) or type(q) is not type(k) or type(q) is not type(v):
+    # Sizes of subclasses, fake tensors among them, may be symbols, which have no hash.
+    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor):
         return validate.check_arrays(q, k, v, layout)
     key = (layout, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
     if key not in _fine:
