@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from support.largest import Largest  # noqa: E402
 
 import tilewise as tw  # noqa: E402
 from tilewise.plan.choose import planned  # noqa: E402
@@ -23,21 +23,6 @@ def small_slabs(monkeypatch):
     planned.cache_clear()
     yield
     planned.cache_clear()
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the most elements that any operation's result has memory for."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.untyped_storage().nbytes() // value.element_size())
-        return result
 
 
 def _first(f, x):

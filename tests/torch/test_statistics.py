@@ -6,8 +6,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from accuracy import assert_accurate  # noqa: E402
+from support.largest import Largest  # noqa: E402
 from support.portable_cases import CASES, arrays  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import tilewise as tw  # noqa: E402
 from tilewise.contract import Tiles  # noqa: E402
@@ -227,19 +227,6 @@ def test_other_derivatives_are_refused():
         torch.func.jvp(entropy, (q.detach(),), (q.detach(),))
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(entropy)(q.detach())
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the most elements that any operation's result has memory for."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.untyped_storage().nbytes() // value.element_size())
-        return result
 
 
 def test_memory_is_linear(monkeypatch):

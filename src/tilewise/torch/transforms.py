@@ -1,9 +1,8 @@
-"""Derivatives of the function of one tile, and the rule that maps any of our functions over a batch of calls."""
+"""Derivatives of the function of one tile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,18 +44,3 @@ def push_forward(
 
     zeros = tuple(torch.zeros_like(value) for value in restricted(*chosen))
     return torch.func.vjp(transposed, *zeros)[1](tuple(tangents))
-
-
-def one_by_one(
-    apply: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]
-) -> tuple[Any, Any]:
-    """The vmap rule of all our functions: each call of the batch on its own, the results stacked on a new first axis.
-
-    Right for whatever is mapped, biases, masks and seeds among them.
-    """
-    calls = []
-    for n in range(info.batch_size):
-        taken = (arg if dim is None else arg.select(dim, n) for arg, dim in zip(args, in_dims, strict=True))
-        calls.append(apply(*taken))
-    outputs = tuple(torch.stack(values) for values in zip(*calls, strict=True))
-    return outputs, (0,) * len(outputs)

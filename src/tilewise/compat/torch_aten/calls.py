@@ -12,6 +12,7 @@ from ..._api import attention
 from ...contract import Dropout
 from ...masks.algebra import Mask
 from ...masks.biases import Bias, as_bias
+from ..torch_mha.checks import expect
 from ..torch_seeds import fresh_seed, key_of
 
 # (q, k, v, dense biases) -> (out, lse), all in (B, H, S, D).
@@ -87,3 +88,9 @@ def gradients(
 def turned(*arrays: Tensor) -> tuple[Tensor, ...]:
     """(B, S, H, D) as (B, H, S, D), and back; views."""
     return tuple(array.transpose(1, 2) for array in arrays)
+
+
+def expect_four(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise unless all three have four axes."""
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        expect(array.dim() == 4, f"{name}: has shape {tuple(array.shape)}, expected 4 axes")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...contract import Dropout
 from ..torch_mha.checks import AtenError, expect
-from .calls import Attend, Dense, Philox, dropout_of, gradients, turned
+from .calls import Attend, Dense, Philox, dropout_of, expect_four, gradients, turned
 from .packed import packed_attend
 from .positions import Band, Packed, dense_mask
 
@@ -35,7 +35,7 @@ def _scaled_dot_product_efficient_attention(
     Returns:
         output (B, Hq, Sq, Dv), log_sumexp (B, Hq, Sq), philox_seed and philox_offset, 0-D int64.
     """
-    _expect_four(query, key, value)
+    expect_four(query, key, value)
     q, k, v = turned(query, key, value)
     out, lse, seed, offset, _, _ = _efficient_attention_forward(
         q, k, v, attn_bias, None, None, None, None, dropout_p, int(is_causal), compute_log_sumexp,
@@ -117,7 +117,7 @@ def _scaled_dot_product_efficient_attention_backward(
         philox_seed, philox_offset: what the forward function returned.
         grad_input_mask: which of the four are wanted.
     """
-    _expect_four(query, key, value)
+    expect_four(query, key, value)
     drop = dropout_of(dropout_p, philox_seed, philox_offset, query.device)
     mask = dense_mask(_band(int(is_causal), None), query.shape[2], key.shape[2], None)
     inputs = (query, key, value) if attn_bias is None else (query, key, value, attn_bias)
@@ -181,7 +181,7 @@ def _call(
     window_size: int | None,
 ) -> tuple[Attend, Packed | None, tuple[Tensor, ...]]:  # fmt: skip
     """The call, how its sequences are packed, and its inputs in (B, H, S, D)."""
-    _expect_four(query, key, value)
+    expect_four(query, key, value)
     band = _band(mask_type, window_size)
     inputs = turned(query, key, value)
     inputs = inputs if bias is None else (*inputs, bias)
@@ -195,8 +195,3 @@ def _call(
     packed = Packed(cu_q, cu_k, used)
     attend = packed_attend(packed, band, query.shape[1], dropout=drop, scale=scale, biased=bias is not None)
     return attend, packed, inputs
-
-
-def _expect_four(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        expect(array.dim() == 4, f"{name}: has shape {tuple(array.shape)}, expected 4 axes")

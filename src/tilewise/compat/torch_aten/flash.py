@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...contract import Dropout
 from ..torch_mha.checks import AtenError, expect
-from .calls import Attend, Dense, Philox, dropout_of, gradients, turned
+from .calls import Attend, Dense, Philox, dropout_of, expect_four, gradients, turned
 from .debug import debug_mask
 from .packed import packed_attend
 from .positions import Band, Packed, alibi_bias, dense_mask, offset_of
@@ -40,7 +40,7 @@ def _scaled_dot_product_flash_attention(
     Raises:
         ValueError (also a RuntimeError): not 4-D, or another number of values than of keys.
     """
-    _expect_four(query, key, value)
+    expect_four(query, key, value)
     expect(key.shape[2] == value.shape[2], "value: Key and Value must have the same sequence length")
     q_len, k_len = query.shape[2], key.shape[2]
     q, k, v = turned(query, key, value)
@@ -193,15 +193,10 @@ def _call(
         inputs = tuple(array.transpose(0, 1)[None] for array in (query, key, value))
         packed = Packed(cum_q, cum_k, used)
         return packed_attend(packed, band, query.shape[0], dropout=drop, scale=scale, slopes=slopes), inputs
-    _expect_four(query, key, value)
+    expect_four(query, key, value)
     inputs = turned(query, key, value)
     q_len, k_len = query.shape[1], key.shape[1]
     fixed = None
     if slopes is not None:
         fixed = alibi_bias(slopes, offset_of(band, q_len, k_len, used), q_len, k_len)
     return Dense(dense_mask(band, q_len, k_len, used), drop, scale, fixed), inputs
-
-
-def _expect_four(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        expect(array.dim() == 4, f"{name}: has shape {tuple(array.shape)}, expected 4 axes")
