@@ -85,28 +85,13 @@ def context_parallel_attention(
         NotImplementedError: forward mode, `torch.func` transforms or second derivatives, which one device has.
     """
     process_group = group_of(mesh, group)
-    text, error = "", None
     _check_name("strategy", strategy, STRATEGIES)
     _check_name("sharding", sharding, SHARDINGS)
     _refuse_transforms(q, k, v)
-    try:
-        q, k, v = autocast(q, k, v)
-        call = _Local.of(q, k, v, layout, mask, bias, dropout, cu_seqlens)
-        given = None if lengths is None else _lengths(lengths, process_group, call)
-        if not torch.compiler.is_compiling():
-            text = f"{call.text(sinks)}, {scale=}, {softcap=}, {layout=}, {kernel=}, {strategy=}, {sharding=}"
-    except (ValueError, TypeError) as wrong:
-        if torch.compiler.is_compiling():
-            raise
-        error, given, call = wrong, None, _Nothing
-    name = process_group.group_name
-    if not torch.compiler.is_compiling():
-        found = agree(name, text, call.own, given, once=given is not None, error="" if error is None else str(error))
-        if error is not None:
-            raise error
-    else:
-        count = dist.get_world_size(process_group)
-        found = [call.own[0]] * count + [call.own[1]] * count if given is None else given
+    q, k, v = autocast(q, k, v)
+    arguments = (q, k, v, layout, mask, bias, dropout, cu_seqlens)
+    options = f"{scale=}, {softcap=}, {layout=}, {kernel=}, {strategy=}, {sharding=}"
+    call, found = _agreed(process_group, arguments, sinks, options, lengths)
     sizes = (*call.arrays.sizes[:2], sum(found[: len(found) // 2]), sum(found[len(found) // 2 :]))
     checked, own_biases = call.checked(sizes, scale, softcap, sinks)
     names, tensors = "q,k,v", list(call.arrays[1:4])
@@ -117,12 +102,31 @@ def context_parallel_attention(
         if tensor is not None:
             names += "," + what
             tensors.append(tensor)
-    rest = write(names, checked.mask, layout, checked.softcap, checked.dropout, kernel, allow_quadratic)
-    facts, integers, options = rest
-    team = Team(name, strategy, sharding, agreed=not torch.compiler.is_compiling())
-    out, lse = context_parallel(tensors, facts, integers, checked.scale, options, found, str(team))
+    facts, integers, text = write(
+        names, checked.mask, layout, checked.softcap, checked.dropout, kernel, allow_quadratic
+    )
+    team = Team(process_group.group_name, strategy, sharding, agreed=not torch.compiler.is_compiling())
+    out, lse = context_parallel(tensors, facts, integers, checked.scale, text, found, str(team))
     out, lse = validate.restore(out, lse, layout)
     return (out, lse) if return_lse else out
+
+
+def _agreed(group: Any, arguments: tuple[Any, ...], sinks: Any, options: str, lengths: Any) -> tuple[_Local, list[int]]:
+    """The call, and the rows of every rank. A compiled program compares the calls within its operator."""
+    if torch.compiler.is_compiling():
+        call, count = _Local.of(*arguments), dist.get_world_size(group)
+        if lengths is not None:
+            return call, _lengths(lengths, group, call)
+        return call, [call.own[0]] * count + [call.own[1]] * count
+    try:
+        call = _Local.of(*arguments)
+        given = None if lengths is None else _lengths(lengths, group, call)
+        text = f"{call.text(sinks)}, {options}"
+    except (ValueError, TypeError) as wrong:
+        # The others wait to compare their calls; they are told that there is nothing to wait for.
+        agree(group.group_name, "", (0, 0), None, once=False, error=str(wrong))
+        raise
+    return call, agree(group.group_name, text, call.own, given, once=given is not None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +166,8 @@ class _Local:
         ]
         if self.mask is not None:
             leaves = [
-                (type(leaf).__name__, [self._shape(leaf, x) for x in leaf.operands()]) for leaf in _leaves(self.mask)
+                (type(leaf).__name__, [self._shape(leaf, x) for x in leaf.operands()])
+                for leaf in self.mask.primitives()
             ]
             said.append(f"mask {leaves} {_without_arrays(self.mask.structure())}")
         for part in () if self.bias is None else self.bias.parts():
@@ -181,8 +186,7 @@ class _Local:
         batch, heads, q_len, k_len = sizes
         mask, rows, shared, own = self.mask, self.own[0], [], []
         for part in () if self.bias is None else self.bias.parts():
-            shape = part.array.shape if isinstance(part, DenseBias) else ()
-            if len(shape) > 1 and shape[-2] == rows and rows != 1 and rows != q_len:
+            if isinstance(part, DenseBias) and part.array.ndim > 1 and part.array.shape[-2] == rows not in (1, q_len):
                 part.check(Site(batch, heads, rows, k_len))
                 own.append(part.four(namespace("torch", self.arrays.q.device)))
             else:
@@ -200,16 +204,6 @@ class _Local:
         if isinstance(holder, Dense | DenseBias) and len(shape) > 1 and shape[-2] in (1, self.own[0]):
             return (*shape[:-2], "rows", shape[-1])
         return shape
-
-
-class _Nothing:
-    """A call that this rank has refused already."""
-
-    own = (0, 0)
-
-
-def _leaves(mask: Mask) -> list[Mask]:
-    return list(mask.primitives())
 
 
 def _without_arrays(structure: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -129,7 +129,7 @@ class BiasSums:
 
 
 def facts_of(
-    operands: Sequence[Tensor], integer_facts: tuple[Sequence[Tensor], Sequence[int]], scale: float | None,
+    operands: Sequence[Tensor], tensors: Sequence[Tensor], integers: Sequence[int], scale: float | None,
     told: Options, q: Layout, k: Layout, rank: int,
 ) -> Facts:  # fmt: skip
     """The facts of all heads, lowered for the whole sequence.
@@ -137,7 +137,6 @@ def facts_of(
     Raises:
         ValueError, TypeError: beginning with "mask:", when an operand does not fit the sizes of the whole.
     """
-    tensors, integers = integer_facts
     mask = read(told.mask, tensors[told.seeded :], integers[2 * bool(told.p and not told.seeded) :])
     if mask is not None:
         mask = with_own_rows(mask, q.positions(rank), q.length)

@@ -9,7 +9,7 @@ each rank, queries first, and the line of text of `Team`. What they need of othe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -19,17 +19,18 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.library import register_autograd, register_fake
 
-from ...distributed.schedule import Schedule, ring
+from ...distributed.schedule import Schedule
 from ...problem import Gradient
 from ..operator import LIBRARY, Tensors, empty_in_order, ordered
 from ..options import Options, parse
-from ..spelling import predicates_of
+from ..spelling import has_predicate, predicates_of
 from . import sequence
 from .agreement import agree
-from .facts import Facts, accumulator, facts_of, has_own_rows
+from .facts import Facts, accumulator, facts_of
 from .heads import HeadsCircle
-from .spread import Spread, layout_of
-from .strategy import resolve
+from .peers import Peers
+from .spread import keys_circle, layout_of
+from .strategy import schedule_of
 
 _REST = "Tensor[] facts, SymInt[] integers, float? scale, str options, SymInt[] lengths, str team"
 
@@ -73,12 +74,12 @@ class Team:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """What a rank has to do for a call."""
+    """What a rank has to do for a call; `circle` is None where no heads are exchanged."""
 
     told: Options
     facts: Facts
-    spread: Spread
     schedule: Schedule
+    peers: Peers
     circle: HeadsCircle | None
 
 
@@ -97,7 +98,7 @@ def compute(
     q, k, v = operands[:3]
     if job.circle is not None:
         q, k, v = job.circle.join([q], [k, v], "rows for heads")
-    out, lse = sequence.attend(job.spread.keys_circle(), job.facts, job.schedule, q, k, v)
+    out, lse = sequence.attend(job.peers, job.facts, job.schedule, q, k, v)
     if job.circle is not None:
         lse, out = job.circle.part([lse, out], [], "heads for rows")
     return ordered(out, job.told, 0), lse.contiguous()
@@ -119,7 +120,7 @@ def compute_backward(
         )
     shared = job.circle is not None and job.circle.shared_keys
     found = sequence.pull(
-        job.spread.keys_circle(), job.facts, job.schedule, q, k, v, (out, lse, d_out, d_lse), names, rounded=not shared
+        job.peers, job.facts, job.schedule, q, k, v, (out, lse, d_out, d_lse), names, rounded=not shared
     )
     d_q, d_k, d_v = found.q, found.k, found.v
     if job.circle is not None:
@@ -131,22 +132,31 @@ def compute_backward(
     return [ordered(flat[n].to(operands[n].dtype), job.told, n) for n in wanted]
 
 
+_schedules: dict[Hashable, Schedule] = {}  # of calls without arrays in their masks
+_MOST = 256
+
+
 def _job(
     operands: Tensors, facts: Tensors, integers: Sequence[int], scale: float | None, options: str,
     lengths: Sequence[int], team: Team,
 ) -> Job:  # fmt: skip
-    told, count = parse(options), len(lengths) // 2
+    told, count, group = parse(options), len(lengths) // 2, _resolve_process_group(team.group)
     q, k = layout_of("q", team.sharding, lengths[:count]), layout_of("k", team.sharding, lengths[count:])
-    rank = dist.get_rank(_resolve_process_group(team.group))
-    known = facts_of(operands, (facts, integers), scale, told, q, k, rank)
-    heads = operands[0].shape[1], operands[1].shape[1]
-    strategy, inner = resolve(team.strategy, count, heads, q, k, known.mask, own_rows=has_own_rows(known))
-    spread = Spread(team.group, strategy, inner, q, k)
-    circle = HeadsCircle.of(spread, *heads, operands[0].device) if inner > 1 else None
+    known = facts_of(operands, facts, integers, scale, told, q, k, dist.get_rank(group))
+    q_heads, kv_heads, device = operands[0].shape[1], operands[1].shape[1], operands[0].device
+    key = (options, tuple(integers), tuple(lengths), team, scale, device, *(x.shape for x in operands))
+    symbolic = not facts and not has_predicate(told.mask)
+    schedule = _schedules.get(key) if symbolic else None
+    if schedule is None:
+        schedule = schedule_of(team.strategy, known, operands, q, k)
+        if symbolic:
+            if len(_schedules) >= _MOST:
+                _schedules.clear()
+            _schedules[key] = schedule
+    circle = HeadsCircle.of(group, schedule, q_heads, kv_heads, device) if schedule.inner > 1 else None
     if circle is not None:
         known = replace(known, heads=circle.own)
-    schedule = replace(ring(spread.outer(q), spread.outer(k), known.mask), strategy=strategy)
-    return Job(told, known, spread, schedule, circle)
+    return Job(told, known, schedule, keys_circle(group, schedule), circle)
 
 
 for _name, _function in (("context_parallel", compute), ("context_parallel_backward", compute_backward)):

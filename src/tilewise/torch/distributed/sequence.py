@@ -10,33 +10,32 @@ import torch
 from torch import Tensor
 
 from ...contract import Gradients
-from ...distributed.layout import Layout
 from ...distributed.schedule import Block, Schedule
 from ...kernels.state import merge
 from ...masks.part import Run
 from ...problem import Gradient
 from .facts import BiasSums, Facts, accumulator
 from .peers import Peers
-from .travel import Homeward, around, empty_rows, gathered
+from .travel import Homeward, around
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]  # out, lse, d_out, d_lse
 
 
-def whole(q: Layout, k: Layout) -> Block:
+def whole(schedule: Schedule) -> Block:
     """The block of all rows and all keys."""
-    return Block(Run(0, q.length), Run(0, k.length), 0, 0, q.length * k.length)
+    q_len, k_len = schedule.q.length, schedule.k.length
+    return Block(Run(0, q_len), Run(0, k_len), 0, 0, q_len * k_len)
 
 
 def attend(peers: Peers, facts: Facts, schedule: Schedule, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out (B, H, rows, Dv) in q's dtype and lse (B, H, rows) of q (B, H, rows, D), k and v of this rank."""
     if len(peers) == 1:
-        return facts.attend(q, k, v, whole(schedule.q, schedule.k), whole=True)
-    out, lse = empty_rows(q, v, schedule.q, peers.place, accumulator(q))
-    way = gathered if schedule.strategy == "all_gather" else around
-    for _, step, shard in way(peers, schedule, k, v):
+        return facts.attend(q, k, v, whole(schedule), whole=True)
+    out, lse = _nothing_seen(q, v)
+    for _, step, shard in around(peers, schedule, k, v):
         for block in step.blocks:
             rows = slice(block.q_begin, block.q_begin + block.rows.count)
-            part = facts.attend(q[:, :, rows], *shard.keys(block), block)
+            part = facts.attend(q[:, :, rows], *shard.keys(step, block), block)
             out[:, :, rows], lse[:, :, rows] = merge(out[:, :, rows], lse[:, :, rows], *part)
     if facts.sinks is not None:
         out, lse = _with_sinks(out, lse, facts.heads.of(facts.sinks, 0))
@@ -54,24 +53,23 @@ def pull(
     """
     sums = BiasSums(facts, wanted)
     if len(peers) == 1:
-        block = whole(schedule.q, schedule.k)
+        block = whole(schedule)
         found = facts.pull(q, k, v, given, block, wanted, whole=True, rounded=rounded)
         sums.add(block, found)
         return Gradients(found.q, found.k, found.v, sums.dense, sums.table, _of_all_heads(facts, found.sinks))
     inside = wanted - {"sinks"}
     d_q = torch.zeros(q.shape, dtype=accumulator(q), device=q.device)
     homeward = Homeward(peers, schedule, k, v, accumulator(q))
-    way = gathered if schedule.strategy == "all_gather" else around
-    for number, step, shard in way(peers, schedule, k, v):
-        part = homeward.fresh(schedule.k.local_length(step.source)) if step.blocks else None
+    for number, step, shard in around(peers, schedule, k, v):
+        part = homeward.fresh(shard.k.shape[2]) if step.blocks else None
         for block in step.blocks if inside else ():
             rows = slice(block.q_begin, block.q_begin + block.rows.count)
             found = facts.pull(
-                q[:, :, rows], *shard.keys(block), [x[:, :, rows] for x in given], block, inside
+                q[:, :, rows], *shard.keys(step, block), [x[:, :, rows] for x in given], block, inside
             )  # fmt: skip
             if "q" in wanted:
                 d_q[:, :, rows] += found.q
-            for name, total in zip("kv", part.keys(block), strict=True):
+            for name, total in zip("kv", part.keys(step, block), strict=True):
                 if name in wanted:
                     total += getattr(found, name)
             sums.add(block, found)
@@ -89,6 +87,12 @@ def pull(
     )
 
 
+def _nothing_seen(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse of rows that have seen no key yet."""
+    out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=accumulator(q), device=q.device)
+    return out, torch.full(q.shape[:3], float("-inf"), dtype=out.dtype, device=q.device)
+
+
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """One more exponent in the denominator of every row that sees something."""
     nothing = lse == float("-inf")
@@ -98,7 +102,7 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor
 
 
 def _sinks_gradient(facts: Facts, given: Rows) -> Tensor:
-    """A sink takes p = exp(sink - lse) of a row's weight and gives no value: d_sink = sum of p (d_lse - out . d_out)."""
+    """A sink has the weight p = exp(sink - lse) and no value, so its gradient is the sum of p (d_lse - out . d_out)."""
     out, lse, d_out, d_lse = given
     wide = lse.dtype
     nothing = lse == float("-inf")

@@ -1,22 +1,19 @@
-"""Where a call's rows lie and which processes work together: all of it integers, the same for every process.
+"""Where a call's rows lie, and which ranks of a group work together.
 
-A process works in two circles. Within the inner one rows are exchanged for heads, so that its members hold the rows of
-all of them for some of the heads (Ulysses, Jacobs et al., 2023). Around the outer one keys and values travel (ring
-attention, Liu et al., 2023) or are gathered. A circle of one is no circle: the ring alone has inner circles of one,
-Ulysses alone an outer one of one, and the grid has both (Fang and Zhao, 2024).
+A rank works in two circles. Within one, of neighbouring ranks, rows are exchanged for heads, so that its members hold
+the rows of all of them for some of the heads. Around the other keys and values travel or are gathered. A circle of one
+is no circle: the ring alone exchanges no heads, heads alone leave no ring, and the grid has both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ...distributed.layout import Kind, Layout
+from ...distributed.schedule import Schedule
 from .peers import Peers
 
 Strategy = Literal["auto", "ring", "all_gather", "ulysses", "grid"]
@@ -24,85 +21,18 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 SHARDINGS: tuple[str, ...] = get_args(Kind)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A call's rows over the ranks of a group.
+def heads_circle(group: Any, schedule: Schedule) -> Peers:
+    """The ranks with which this one exchanges rows for heads."""
+    rank = dist.get_rank(group)
+    first = rank - rank % schedule.inner
+    return Peers(group, tuple(range(first, first + schedule.inner)), rank - first)
 
-    Attributes:
-        group: its name in torch.distributed.
-        strategy: not "auto"; inner: ranks in a circle that exchanges heads.
-        q, k: where the queries and the keys lie.
-    """
 
-    group: str
-    strategy: str
-    inner: int
-    q: Layout
-    k: Layout
-
-    @property
-    def ranks(self) -> int:
-        """Of the group."""
-        return self.q.ranks
-
-    def heads_circle(self) -> Peers:
-        """The ranks with which this one exchanges rows for heads."""
-        rank, outer = self._rank(), self.ranks // self.inner
-        if self.q.kind == "stripe":  # ranks that together hold every outer-th row
-            ranks = range(rank % outer, self.ranks, outer)
-        else:
-            first = rank - rank % self.inner
-            ranks = range(first, first + self.inner)
-        return self._peers(ranks, rank)
-
-    def keys_circle(self) -> Peers:
-        """The ranks whose keys and values this one sees."""
-        rank, outer = self._rank(), self.ranks // self.inner
-        if self.q.kind == "stripe":
-            first = rank - rank % outer
-            return self._peers(range(first, first + outer), rank)
-        return self._peers(range(rank % self.inner, self.ranks, self.inner), rank)
-
-    def outer(self, layout: Layout) -> Layout:
-        """Where rows lie once every inner circle has joined its own.
-
-        Raises:
-            ValueError: beginning with "strategy:", where a circle's rows are no shard of a layout.
-        """
-        count = self.ranks // self.inner
-        if self.inner == 1:
-            return layout
-        if layout.kind == "contiguous":
-            lengths = [layout.local_length(rank) for rank in range(layout.ranks)]
-            sums = tuple(sum(lengths[n : n + self.inner]) for n in range(0, layout.ranks, self.inner))
-            return Layout(layout.kind, layout.length, count, sums)
-        if layout.kind == "zigzag" and count > 1 and layout.length % (2 * layout.ranks):
-            raise ValueError(
-                f"strategy: 'grid' with zigzag shards got {layout.length} rows, expected a multiple of twice the "
-                f"{layout.ranks} ranks"
-            )
-        return Layout(layout.kind, layout.length, count)
-
-    def gathered(self, layout: Layout) -> tuple[list[int], np.ndarray | None]:
-        """How the rows of an inner circle join: how many each member has, and in which order the whole stands.
-
-        Returns:
-            lengths: of the members' shards; order: the outer shard is joined[order], None where it stands so already.
-        """
-        circle, place = self.heads_circle(), self.keys_circle().place
-        shards = [layout.positions(rank) for rank in circle.ranks]
-        joined = np.concatenate(shards)
-        places = np.full(layout.length, -1)
-        places[joined] = np.arange(joined.size)
-        order = places[self.outer(layout).positions(place)]
-        lengths = [len(shard) for shard in shards]
-        return lengths, None if (order == np.arange(order.size)).all() else order
-
-    def _rank(self) -> int:
-        return dist.get_rank(_resolve_process_group(self.group))
-
-    def _peers(self, ranks: Sequence[int], rank: int) -> Peers:
-        return Peers(_resolve_process_group(self.group), tuple(ranks), list(ranks).index(rank))
+def keys_circle(group: Any, schedule: Schedule) -> Peers:
+    """The ranks whose keys and values this one sees, by their places in the schedule."""
+    rank = dist.get_rank(group)
+    ranks = range(rank % schedule.inner, schedule.q.ranks, schedule.inner)
+    return Peers(group, tuple(ranks), rank // schedule.inner)
 
 
 def layout_of(name: str, sharding: Any, lengths: Sequence[int]) -> Layout:

@@ -1,46 +1,57 @@
-"""Which strategy a call takes, and refusals of those it cannot."""
+"""Which strategy a call takes: the one asked for, or the cheapest of those that can run it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from ...distributed.layout import Layout
-from ...masks.lower import LoweredMask
+from ...distributed.schedule import Schedule, all_gather, grid, ring, ulysses
+from .facts import Facts, has_own_rows
+
+_WITH_OTHER_ROWS = ("ulysses", "grid")
 
 
-def resolve(
-    strategy: str, ranks: int, heads: tuple[int, int], q: Layout, k: Layout, mask: LoweredMask, own_rows: bool
-) -> tuple[str, int]:
-    """The strategy, no longer "auto", and how many ranks exchange heads in it.
+def schedule_of(strategy: str, facts: Facts, operands: Sequence[Tensor], q: Layout, k: Layout) -> Schedule:
+    """The schedule of a call.
 
     Args:
-        heads: Hq and Hkv; own_rows: whether a mask or a bias holds the rows of its rank alone.
+        strategy: as of `context_parallel_attention`; facts: of all heads; operands: of which the first are q, k and v.
 
     Raises:
-        ValueError: beginning with "strategy:", it cannot run this call.
+        ValueError: the strategy cannot run this call.
     """
-    if strategy == "auto":
-        return "ring", 1
-    if strategy in ("ring", "all_gather") or ranks == 1:
-        return strategy, 1
-    if own_rows:
+    heads, kv_heads, ranks = operands[0].shape[1], operands[1].shape[1], q.ranks
+    own_rows = has_own_rows(facts)
+    if strategy in _WITH_OTHER_ROWS and own_rows:
         raise ValueError(
-            f"strategy: {strategy!r} has the rows of other ranks too, but a mask or bias holds this rank's alone; "
-            f"expected them whole, or strategy 'ring' or 'all_gather'"
+            f"strategy: {strategy!r} needs the rows of other ranks, but a mask or bias holds this rank's alone; "
+            f"expected it whole, or strategy 'ring' or 'all_gather'"
         )
-    if strategy == "ulysses":
-        if heads[0] % ranks:
-            raise ValueError(
-                f"strategy: 'ulysses' got {heads[0]} query heads, expected a multiple of the {ranks} ranks"
-            )
-        return strategy, ranks
-    inner = grid_inner(ranks, heads[0])
-    if inner == 1:
-        raise ValueError(
-            f"strategy: 'grid' got {heads[0]} query heads and {ranks} ranks, expected a common divisor that is less "
-            f"than the ranks; 'ring' needs none"
-        )
-    return strategy, inner
+    if strategy == "ulysses" and ranks > 1:
+        return ulysses(q, k, facts.mask, heads, kv_heads)
+    if strategy == "grid" and ranks > 1:
+        return grid(q, k, facts.mask, heads, kv_heads, _inner(q, heads, kv_heads))
+    if strategy == "all_gather":
+        return all_gather(q, k, facts.mask)
+    return ring(q, k, facts.mask)
 
 
-def grid_inner(ranks: int, heads: int) -> int:
-    """The largest number of ranks, but not all, that can share the heads and divide the ranks."""
-    return max((n for n in range(1, ranks) if not ranks % n and not heads % n), default=1)
+def _inner(q: Layout, heads: int, kv_heads: int) -> int:
+    """How many ranks of a grid exchange heads: as many as can, but not all."""
+    if q.kind == "stripe":
+        raise ValueError(
+            "strategy: 'grid' cannot join the rows of sharding='stripe'; expected 'contiguous' or 'zigzag'"
+        )
+    fits = [
+        n
+        for n in range(2, q.ranks)
+        if not q.ranks % n and not heads % n and kv_heads and not (kv_heads % n and n % kv_heads)
+    ]
+    if not fits:
+        raise ValueError(
+            f"strategy: 'grid' got {heads} query heads, {kv_heads} key heads and {q.ranks} ranks, expected a divisor "
+            f"of the ranks, less than all, that shares the heads; 'ring' needs none"
+        )
+    return max(fits)

@@ -7,15 +7,20 @@ no rank holds more than two shards of keys and two of their gradients beside its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ...distributed.layout import Layout
-from ...distributed.schedule import Block, Schedule, Step
-from .peers import Peers, Pending
+from ...distributed.schedule import WHOLE, Block, Schedule, Step
+from ...masks.part import Run
+from .peers import Peers, Pending, answered
+
+# torch renamed it; the old name warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,43 +53,60 @@ class Shard:
         shard.v.copy_(v)
         return shard
 
-    def keys(self, block: Block) -> tuple[Tensor, Tensor]:
+    def keys(self, step: Step, block: Block) -> tuple[Tensor, Tensor]:
         """The block's keys and values."""
-        return self.k.narrow(2, block.k_begin, block.keys.count), self.v.narrow(2, block.k_begin, block.keys.count)
+        stride = block.keys.step if step.source == WHOLE else 1
+        run = Run(block.k_begin, block.keys.count, stride)
+        return run.of(self.k, 2, torch), run.of(self.v, 2, torch)
 
 
 def around(peers: Peers, schedule: Schedule, k: Tensor, v: Tensor) -> Iterator[tuple[int, Step, Shard]]:
-    """Each step with the shard that it computes with; exchanges run while the caller computes."""
-    steps, layout = schedule.steps[peers.place], schedule.k
-    held = Shard.packed(k, v)
+    """Each step of this rank with the shard that it computes with; exchanges run while the caller computes."""
+    steps = schedule.steps[peers.place]
+    if schedule.strategy == "all_gather":
+        yield 0, steps[0], _gathered(peers, schedule, k, v)
+        return
+    held: Shard | None = Shard.packed(k, v)
     for number, step in enumerate(steps):
         coming, sends, receives = None, [], []
         if step.send_to is not None:
             sends = [(step.send_to, held.memory)]
         if step.receive_from is not None:
-            coming = Shard.like(k, v, layout.local_length(steps[number + 1].source))
+            coming = Shard.like(k, v, schedule.keys.local_length(steps[number + 1].source))
             receives = [(step.receive_from, coming.memory)]
         pending = peers.post(sends, receives, f"keys of step {number}")
         yield number, step, held
         pending.wait()
-        held = coming if coming is not None else held
+        held = coming
 
 
-def gathered(peers: Peers, schedule: Schedule, k: Tensor, v: Tensor) -> Iterator[tuple[int, Step, Shard]]:
-    """Likewise with every shard brought straight from its home before anything is computed."""
-    steps, own, layout = schedule.steps, Shard.packed(k, v), schedule.k
-    needed = [step.source for step in steps[peers.place] if step.blocks and step.source != peers.place]
-    shards = {source: Shard.like(k, v, layout.local_length(source)) for source in needed}
-    receives = [(source, shards[source].memory) for source in needed]
-    sends = [(rank, own.memory) for rank in _users(steps, peers.place)]
-    peers.post(sends, receives, "keys").wait()
-    shards[peers.place] = own
-    for number, step in enumerate(steps[peers.place]):
-        yield number, step, shards.get(step.source, own)
+def _gathered(peers: Peers, schedule: Schedule, k: Tensor, v: Tensor) -> Shard:
+    """All keys in global order. Shards are padded to the longest, since a gather takes equal ones."""
+    layout = schedule.k
+    lengths = [layout.local_length(rank) for rank in range(len(peers))]
+    longest = max(lengths)
+    own = torch.zeros((longest, *k.shape[:2], k.shape[3] + v.shape[3]), dtype=k.dtype, device=k.device)
+    own[: k.shape[2]] = torch.cat([k, v], -1).movedim(2, 0)
+    everything = own.new_empty((len(peers) * longest, *own.shape[1:]))
+    if own.numel():
+        answered(
+            peers.group, "gathered the keys of all ranks",
+            lambda: _all_gather(everything, own, group=peers.group),
+        )  # fmt: skip
+    places = np.concatenate([rank * longest + np.arange(length) for rank, length in enumerate(lengths)])
+    in_order = torch.as_tensor(places[np.argsort(layout.order())], device=k.device)
+    shard = Shard.like(k, v, layout.length)
+    shard.k.copy_(everything[..., : k.shape[3]].index_select(0, in_order).movedim(0, 2))
+    shard.v.copy_(everything[..., k.shape[3] :].index_select(0, in_order).movedim(0, 2))
+    return shard
 
 
 class Homeward:
-    """Gradients of the keys and values of every rank, brought home and added up there."""
+    """Gradients of the keys and values of every rank, brought home and added up there.
+
+    Attributes:
+        total: the sum at home, complete after `land`.
+    """
 
     def __init__(self, peers: Peers, schedule: Schedule, k: Tensor, v: Tensor, dtype: torch.dtype) -> None:
         self._peers, self._schedule = peers, schedule
@@ -99,18 +121,36 @@ class Homeward:
 
     def send(self, number: int, step: Step, part: Shard | None) -> None:
         """After a step: its part goes home, and what comes home from the same step of another rank is received."""
-        place = self._peers.place
-        sends = [] if part is None or step.source == place else [(step.source, part.memory)]
-        users = [rank for rank in _users(self._schedule.steps, place, number) if rank != place]
-        arriving = [(rank, self.fresh(self.total.k.shape[2])) for rank in users]
+        if step.source == WHOLE:
+            self._distribute(part)
+            return
+        place, count = self._peers.place, len(self._peers)
+        if step.source == place:
+            if part is not None:
+                self.total.memory.add_(part.memory)
+            return
+        # The rank as far ahead as this step's shard is from behind: at this step it computes with this rank's keys.
+        user = (2 * place - step.source) % count
+        arriving = []
+        if self._schedule.steps[user][number].blocks:
+            arriving = [(user, self.fresh(self.total.k.shape[2]))]
+        sends = [] if part is None else [(step.source, part.memory)]
         pending = self._peers.post(
             sends, [(rank, shard.memory) for rank, shard in arriving], f"gradients of step {number}"
         )
         self.land()
-        if part is not None and step.source == place:
-            self.total.memory.add_(part.memory)
         # What is sent is held here until it has left.
         self._under_way.append((pending, part, [shard for _, shard in arriving]))
+
+    def _distribute(self, part: Shard | None) -> None:
+        """Every rank's rows of a part of all keys go to that rank, which adds them up in the order of the ranks."""
+        layout, whole = self._schedule.k, part or self.fresh(self._schedule.k.length)
+        orders = [torch.as_tensor(layout.positions(rank), device=whole.k.device) for rank in range(len(self._peers))]
+        out = [[whole.k.index_select(2, order), whole.v.index_select(2, order)] for order in orders]
+        shapes = [[self.total.k.shape, self.total.v.shape]] * len(orders)
+        for d_k, d_v in self._peers.swap(out, shapes, "gradients"):
+            self.total.k.add_(d_k)
+            self.total.v.add_(d_v)
 
     def land(self) -> None:
         """Wait for what is under way, and add what has come."""
@@ -119,20 +159,3 @@ class Homeward:
             for shard in arrived:
                 self.total.memory.add_(shard.memory)
         self._under_way.clear()
-
-
-def _users(steps: Sequence[Sequence[Step]], source: int, number: int | None = None) -> list[int]:
-    """The other ranks that compute with a shard, at any step or at one."""
-    return [
-        rank
-        for rank, of_rank in enumerate(steps)
-        for n, step in enumerate(of_rank)
-        if step.source == source and step.blocks and rank != source and number in (None, n)
-    ]
-
-
-def empty_rows(q: Tensor, v: Tensor, layout: Layout, place: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """out and lse of rows that have seen nothing."""
-    rows = (*q.shape[:2], layout.local_length(place))
-    out = torch.zeros((*rows, v.shape[3]), dtype=dtype, device=q.device)
-    return out, torch.full(rows, float("-inf"), dtype=dtype, device=q.device)
