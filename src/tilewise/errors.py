@@ -32,7 +32,7 @@ class KernelRefused(TilewiseError, RuntimeError):
 
 
 class PeerLost(TilewiseError, RuntimeError):
-    """Another process of a call over several devices is gone, or did not answer in time. Its group is of no more use."""
+    """A process that shares a call is gone, or did not answer in time. Its group is of no more use."""
 
 
 class QuadraticMemory(TilewiseError, RuntimeError):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
+from ...distributed.cost import costs, pick
 from ...distributed.layout import Layout
+from ...distributed.machine import machine_of
 from ...distributed.schedule import Schedule, all_gather, grid, ring, ulysses
 from .facts import Facts, has_own_rows
 
@@ -29,13 +32,33 @@ def schedule_of(strategy: str, facts: Facts, operands: Sequence[Tensor], q: Layo
             f"strategy: {strategy!r} needs the rows of other ranks, but a mask or bias holds this rank's alone; "
             f"expected it whole, or strategy 'ring' or 'all_gather'"
         )
+    inner = _inner(q, heads, kv_heads) if strategy == "grid" and ranks > 1 else ranks
+    if strategy == "auto":
+        strategy, inner = _cheapest(facts, operands, q, k, own_rows)
     if strategy == "ulysses" and ranks > 1:
         return ulysses(q, k, facts.mask, heads, kv_heads)
     if strategy == "grid" and ranks > 1:
-        return grid(q, k, facts.mask, heads, kv_heads, _inner(q, heads, kv_heads))
+        return grid(q, k, facts.mask, heads, kv_heads, inner)
     if strategy == "all_gather":
         return all_gather(q, k, facts.mask)
     return ring(q, k, facts.mask)
+
+
+def _cheapest(facts: Facts, operands: Sequence[Tensor], q: Layout, k: Layout, own_rows: bool) -> tuple[str, int]:
+    """The strategy of the least predicted time, and the ranks that exchange heads in it."""
+    given = facts.told.operands(operands, facts.mask)
+    # With a backward pass whether or not one follows: it must find the strategy that the forward pass took.
+    problem = replace(
+        facts.told.problem(given, facts.scale, frozenset({"q", "k", "v"})), q_len=q.length, k_len=k.length
+    )
+    machine = machine_of(problem.device)
+    able = [
+        cost
+        for cost in costs(problem, facts.mask, q, k, machine)
+        if not (own_rows and cost.strategy in _WITH_OTHER_ROWS)
+    ]
+    choice = pick(problem, tuple(able), machine, q.ranks)
+    return choice.strategy, choice.inner
 
 
 def _inner(q: Layout, heads: int, kv_heads: int) -> int:
