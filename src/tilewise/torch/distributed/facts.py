@@ -69,7 +69,8 @@ class Facts:
         dense = tuple(
             keys.of(self.rows_in(bias, block).of(heads.of(bias, 1), 2, torch), 3, torch) for bias in self.dense
         )
-        return Operands(q, k, v, mask, dense, table, heads.of(self.sinks, 0) if sinks else None, dropout)
+        of_heads = heads.of(self.sinks, 0) if sinks and self.sinks is not None else None
+        return Operands(q, k, v, mask, dense, table, of_heads, dropout)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, block: Block, whole: bool = False) -> tuple[Tensor, Tensor]:
         """out and lse of the block's rows as seen by its keys: all their keys and sinks if `whole`, else in the

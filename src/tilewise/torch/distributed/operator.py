@@ -189,7 +189,10 @@ def _pull(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
     operands, facts = tensors[: ctx.count], tensors[ctx.count :]
     wanted = [n for n, needed in enumerate(ctx.needs_input_grad[0]) if needed]
     found = iter(context_parallel_backward(operands, out, lse, d_out, d_lse, facts, *ctx.rest, wanted))
-    return ([next(found) if n in wanted else None for n in range(ctx.count)], [None] * len(facts), *[None] * 5)
+    gradients = [next(found) if n in wanted else None for n in range(ctx.count)]
+    # torch takes an empty list of integers for one of tensors, and wants as many gradients.
+    integers, scale, options, lengths, team = ([] if rest == [] else None for rest in ctx.rest)
+    return gradients, [None] * len(facts), integers, scale, options, lengths, team
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
