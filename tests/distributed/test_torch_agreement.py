@@ -91,7 +91,7 @@ def test_heads_give_the_bits_of_one_device(ranks, name):
     _check(ranks, case)
 
 
-@pytest.mark.parametrize("name", ["llama3-8b", "gpt-oss-20b-local", "mistral-7b", "big-bird"])
+@pytest.mark.parametrize("name", ["llama3-8b", "gpt-oss-20b-local", "mistral-7b", "gemma2-9b-global"])
 @pytest.mark.parametrize("sharding", ["contiguous", "zigzag"])
 def test_a_grid(ranks, name, sharding):
     _check(ranks, Case(name, "grid", sharding))

@@ -134,7 +134,7 @@ def _attention_shapes(operands: Tensors, *rest: Any) -> tuple[Tensor, Tensor]:
     q, v = operands[0], operands[2]
     accumulator = getattr(torch, ACCUMULATOR[str(q.dtype).removeprefix("torch.")])
     out = empty_in_order(q, told, (*q.shape[:3], v.shape[3]))
-    return out, q.newempty_in_order(q.shape[:3], dtype=accumulator)
+    return out, q.new_empty(q.shape[:3], dtype=accumulator)
 
 
 @register_fake("tilewise::attention_backward", lib=LIBRARY)
@@ -144,7 +144,7 @@ def _attention_backward_shapes(operands: Tensors, *rest: Any) -> list[Tensor]:
     return [
         empty_in_order(operands[n], told, operands[n].shape)
         if n < 3
-        else operands[n].newempty_in_order(operands[n].shape)
+        else operands[n].new_empty(operands[n].shape)
         for n in wanted
     ]
 
@@ -152,12 +152,12 @@ def _attention_backward_shapes(operands: Tensors, *rest: Any) -> list[Tensor]:
 @register_fake("tilewise::tiled_sum", lib=LIBRARY)
 def _tiled_sum_shapes(inputs: Tensors, *rest: Any) -> list[Tensor]:
     shapes = Program.parse(rest[-1]).shapes([tuple(x.shape) for x in inputs])
-    return [inputs[0].newempty_in_order(shape) for shape in shapes]
+    return [inputs[0].new_empty(shape) for shape in shapes]
 
 
 def empty_in_order(like: Tensor, told: Options, shape: Sequence[int]) -> Tensor:
     """Memory for (B, H, S, D) in the order of the layout."""
     if told.layout == "bshd":
         batch, heads, length, width = shape
-        return like.newempty_in_order((batch, length, heads, width)).transpose(1, 2)
-    return like.newempty_in_order(shape)
+        return like.new_empty((batch, length, heads, width)).transpose(1, 2)
+    return like.new_empty(shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -58,10 +59,8 @@ class Ranks:
                 raise AssertionError(f"ranks {sorted(waiting.values())} did not answer within {TIMEOUT} s")
             for pipe in ready:
                 rank = waiting.pop(pipe)
-                try:
+                with suppress(EOFError):
                     found[rank] = pipe.recv()
-                except EOFError:
-                    pass
         return found
 
     def close(self) -> None:
