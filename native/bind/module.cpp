@@ -170,11 +170,21 @@ void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple
     unlocked([&](const char **message) { return tw_backward(&p, &g, message); });
 }
 
+const tw_kernel_table *found(const tw_kernel_table *table, const char *message) {
+    if (!table) throw std::runtime_error(message);
+    return table;
+}
+
 const tw_kernel_table *page() {
     const char *message = nullptr;
     const tw_kernel_table *table = tilewise::page_in_use(&message);
-    if (!table) throw std::runtime_error(message);
-    return table;
+    return found(table, message);
+}
+
+const tw_kernel_table *page_of(int dtype) {
+    const char *message = nullptr;
+    const tw_kernel_table *table = tilewise::page_for(dtype, &message);
+    return found(table, message);
 }
 
 uint32_t philox_word(uint64_t seed, uint64_t stream, uint64_t index) {
@@ -220,7 +230,7 @@ double peak_gflops(int threads, double seconds, int dtype) {
         double (*run)(int64_t steps, float *twelve);
         double seconds;
         std::vector<double> rates;
-    } probe{page()->peak_probes[dtype], seconds, {}};
+    } probe{page_of(dtype)->peak_probes[dtype], seconds, {}};
     if (threads <= 0) threads = tilewise::default_threads();
     probe.rates.assign(size_t(threads), 0.0);
     nb::gil_scoped_release unlocked;

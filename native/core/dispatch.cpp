@@ -9,6 +9,9 @@ namespace tilewise {
 
 const Page *pages(int *count) {
     static const Page list[] = {
+#ifdef TILEWISE_PAGE_AMX_BF16
+        {&tw_page_amx_bf16, host_runs_amx_bf16()},
+#endif
 #ifdef TILEWISE_PAGE_AVX512_BF16
         {&tw_page_avx512_bf16, host_runs_avx512_bf16()},
 #endif
@@ -39,6 +42,16 @@ const tw_kernel_table *page_in_use(const char **message) {
     }
     *message = "TILEWISE_ISA: names no compiled page (see tilewise._native.build_info()['pages'])";
     return nullptr;
+}
+
+const tw_kernel_table *page_for(int32_t dtype, const char **message) {
+    const tw_kernel_table *table = page_in_use(message);
+    if (!table) return nullptr;
+    int count;
+    const Page *page = pages(&count);
+    while (page->table != table) ++page;
+    while (!page->host_runs || !page->table->kernels[dtype].forward) ++page; // the last page computes every type
+    return page->table;
 }
 
 } // namespace tilewise

@@ -17,4 +17,7 @@ const Page *pages(int *count);
 // TILEWISE_ISA is read on every call, so that one process can test every page.
 const tw_kernel_table *page_in_use(const char **message);
 
+// The page that computes a tw_dtype: the one in use, or, where it leaves the type to others, the best one after it.
+const tw_kernel_table *page_for(int32_t dtype, const char **message);
+
 } // namespace tilewise

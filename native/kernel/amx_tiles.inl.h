@@ -1,0 +1,95 @@
+// Tile registers: eight of 16 rows of 64 bytes, which hold 16 x 16 sums or 16 rows of 16 units. One instruction
+// (TDPBF16PS) adds to C[m][n] the products of A[m][k] and B[k][n] over 16 units k: C has a row of sums, A a row of units
+// along k, and B a row of units for each k. It sums the first numbers of all units, then the second ones, adds the two,
+// and that to C; it takes denormals for 0 and makes none.
+//
+// A sum's bits depend on its own units alone, not on its place in a tile, and zeros change nothing. So units stand in
+// registers by their place on the axis summed over, filled up with zeros, and a row's bits are its own.
+
+enum { tile_side = 16, tile_units = tile_side * tile_side };
+
+// bfloat16 pairs: few rows by the vector dot product, all else in tile registers.
+struct Tiles : Pairs {
+    static constexpr bool tiled = true;
+};
+
+// The tiles' shape is part of a thread's state, and other libraries use tiles too. So a kernel sets it when it begins
+// and gives the registers back when it ends.
+template <> struct Registers<Tiles> {
+    Registers() {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } shape;
+        __asm__ volatile("" : : "r"(&shape) : "memory");
+        _tile_loadconfig(&shape);
+    }
+    ~Registers() { _tile_release(); }
+    Registers(const Registers &) = delete;
+    Registers &operator=(const Registers &) = delete;
+};
+
+// What stands before this in the text is in memory before a tile is loaded, and the other way about: compilers do not
+// all know that tile instructions touch memory.
+TW_INLINE void order_memory() { __asm__ volatile("" : : : "memory"); }
+
+// A place for units or sums, and the bytes from one of its rows to the next.
+struct Place {
+    const void *at;
+    int64_t stride;
+};
+template <class N> TW_INLINE Place place(const N *at, int64_t stride) { return {at, stride * int64_t(sizeof(N))}; }
+TW_INLINE Place beyond(Place from, int64_t bytes) { return {static_cast<const char *>(from.at) + bytes, from.stride}; }
+
+// Loads or stores the four tiles 0..3 of sums [2 x 16][2 x 16], or the first two.
+template <int ROWS> TW_INLINE void load_sums(const float *sums, int64_t stride) {
+    const int64_t bytes = stride * int64_t(sizeof(float));
+    _tile_loadd(0, sums, bytes);
+    _tile_loadd(1, sums + tile_side, bytes);
+    if constexpr (ROWS > 1) {
+        _tile_loadd(2, sums + tile_side * stride, bytes);
+        _tile_loadd(3, sums + tile_side * stride + tile_side, bytes);
+    }
+}
+template <int ROWS> TW_INLINE void store_sums(float *sums, int64_t stride) {
+    const int64_t bytes = stride * int64_t(sizeof(float));
+    _tile_stored(0, sums, bytes);
+    _tile_stored(1, sums + tile_side, bytes);
+    if constexpr (ROWS > 1) {
+        _tile_stored(2, sums + tile_side * stride, bytes);
+        _tile_stored(3, sums + tile_side * stride + tile_side, bytes);
+    }
+}
+
+// Tiles 0..3 += A [2 x 16 rows] B [2 x 16 columns], over 16 units.
+template <int ROWS> TW_INLINE void add_tile_products(const int32_t *a, int64_t a_stride, const int32_t *b, int64_t b_stride) {
+    const int64_t a_bytes = a_stride * 4, b_bytes = b_stride * 4;
+    _tile_loadd(4, a, a_bytes);
+    _tile_loadd(6, b, b_bytes);
+    _tile_loadd(7, b + tile_side, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (ROWS > 1) {
+        _tile_loadd(5, a + tile_side * a_stride, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+// Rows of n numbers, turned about: to [groups of 32 rows][padded n][16], each group whole tiles that hold a number of
+// the rows along k. Rows that do not exist are zeros.
+TW_INLINE void columns_to_tiles(const bfloat *from, int64_t stride, int64_t count, int64_t n, int32_t *to) {
+    for (int64_t r = 0; r < count; r += 2 * tile_side)
+        for (int64_t d = 0; d < n; d += tile_side, to += tile_units) {
+            vi32 x[tile_side];
+            for (int64_t i = 0; i < tile_side; ++i) {
+                const int64_t left = count - r - 2 * i;
+                const bfloat *rows = from + (r + 2 * i) * stride + d;
+                x[i] = vi32{};
+                if (left > 0) copy_across(rows, left > 1 ? rows + stride : nullptr, n - d < tile_side ? n - d : tile_side, reinterpret_cast<int32_t *>(x + i));
+            }
+            transpose<int32_t>(x);
+            for (int i = 0; i < tile_side; ++i) store(to + i * tile_side, x[i]);
+        }
+}

@@ -1,0 +1,89 @@
+// Products of the tile registers over whole arrays: values weighed forward, and their like backward; and the careful
+// forms of these, where something is not finite.
+
+// out [rows][32] += values [groups of 32][rows][16 units] times weights [groups of 16 units][32].
+TW_INLINE void add_values_in_tiles(const int32_t *weights, const int32_t *values, int64_t groups, int64_t rows, float *out) {
+    constexpr int width = 2 * tile_side;
+    order_memory();
+    int64_t r = 0;
+    for (; r + width <= rows; r += width) {
+        load_sums<2>(out + r * width, width);
+        for (int64_t g = 0; g < groups; ++g)
+            add_tile_products<2>(values + (g * rows + r) * tile_side, tile_side, weights + g * tile_side * width, width);
+        store_sums<2>(out + r * width, width);
+    }
+    if (r < rows) {
+        load_sums<1>(out + r * width, width);
+        for (int64_t g = 0; g < groups; ++g)
+            add_tile_products<1>(values + (g * rows + r) * tile_side, tile_side, weights + g * tile_side * width, width);
+        store_sums<1>(out + r * width, width);
+    }
+    order_memory();
+}
+
+// Which of a group's 32 keys have a value that is not finite.
+TW_RARE uint32_t keys_not_finite(const int32_t *values, int64_t rows) {
+    const __m512i exponent = _mm512_set1_epi16(0x7F80);
+    __mmask32 found = 0;
+    for (int64_t r = 0; r < rows; ++r)
+        found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512((__m512i)load(values + r * tile_side), exponent), exponent);
+    return found;
+}
+
+// One group of add_values_in_tiles where its keys `bad` have values that are not finite: words[lane] says which keys a
+// lane sees, and what it does not see is 0 for it. Lanes that see the same bad keys are summed together.
+TW_RARE void add_values_seen(const int32_t *weights, const int32_t *values, uint32_t bad, const uint32_t *words,
+                             int64_t rows, float *out) {
+    constexpr int width = 2 * tile_side;
+    alignas(64) int32_t kept[tile_units];
+    alignas(64) float sums[tile_side * width];
+    for (uint32_t left = ~0u; left;) {
+        const uint32_t pattern = words[__builtin_ctz(left)] & bad;
+        uint32_t own = 0;
+        for (int l = 0; l < width; ++l) own |= uint32_t((words[l] & bad) == pattern) << l;
+        left &= ~own;
+        for (int64_t r = 0; r < rows; r += tile_side) {
+            for (int i = 0; i < tile_side; ++i)
+                store(kept + i * tile_side, (vi32)_mm512_maskz_mov_epi16(~bad | pattern, (__m512i)load(values + (r + i) * tile_side)));
+            order_memory();
+            load_sums<1>(out + r * width, width);
+            add_tile_products<1>(kept, tile_side, weights, width);
+            store_sums<1>(sums, width);
+            order_memory();
+            for (int i = 0; i < tile_side; ++i)
+                for (int z = 0; z < width; z += tile_side) {
+                    float *to = out + (r + i) * width + z;
+                    store(to, select<float>(own >> z, load(sums + i * width + z), load(to)));
+                }
+        }
+    }
+}
+
+// add_values_in_tiles on weights of which some are `unseen`. These become 0.
+TW_RARE void add_values_carefully_in_tiles(int32_t *weights, const int32_t *values, int64_t groups, int64_t rows, float *out) {
+    constexpr int width = 2 * tile_side;
+    for (int64_t g = 0; g < groups; ++g, weights += tile_side * width, values += rows * tile_side) {
+        uint32_t words[width] = {};
+        for (int u = 0; u < tile_side; ++u)
+            for (int z = 0; z < width; z += tile_side) {
+                const __m512i own = (__m512i)load(weights + u * width + z);
+                const __mmask32 seen = _mm512_cmpneq_epi16_mask(own, _mm512_set1_epi16(short(0xBF80))); // -1
+                store(weights + u * width + z, (vi32)_mm512_maskz_mov_epi16(seen, own));
+                for (int l = 0; l < tile_side; ++l) words[z + l] |= (seen >> 2 * l & 3u) << 2 * u;
+            }
+        if (const uint32_t bad = keys_not_finite(values, rows))
+            add_values_seen(weights, values, bad, words, rows, out);
+        else
+            add_values_in_tiles(weights, values, 1, rows, out);
+    }
+}
+
+// The values of a run of `units` pairs of keys, which begins with a group.
+static __attribute__((noinline)) void add_values_of_run(int32_t *weights, const int32_t *values, int64_t units,
+                                                        int64_t rows, bool careful, float *out) {
+    const int64_t groups = (units + tile_side - 1) / tile_side;
+    if (careful)
+        add_values_carefully_in_tiles(weights, values, groups, rows, out);
+    else
+        add_values_in_tiles(weights, values, groups, rows, out);
+}
