@@ -2,8 +2,6 @@
 // memory, since vectors cannot read tile registers. While the vectors weigh one group, the tile registers already make
 // the scores of the next. States, rules and layouts are those of sweep.inl.h.
 
-enum { tile_keys = 2 * tile_side, tile_lanes = 2 * tile_side };
-
 // 2^x for x <= about 100; exactly 0 below -126 and in lanes whose bit of `kept` is not set, exactly 1 for 0, NaN for NaN.
 // 2^x = 2^floor(x) 2^f, with a polynomial for 2^f on [0, 1] of smallest largest relative error (1.5e-7, Remez), as two
 // instructions split x and scale by floor(x).
@@ -27,8 +25,8 @@ TW_INLINE void score_in_tiles(const int32_t *keys, int64_t stride, const int32_t
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t d = 0; d < head_units; d += tile_side)
-        add_tile_products<2>(keys + d, stride, query + d * tile_lanes, tile_lanes);
-    store_sums<2>(scores, tile_lanes);
+        add_tile_products<2, 2>(keys + d, stride, query + d * tile_lanes, tile_lanes);
+    store_sums<2, 2>(scores, tile_lanes);
     order_memory();
 }
 

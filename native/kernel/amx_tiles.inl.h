@@ -7,6 +7,7 @@
 // registers by their place on the axis summed over, filled up with zeros, and a row's bits are its own.
 
 enum { tile_side = 16, tile_units = tile_side * tile_side };
+enum { tile_keys = 2 * tile_side, tile_lanes = 2 * tile_side }; // of a group of keys, and of a tile of queries
 
 // bfloat16 pairs: few rows by the vector dot product, all else in tile registers.
 struct Tiles : Pairs {
@@ -34,46 +35,37 @@ template <> struct Registers<Tiles> {
 // all know that tile instructions touch memory.
 TW_INLINE void order_memory() { __asm__ volatile("" : : : "memory"); }
 
-// A place for units or sums, and the bytes from one of its rows to the next.
-struct Place {
-    const void *at;
-    int64_t stride;
-};
-template <class N> TW_INLINE Place place(const N *at, int64_t stride) { return {at, stride * int64_t(sizeof(N))}; }
-TW_INLINE Place beyond(Place from, int64_t bytes) { return {static_cast<const char *>(from.at) + bytes, from.stride}; }
-
-// Loads or stores the four tiles 0..3 of sums [2 x 16][2 x 16], or the first two.
-template <int ROWS> TW_INLINE void load_sums(const float *sums, int64_t stride) {
+// Loads or stores tiles 0..3, which are sums [ROWS][COLUMNS] of tiles, or as many of them.
+template <int ROWS, int COLUMNS> TW_INLINE void load_sums(const float *sums, int64_t stride) {
     const int64_t bytes = stride * int64_t(sizeof(float));
     _tile_loadd(0, sums, bytes);
-    _tile_loadd(1, sums + tile_side, bytes);
-    if constexpr (ROWS > 1) {
-        _tile_loadd(2, sums + tile_side * stride, bytes);
-        _tile_loadd(3, sums + tile_side * stride + tile_side, bytes);
-    }
+    if constexpr (COLUMNS > 1) _tile_loadd(1, sums + tile_side, bytes);
+    if constexpr (ROWS > 1) _tile_loadd(2, sums + tile_side * stride, bytes);
+    if constexpr (ROWS > 1 && COLUMNS > 1) _tile_loadd(3, sums + tile_side * stride + tile_side, bytes);
 }
-template <int ROWS> TW_INLINE void store_sums(float *sums, int64_t stride) {
+template <int ROWS, int COLUMNS> TW_INLINE void store_sums(float *sums, int64_t stride) {
     const int64_t bytes = stride * int64_t(sizeof(float));
     _tile_stored(0, sums, bytes);
-    _tile_stored(1, sums + tile_side, bytes);
-    if constexpr (ROWS > 1) {
-        _tile_stored(2, sums + tile_side * stride, bytes);
-        _tile_stored(3, sums + tile_side * stride + tile_side, bytes);
-    }
+    if constexpr (COLUMNS > 1) _tile_stored(1, sums + tile_side, bytes);
+    if constexpr (ROWS > 1) _tile_stored(2, sums + tile_side * stride, bytes);
+    if constexpr (ROWS > 1 && COLUMNS > 1) _tile_stored(3, sums + tile_side * stride + tile_side, bytes);
 }
 
-// Tiles 0..3 += A [2 x 16 rows] B [2 x 16 columns], over 16 units.
-template <int ROWS> TW_INLINE void add_tile_products(const int32_t *a, int64_t a_stride, const int32_t *b, int64_t b_stride) {
-    const int64_t a_bytes = a_stride * 4, b_bytes = b_stride * 4;
+// The same tiles += A [ROWS][16 units] B [16 units][COLUMNS].
+template <int ROWS, int COLUMNS>
+TW_INLINE void add_tile_products(const int32_t *a, int64_t a_stride, const int32_t *b, int64_t b_stride) {
+    const int64_t a_bytes = a_stride * int64_t(sizeof(int32_t)), b_bytes = b_stride * int64_t(sizeof(int32_t));
     _tile_loadd(4, a, a_bytes);
     _tile_loadd(6, b, b_bytes);
-    _tile_loadd(7, b + tile_side, b_bytes);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (COLUMNS > 1) {
+        _tile_loadd(7, b + tile_side, b_bytes);
+        _tile_dpbf16ps(1, 4, 7);
+    }
     if constexpr (ROWS > 1) {
         _tile_loadd(5, a + tile_side * a_stride, a_bytes);
         _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if constexpr (COLUMNS > 1) _tile_dpbf16ps(3, 5, 7);
     }
 }
 

@@ -3,20 +3,20 @@
 
 // out [rows][32] += values [groups of 32][rows][16 units] times weights [groups of 16 units][32].
 TW_INLINE void add_values_in_tiles(const int32_t *weights, const int32_t *values, int64_t groups, int64_t rows, float *out) {
-    constexpr int width = 2 * tile_side;
+    constexpr int width = tile_lanes;
     order_memory();
     int64_t r = 0;
     for (; r + width <= rows; r += width) {
-        load_sums<2>(out + r * width, width);
+        load_sums<2, 2>(out + r * width, width);
         for (int64_t g = 0; g < groups; ++g)
-            add_tile_products<2>(values + (g * rows + r) * tile_side, tile_side, weights + g * tile_side * width, width);
-        store_sums<2>(out + r * width, width);
+            add_tile_products<2, 2>(values + (g * rows + r) * tile_side, tile_side, weights + g * tile_side * width, width);
+        store_sums<2, 2>(out + r * width, width);
     }
     if (r < rows) {
-        load_sums<1>(out + r * width, width);
+        load_sums<1, 2>(out + r * width, width);
         for (int64_t g = 0; g < groups; ++g)
-            add_tile_products<1>(values + (g * rows + r) * tile_side, tile_side, weights + g * tile_side * width, width);
-        store_sums<1>(out + r * width, width);
+            add_tile_products<1, 2>(values + (g * rows + r) * tile_side, tile_side, weights + g * tile_side * width, width);
+        store_sums<1, 2>(out + r * width, width);
     }
     order_memory();
 }
@@ -34,7 +34,7 @@ TW_RARE uint32_t keys_not_finite(const int32_t *values, int64_t rows) {
 // lane sees, and what it does not see is 0 for it. Lanes that see the same bad keys are summed together.
 TW_RARE void add_values_seen(const int32_t *weights, const int32_t *values, uint32_t bad, const uint32_t *words,
                              int64_t rows, float *out) {
-    constexpr int width = 2 * tile_side;
+    constexpr int width = tile_lanes;
     alignas(64) int32_t kept[tile_units];
     alignas(64) float sums[tile_side * width];
     for (uint32_t left = ~0u; left;) {
@@ -46,9 +46,9 @@ TW_RARE void add_values_seen(const int32_t *weights, const int32_t *values, uint
             for (int i = 0; i < tile_side; ++i)
                 store(kept + i * tile_side, (vi32)_mm512_maskz_mov_epi16(~bad | pattern, (__m512i)load(values + (r + i) * tile_side)));
             order_memory();
-            load_sums<1>(out + r * width, width);
-            add_tile_products<1>(kept, tile_side, weights, width);
-            store_sums<1>(sums, width);
+            load_sums<1, 2>(out + r * width, width);
+            add_tile_products<1, 2>(kept, tile_side, weights, width);
+            store_sums<1, 2>(sums, width);
             order_memory();
             for (int i = 0; i < tile_side; ++i)
                 for (int z = 0; z < width; z += tile_side) {
@@ -61,7 +61,7 @@ TW_RARE void add_values_seen(const int32_t *weights, const int32_t *values, uint
 
 // add_values_in_tiles on weights of which some are `unseen`. These become 0.
 TW_RARE void add_values_carefully_in_tiles(int32_t *weights, const int32_t *values, int64_t groups, int64_t rows, float *out) {
-    constexpr int width = 2 * tile_side;
+    constexpr int width = tile_lanes;
     for (int64_t g = 0; g < groups; ++g, weights += tile_side * width, values += rows * tile_side) {
         uint32_t words[width] = {};
         for (int u = 0; u < tile_side; ++u)
@@ -86,4 +86,54 @@ static __attribute__((noinline)) void add_values_of_run(int32_t *weights, const 
         add_values_carefully_in_tiles(weights, values, groups, rows, out);
     else
         add_values_in_tiles(weights, values, groups, rows, out);
+}
+
+// out [32 keys][columns] += weights [32 keys][16 units of rows] times rows [16 units][columns].
+TW_INLINE void add_rows_in_tiles(const int32_t *weights, const int32_t *rows, int64_t columns, float *out) {
+    int64_t c = 0;
+    for (; c + 2 * tile_side <= columns; c += 2 * tile_side) {
+        load_sums<2, 2>(out + c, columns);
+        add_tile_products<2, 2>(weights, tile_side, rows + c, columns);
+        store_sums<2, 2>(out + c, columns);
+    }
+    if (c < columns) {
+        load_sums<2, 1>(out + c, columns);
+        add_tile_products<2, 1>(weights, tile_side, rows + c, columns);
+        store_sums<2, 1>(out + c, columns);
+    }
+}
+
+// The same where some rows are not finite: words[key] says which rows see the key, and for one that does not, the row is
+// 0. Keys that are seen by the same bad rows are summed together.
+TW_RARE void add_rows_seen(const int32_t *weights, const int32_t *rows, const uint64_t *words, int64_t columns, float *out) {
+    alignas(64) int32_t kept[tile_units];
+    alignas(64) float sums[tile_keys * tile_side];
+    const __m512i exponent = _mm512_set1_epi16(0x7F80);
+    uint32_t bad = 0;
+    for (int64_t u = 0; u < tile_side; ++u)
+        for (int64_t c = 0; c < columns; c += tile_side) {
+            const __m512i own = (__m512i)load(rows + u * columns + c);
+            const __mmask32 found = _mm512_cmpeq_epi16_mask(_mm512_and_si512(own, exponent), exponent);
+            bad |= uint32_t((found & 0x55555555u) != 0) << 2 * u | uint32_t((found & 0xAAAAAAAAu) != 0) << (2 * u + 1);
+        }
+    for (uint32_t left = ~0u; left;) {
+        const uint32_t pattern = uint32_t(words[__builtin_ctz(left)]) & bad;
+        uint32_t own = 0;
+        for (int j = 0; j < tile_keys; ++j) own |= uint32_t((uint32_t(words[j]) & bad) == pattern) << j;
+        left &= ~own;
+        const uint32_t allowed = ~bad | pattern;
+        for (int64_t c = 0; c < columns; c += tile_side) {
+            for (int64_t u = 0; u < tile_side; ++u) {
+                const uint32_t both = (allowed >> 2 * u & 1 ? 0xFFFFu : 0) | (allowed >> (2 * u + 1) & 1 ? 0xFFFF0000u : 0);
+                store(kept + u * tile_side, load(rows + u * columns + c) & int32_t(both));
+            }
+            order_memory();
+            load_sums<2, 1>(out + c, columns);
+            add_tile_products<2, 1>(weights, tile_side, kept, tile_side);
+            store_sums<2, 1>(sums, tile_side);
+            order_memory();
+            for (int j = 0; j < tile_keys; ++j)
+                if (own >> j & 1) store(out + j * columns + c, load(sums + j * tile_side));
+        }
+    }
 }

@@ -118,6 +118,7 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
     const tw_gradients &g = *gradients;
     using A = sum_of<M>;
     using U = unit_of<M>;
+    const Registers<M> registers;
     Slopes<M> s;
     s.problem = problem;
     s.gradients = gradients;
@@ -178,7 +179,11 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
         for (int tries = 0; (__atomic_load_n(segment->done + t, __ATOMIC_ACQUIRE) & before) != before; ++tries)
             segment->rest(tries);
         int64_t key = next_key(tile, s.first, s.last + 1);
-        if (key <= s.last)
+        if (key <= s.last) {
+            if (M::tiled && tile.rows < tile_rows<A>) { // rows that do not exist are multiplied too
+                __builtin_memset(s.q_rows, 0, size_t(units_of<M>(tile_rows<A>) * s.head_width) * sizeof(U));
+                __builtin_memset(s.d_out_rows, 0, size_t(units_of<M>(tile_rows<A>) * s.value_width) * sizeof(U));
+            }
             for (int l = 0; l < tile.rows; l += M::numbers) {
                 const T *q[M::numbers] = {}, *d_out_row[M::numbers] = {};
                 for (int n = 0; n < M::numbers && l + n < tile.rows; ++n) {
@@ -188,9 +193,10 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
                 write_across<M>(q, p.head_dim, s.q_rows + l / M::numbers * s.head_width);
                 write_across<M>(d_out_row, p.value_dim, s.d_out_rows + l / M::numbers * s.value_width);
             }
+        }
         while (key <= s.last) {
             const int64_t stop = key + block_keys <= s.last ? key + block_keys : s.last + 1;
-            if (tile.width == lanes<A>)
+            if (!M::tiled && tile.width == lanes<A>)
                 slope_block<M, 1>(s, tile, d_out, key, int(stop - key));
             else
                 slope_block<M, TW_TILE_VECTORS>(s, tile, d_out, key, int(stop - key));

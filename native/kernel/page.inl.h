@@ -34,6 +34,9 @@ namespace {
 #include "kernel/few_rows.inl.h"
 #include "kernel/forward.inl.h"
 #include "kernel/slopes.inl.h"
+#if defined(__AMX_BF16__)
+#include "kernel/amx_slopes.inl.h"
+#endif
 #include "kernel/backward.inl.h"
 #include "kernel/probe.inl.h"
 // clang-format on
