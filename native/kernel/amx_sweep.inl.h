@@ -17,17 +17,19 @@ TW_INLINE __m512 exp2_where(__mmask16 kept, __m512 x) {
     return _mm512_maskz_scalef_ps(kept, h, x);
 }
 
-// scores [32 keys][32 lanes] = K Q^T, from the keys at `keys`.
-TW_INLINE void score_in_tiles(const int32_t *keys, int64_t stride, const int32_t *query, int64_t head_units, float *scores) {
-    order_memory();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t d = 0; d < head_units; d += tile_side)
-        add_tile_products<2, 2>(keys + d, stride, query + d * tile_lanes, tile_lanes);
-    store_sums<2, 2>(scores, tile_lanes);
-    order_memory();
+// The scores of 32 keys with 16 lanes, K Q^T, up to storing them.
+TW_INLINE void begin_scores(Turn turn, const int32_t *keys, int64_t stride, const int32_t *query, int64_t head_units) {
+    clear_tiles(turn);
+    for (int64_t d = 0; d < head_units; d += tile_side) {
+        _tile_loadd(4, keys + d, stride * int64_t(sizeof(int32_t)));
+        _tile_loadd(5, keys + d + tile_side * stride, stride * int64_t(sizeof(int32_t)));
+        _tile_loadd(6, query + d * tile_lanes, tile_lanes * sizeof(int32_t));
+        multiply_rows(turn);
+    }
+}
+TW_INLINE void end_scores(Turn turn, float *scores) {
+    store_tile(turn, 0, scores, tile_lanes * sizeof(float));
+    store_tile(turn, 1, scores + tile_side * tile_lanes, tile_lanes * sizeof(float));
 }
 
 // A group of keys whose scores are made, but not yet weighed.
@@ -35,12 +37,29 @@ struct Group {
     alignas(64) float scores[tile_keys * tile_lanes];
     int64_t key;
     const uint64_t *words; // the lanes that see each key, or NULL: all
+    bool stored;           // else they are still in registers
 };
 
-// Reference, probabilities and sums of a group. bias, keep: of the group's first key, or NULL; for the general path
-// alone. Masks, biases of 0 and the path change no bit of what a lane sees.
+TW_INLINE void begin_group(const Sweep<Tiles> &s, const Tile<Tiles> &tile, Group &group) {
+    const int32_t *keys = s.keys + (group.key - s.chunk) * s.key_stride;
+    order_memory();
+    begin_scores(FIRST, keys, s.key_stride, tile.query, s.head_units);
+    begin_scores(SECOND, keys, s.key_stride, tile.query + tile_side, s.head_units);
+    group.stored = false;
+}
+TW_INLINE void end_group(Group *group) {
+    if (!group || group->stored) return;
+    end_scores(FIRST, group->scores);
+    end_scores(SECOND, group->scores + tile_side);
+    order_memory();
+    group->stored = true;
+}
+
+// Reference, probabilities and sums of a group. next: a group whose scores are to be stored meanwhile, or NULL. bias,
+// keep: of the group's first key, or NULL; for the general path alone. Masks, biases of 0 and the path change no bit of what a lane sees.
 template <ScorePath PATH>
-static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const float *bias, const uint64_t *keep) {
+static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, Group *next, const float *bias,
+                        const uint64_t *keep) {
     const __m512 infinity = _mm512_set1_ps(__builtin_inff());
     const uint64_t *words = group.words;
     __m512 factor = _mm512_set1_ps(s.factor);
@@ -72,7 +91,10 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const 
         beyond |= _mm512_cmp_ps_mask(highest, (__m512)load(tile.limit + z), _CMP_GT_OQ);
         _mm512_store_ps(tops + z, highest);
     }
-    if (__builtin_expect(beyond != 0, 0)) raise_reference<Tiles, 2>(s, tile, tops, group.key);
+    if (__builtin_expect(beyond != 0, 0)) {
+        end_group(next); // values are weighed in the same registers
+        raise_reference<Tiles, 2>(s, tile, tops, group.key);
+    }
 
     int32_t *to = s.probabilities + (group.key - s.chunk) / 2 * tile_lanes;
     for (int z = 0; z < tile_lanes; z += tile_side) {
@@ -97,15 +119,16 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const 
             store(to + n / 2 * tile_lanes + z, narrow_across((vf)weight[0], (vf)weight[1]));
         }
         store(tile.sum + z, load(tile.sum + z) + (vf)_mm512_add_ps(sums[0], sums[1]));
+        end_group(next);
     }
 }
 
-TW_INLINE void weigh_waiting(Sweep<Tiles> &s, Tile<Tiles> &tile, Group *&waiting) {
-    if (!waiting) return;
+TW_INLINE void weigh_waiting(Sweep<Tiles> &s, Tile<Tiles> &tile, Group *&waiting, Group *next) {
+    if (!waiting) return end_group(next);
     if (waiting->words)
-        weigh_group<MASKED>(s, tile, *waiting, nullptr, nullptr);
+        weigh_group<MASKED>(s, tile, *waiting, next, nullptr, nullptr);
     else
-        weigh_group<PLAIN>(s, tile, *waiting, nullptr, nullptr);
+        weigh_group<PLAIN>(s, tile, *waiting, next, nullptr, nullptr);
     waiting = nullptr;
 }
 
@@ -119,7 +142,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
     uint64_t all_words[2][block_keys], keep[block_keys];
     int turn = 0, block = 0;
     const auto stop_run = [&](int64_t stop, int64_t next) {
-        weigh_waiting(s, tile, waiting);
+        weigh_waiting(s, tile, waiting, nullptr);
         flush<Tiles, 2>(s, tile, stop, next);
     };
     s.run_begin = next_key(tile, begin, end);
@@ -153,10 +176,10 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
                 Group &group = groups[turn ^= 1];
                 group.key = key + g;
                 group.words = all != first_bits(tile_lanes) ? words + g : nullptr;
-                score_in_tiles(s.keys + (group.key - s.chunk) * s.key_stride, s.key_stride, tile.query, s.head_units, group.scores);
-                weigh_waiting(s, tile, waiting);
+                begin_group(s, tile, group);
+                weigh_waiting(s, tile, waiting, &group);
                 if (general)
-                    weigh_group<GENERAL>(s, tile, group, biased ? s.bias + g * tile_lanes : nullptr,
+                    weigh_group<GENERAL>(s, tile, group, nullptr, biased ? s.bias + g * tile_lanes : nullptr,
                                          p.dropout.enabled ? keep + g : nullptr);
                 else
                     waiting = &group;

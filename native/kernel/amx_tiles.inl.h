@@ -35,37 +35,51 @@ template <> struct Registers<Tiles> {
 // all know that tile instructions touch memory.
 TW_INLINE void order_memory() { __asm__ volatile("" : : : "memory"); }
 
-// Loads or stores tiles 0..3, which are sums [ROWS][COLUMNS] of tiles, or as many of them.
-template <int ROWS, int COLUMNS> TW_INLINE void load_sums(const float *sums, int64_t stride) {
-    const int64_t bytes = stride * int64_t(sizeof(float));
-    _tile_loadd(0, sums, bytes);
-    if constexpr (COLUMNS > 1) _tile_loadd(1, sums + tile_side, bytes);
-    if constexpr (ROWS > 1) _tile_loadd(2, sums + tile_side * stride, bytes);
-    if constexpr (ROWS > 1 && COLUMNS > 1) _tile_loadd(3, sums + tile_side * stride + tile_side, bytes);
+// A product is made in units of two tiles of sums, in the registers 0 and 1 or, every other time, 2 and 3. What a unit
+// stores is written down after the next unit's products: a store that waits for its product keeps the processor from
+// looking further.
+enum Turn { FIRST, SECOND };
+TW_INLINE void load_tile(Turn turn, int which, const void *from, int64_t bytes) {
+    if (turn == FIRST) {
+        if (which) _tile_loadd(1, from, bytes); else _tile_loadd(0, from, bytes);
+    } else {
+        if (which) _tile_loadd(3, from, bytes); else _tile_loadd(2, from, bytes);
+    }
 }
-template <int ROWS, int COLUMNS> TW_INLINE void store_sums(float *sums, int64_t stride) {
-    const int64_t bytes = stride * int64_t(sizeof(float));
-    _tile_stored(0, sums, bytes);
-    if constexpr (COLUMNS > 1) _tile_stored(1, sums + tile_side, bytes);
-    if constexpr (ROWS > 1) _tile_stored(2, sums + tile_side * stride, bytes);
-    if constexpr (ROWS > 1 && COLUMNS > 1) _tile_stored(3, sums + tile_side * stride + tile_side, bytes);
+TW_INLINE void store_tile(Turn turn, int which, void *to, int64_t bytes) {
+    if (turn == FIRST) {
+        if (which) _tile_stored(1, to, bytes); else _tile_stored(0, to, bytes);
+    } else {
+        if (which) _tile_stored(3, to, bytes); else _tile_stored(2, to, bytes);
+    }
+}
+TW_INLINE void clear_tiles(Turn turn) {
+    if (turn == FIRST) {
+        _tile_zero(0);
+        _tile_zero(1);
+    } else {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
 }
 
-// The same tiles += A [ROWS][16 units] B [16 units][COLUMNS].
-template <int ROWS, int COLUMNS>
-TW_INLINE void add_tile_products(const int32_t *a, int64_t a_stride, const int32_t *b, int64_t b_stride) {
-    const int64_t a_bytes = a_stride * int64_t(sizeof(int32_t)), b_bytes = b_stride * int64_t(sizeof(int32_t));
-    _tile_loadd(4, a, a_bytes);
-    _tile_loadd(6, b, b_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (COLUMNS > 1) {
-        _tile_loadd(7, b + tile_side, b_bytes);
+// The unit's tiles += A B, both A in registers 4 and 5 and B in 6 and 7: one A and two B, or two A and one B.
+TW_INLINE void multiply_columns(Turn turn) {
+    if (turn == FIRST) {
+        _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
+    } else {
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 4, 7);
     }
-    if constexpr (ROWS > 1) {
-        _tile_loadd(5, a + tile_side * a_stride, a_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        if constexpr (COLUMNS > 1) _tile_dpbf16ps(3, 5, 7);
+}
+TW_INLINE void multiply_rows(Turn turn) {
+    if (turn == FIRST) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+    } else {
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 5, 6);
     }
 }
 

@@ -1,22 +1,33 @@
 // Products of the tile registers over whole arrays: values weighed forward, and their like backward; and the careful
 // forms of these, where something is not finite.
 
+// Sixteen of the rows of add_values_in_tiles, up to storing them.
+TW_INLINE void begin_values(Turn turn, const int32_t *weights, const int32_t *values, int64_t groups, int64_t rows, const float *out) {
+    load_tile(turn, 0, out, tile_lanes * sizeof(float));
+    load_tile(turn, 1, out + tile_side, tile_lanes * sizeof(float));
+    for (int64_t g = 0; g < groups; ++g, values += rows * tile_side, weights += tile_side * tile_lanes) {
+        _tile_loadd(4, values, 64);
+        _tile_loadd(6, weights, tile_lanes * sizeof(int32_t));
+        _tile_loadd(7, weights + tile_side, tile_lanes * sizeof(int32_t));
+        multiply_columns(turn);
+    }
+}
+TW_INLINE void end_values(Turn turn, float *out) {
+    store_tile(turn, 0, out, tile_lanes * sizeof(float));
+    store_tile(turn, 1, out + tile_side, tile_lanes * sizeof(float));
+}
+
 // out [rows][32] += values [groups of 32][rows][16 units] times weights [groups of 16 units][32].
 TW_INLINE void add_values_in_tiles(const int32_t *weights, const int32_t *values, int64_t groups, int64_t rows, float *out) {
-    constexpr int width = tile_lanes;
     order_memory();
-    int64_t r = 0;
-    for (; r + width <= rows; r += width) {
-        load_sums<2, 2>(out + r * width, width);
-        for (int64_t g = 0; g < groups; ++g)
-            add_tile_products<2, 2>(values + (g * rows + r) * tile_side, tile_side, weights + g * tile_side * width, width);
-        store_sums<2, 2>(out + r * width, width);
-    }
-    if (r < rows) {
-        load_sums<1, 2>(out + r * width, width);
-        for (int64_t g = 0; g < groups; ++g)
-            add_tile_products<1, 2>(values + (g * rows + r) * tile_side, tile_side, weights + g * tile_side * width, width);
-        store_sums<1, 2>(out + r * width, width);
+    begin_values(FIRST, weights, values, groups, rows, out);
+    for (int64_t r = tile_side;; r += 2 * tile_side) {
+        float *own = out + r * tile_lanes, *before = own - tile_side * tile_lanes;
+        if (r < rows) begin_values(SECOND, weights, values + r * tile_side, groups, rows, own);
+        end_values(FIRST, before);
+        if (r + tile_side < rows) begin_values(FIRST, weights, values + (r + tile_side) * tile_side, groups, rows, own + tile_side * tile_lanes);
+        if (r < rows) end_values(SECOND, own);
+        if (r + tile_side >= rows) break;
     }
     order_memory();
 }
@@ -46,9 +57,8 @@ TW_RARE void add_values_seen(const int32_t *weights, const int32_t *values, uint
             for (int i = 0; i < tile_side; ++i)
                 store(kept + i * tile_side, (vi32)_mm512_maskz_mov_epi16(~bad | pattern, (__m512i)load(values + (r + i) * tile_side)));
             order_memory();
-            load_sums<1, 2>(out + r * width, width);
-            add_tile_products<1, 2>(kept, tile_side, weights, width);
-            store_sums<1, 2>(sums, width);
+            begin_values(FIRST, weights, kept, 1, rows, out + r * width);
+            end_values(FIRST, sums);
             order_memory();
             for (int i = 0; i < tile_side; ++i)
                 for (int z = 0; z < width; z += tile_side) {
@@ -88,19 +98,37 @@ static __attribute__((noinline)) void add_values_of_run(int32_t *weights, const 
         add_values_in_tiles(weights, values, groups, rows, out);
 }
 
+// Sixteen of the columns of add_rows_in_tiles, up to storing them. The weights are in registers 4 and 5.
+TW_INLINE void begin_rows(Turn turn, const int32_t *rows, int64_t columns, const float *out) {
+    const int64_t bytes = columns * int64_t(sizeof(float));
+    load_tile(turn, 0, out, bytes);
+    load_tile(turn, 1, out + tile_side * columns, bytes);
+    _tile_loadd(6, rows, bytes);
+    multiply_rows(turn);
+}
+TW_INLINE void end_rows(Turn turn, int64_t columns, float *out) {
+    const int64_t bytes = columns * int64_t(sizeof(float));
+    store_tile(turn, 0, out, bytes);
+    store_tile(turn, 1, out + tile_side * columns, bytes);
+}
+TW_INLINE void load_weights(const int32_t *weights) {
+    _tile_loadd(4, weights, 64);
+    _tile_loadd(5, weights + tile_units, 64);
+}
+
 // out [32 keys][columns] += weights [32 keys][16 units of rows] times rows [16 units][columns].
 TW_INLINE void add_rows_in_tiles(const int32_t *weights, const int32_t *rows, int64_t columns, float *out) {
-    int64_t c = 0;
-    for (; c + 2 * tile_side <= columns; c += 2 * tile_side) {
-        load_sums<2, 2>(out + c, columns);
-        add_tile_products<2, 2>(weights, tile_side, rows + c, columns);
-        store_sums<2, 2>(out + c, columns);
+    order_memory();
+    load_weights(weights);
+    begin_rows(FIRST, rows, columns, out);
+    for (int64_t c = tile_side;; c += 2 * tile_side) {
+        if (c < columns) begin_rows(SECOND, rows + c, columns, out + c);
+        end_rows(FIRST, columns, out + c - tile_side);
+        if (c + tile_side < columns) begin_rows(FIRST, rows + c + tile_side, columns, out + c + tile_side);
+        if (c < columns) end_rows(SECOND, columns, out + c);
+        if (c + tile_side >= columns) break;
     }
-    if (c < columns) {
-        load_sums<2, 1>(out + c, columns);
-        add_tile_products<2, 1>(weights, tile_side, rows + c, columns);
-        store_sums<2, 1>(out + c, columns);
-    }
+    order_memory();
 }
 
 // The same where some rows are not finite: words[key] says which rows see the key, and for one that does not, the row is
@@ -128,9 +156,11 @@ TW_RARE void add_rows_seen(const int32_t *weights, const int32_t *rows, const ui
                 store(kept + u * tile_side, load(rows + u * columns + c) & int32_t(both));
             }
             order_memory();
-            load_sums<2, 1>(out + c, columns);
-            add_tile_products<2, 1>(weights, tile_side, kept, tile_side);
-            store_sums<2, 1>(sums, tile_side);
+            for (int j = 0; j < tile_keys; ++j) store(sums + j * tile_side, load(out + j * columns + c));
+            order_memory();
+            load_weights(weights);
+            begin_rows(FIRST, kept, tile_side, sums);
+            end_rows(FIRST, tile_side, sums);
             order_memory();
             for (int j = 0; j < tile_keys; ++j)
                 if (own >> j & 1) store(out + j * columns + c, load(sums + j * tile_side));
