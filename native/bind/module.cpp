@@ -205,11 +205,13 @@ nb::tuple describe(int dtype, int threads, nb::tuple sizes) {
 
 nb::dict build_info() {
     nb::list compiled, supported;
+    nb::dict refused;
     int count;
     const tilewise::Page *list = tilewise::pages(&count);
     for (int i = 0; i < count; ++i) {
         compiled.append(list[i].table->name);
         if (list[i].host_runs) supported.append(list[i].table->name);
+        if (list[i].refusal) refused[list[i].table->name] = list[i].refusal;
     }
     nb::dict info;
 #if defined(__clang__)
@@ -219,6 +221,7 @@ nb::dict build_info() {
 #endif
     info["pages"] = nb::tuple(compiled);
     info["supported_pages"] = nb::tuple(supported);
+    info["refused_pages"] = refused;
     info["xla_ffi_version"] = nb::make_tuple(0, 1);
     return info;
 }
@@ -275,7 +278,7 @@ NB_MODULE(_native, m) {
     m.def("isa", [] { return std::string(page()->name); }, "Name of the kernel page in use (TILEWISE_ISA chooses).");
     m.def("describe", &describe, "dtype"_a, "threads"_a, "sizes"_a,
           "(query rows of a tile, keys of a chunk, keys of a split or 0, bytes of workspace) of a forward pass.");
-    m.def("build_info", &build_info, "compiler, pages (compiled in, best first), supported_pages, xla_ffi_version.");
+    m.def("build_info", &build_info, "compiler, pages (compiled in, best first), supported_pages, refused_pages (name: why), xla_ffi_version.");
     m.def("num_threads", &tilewise::default_threads, "Threads a call uses where it does not say.");
     m.def("set_num_threads", &set_num_threads, "threads"_a, "Set that number for the process; 0 returns to the default.");
     m.def("peak_gflops", &peak_gflops, "threads"_a = 0, "seconds"_a = 0.05, "dtype"_a = 0,

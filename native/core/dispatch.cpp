@@ -10,7 +10,8 @@ namespace tilewise {
 const Page *pages(int *count) {
     static const Page list[] = {
 #ifdef TILEWISE_PAGE_AMX_BF16
-        {&tw_page_amx_bf16, host_runs_amx_bf16()},
+        {&tw_page_amx_bf16, host_runs_amx_bf16(),
+         host_has_amx_bf16() && !host_runs_amx_bf16() ? "the system refuses this process the tile registers" : nullptr},
 #endif
 #ifdef TILEWISE_PAGE_AVX512_BF16
         {&tw_page_avx512_bf16, host_runs_avx512_bf16()},
@@ -36,7 +37,8 @@ const tw_kernel_table *page_in_use(const char **message) {
             if (list[i].host_runs) return list[i].table;
         } else if (!strcmp(list[i].table->name, wanted)) {
             if (list[i].host_runs) return list[i].table;
-            *message = "TILEWISE_ISA: this processor cannot run the page it names";
+            *message = list[i].refusal ? "TILEWISE_ISA: the system refuses this process the page it names"
+                                       : "TILEWISE_ISA: this processor cannot run the page it names";
             return nullptr;
         }
     }

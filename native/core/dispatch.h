@@ -8,6 +8,7 @@ namespace tilewise {
 struct Page {
     const tw_kernel_table *table;
     bool host_runs;
+    const char *refusal = nullptr; // why a processor that has the instructions may not use them
 };
 
 // The compiled pages, best first; *count receives their number.

@@ -2,6 +2,8 @@
 // memory, since vectors cannot read tile registers. While the vectors weigh one group, the tile registers already make
 // the scores of the next. States, rules and layouts are those of sweep.inl.h.
 
+TW_INLINE __m512 larger_of(__m512 a, __m512 b) { return _mm512_maskz_max_ps(0xFFFF, a, b); } // b where either is NaN
+
 // 2^x for x <= about 100; exactly 0 below -126 and in lanes whose bit of `kept` is not set, exactly 1 for 0, NaN for NaN.
 // 2^x = 2^floor(x) 2^f, with a polynomial for 2^f on [0, 1] of smallest largest relative error (1.5e-7, Remez), as two
 // instructions split x and scale by floor(x).
@@ -86,7 +88,7 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, Group 
             top[n % 4] = _mm512_mask_max_ps(top[n % 4], seen, top[n % 4], whole_score(n, z));
         }
         // NaN gives way in whichever order, and comes back in the sum.
-        __m512 highest = _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
+        __m512 highest = larger_of(larger_of(top[0], top[1]), larger_of(top[2], top[3]));
         if (PATH != GENERAL) highest = _mm512_mul_ps(highest, factor);
         beyond |= _mm512_cmp_ps_mask(highest, (__m512)load(tile.limit + z), _CMP_GT_OQ);
         _mm512_store_ps(tops + z, highest);

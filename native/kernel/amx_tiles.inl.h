@@ -90,10 +90,10 @@ TW_INLINE void columns_to_tiles(const bfloat *from, int64_t stride, int64_t coun
         for (int64_t d = 0; d < n; d += tile_side, to += tile_units) {
             vi32 x[tile_side];
             for (int64_t i = 0; i < tile_side; ++i) {
-                const int64_t left = count - r - 2 * i;
-                const bfloat *rows = from + (r + 2 * i) * stride + d;
+                const int64_t rows = count - r - 2 * i, columns = n - d < tile_side ? n - d : int64_t(tile_side);
+                const bfloat *first = from + (r + 2 * i) * stride + d;
                 x[i] = vi32{};
-                if (left > 0) copy_across(rows, left > 1 ? rows + stride : nullptr, n - d < tile_side ? n - d : tile_side, reinterpret_cast<int32_t *>(x + i));
+                if (rows > 0) copy_across(first, rows > 1 ? first + stride : nullptr, columns, reinterpret_cast<int32_t *>(x + i));
             }
             transpose<int32_t>(x);
             for (int i = 0; i < tile_side; ++i) store(to + i * tile_side, x[i]);
