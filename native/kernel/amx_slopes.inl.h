@@ -89,6 +89,7 @@ static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *
         }
         if (!some) continue;
         const int64_t first = key - s.first + g;
+        order_memory();
         begin_scores(FIRST, s.k + first * s.k_stride, s.k_stride, tile.query, s.k_stride);
         begin_scores(SECOND, s.k + first * s.k_stride, s.k_stride, tile.query + tile_side, s.k_stride);
         end_scores(FIRST, group.scores);
