@@ -58,7 +58,8 @@ TW_INLINE void end_group(Group *group) {
 }
 
 // Reference, probabilities and sums of a group. next: a group whose scores are to be stored meanwhile, or NULL. bias,
-// keep: of the group's first key, or NULL; for the general path alone. Masks, biases of 0 and the path change no bit of what a lane sees.
+// keep: of the group's first key, or NULL; for the general path alone. Masks, biases of 0 and the path change no bit of
+// what a lane sees.
 template <ScorePath PATH>
 static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, Group *next, const float *bias,
                         const uint64_t *keep) {
@@ -74,8 +75,10 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, Group 
         factor = _mm512_set1_ps(1);
     }
     const auto whole_score = [&](int n, int z) {
-        const __m512 x = (__m512)load(group.scores + n * tile_lanes + z);
-        return PATH != GENERAL ? x : _mm512_fmadd_ps(x, factor, bias ? (__m512)load(bias + n * tile_lanes + z) : _mm512_setzero_ps());
+        const int place = n * tile_lanes + z;
+        const __m512 x = (__m512)load(group.scores + place);
+        if (PATH != GENERAL) return x; // multiplied by the factor once the largest is known
+        return _mm512_fmadd_ps(x, factor, bias ? (__m512)load(bias + place) : _mm512_setzero_ps());
     };
 
     alignas(64) float tops[tile_lanes];
@@ -87,7 +90,7 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, Group 
             const __mmask16 seen = PATH == PLAIN || !words ? __mmask16(0xFFFF) : __mmask16(words[n] >> z);
             top[n % 4] = _mm512_mask_max_ps(top[n % 4], seen, top[n % 4], whole_score(n, z));
         }
-        // NaN gives way in whichever order, and comes back in the sum.
+        // What NaN does to a maximum does not matter: the sum is NaN too.
         __m512 highest = larger_of(larger_of(top[0], top[1]), larger_of(top[2], top[3]));
         if (PATH != GENERAL) highest = _mm512_mul_ps(highest, factor);
         beyond |= _mm512_cmp_ps_mask(highest, (__m512)load(tile.limit + z), _CMP_GT_OQ);
@@ -113,8 +116,8 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, Group 
                 if constexpr (PATH == GENERAL) {
                     if (keep) weight[i] = _mm512_maskz_mov_ps(__mmask16(keep[n + i] >> z), weight[i]);
                     if (s.careful) {
-                        const __mmask16 barred = __mmask16(~seen) | _mm512_cmp_ps_mask(whole_score(n + i, z), -infinity, _CMP_EQ_OQ);
-                        weight[i] = _mm512_mask_mov_ps(weight[i], barred, _mm512_set1_ps(unseen<float>));
+                        const __mmask16 lost = _mm512_cmp_ps_mask(whole_score(n + i, z), -infinity, _CMP_EQ_OQ);
+                        weight[i] = _mm512_mask_mov_ps(weight[i], __mmask16(~seen | lost), _mm512_set1_ps(unseen<float>));
                     }
                 }
             }

@@ -63,7 +63,7 @@ TW_INLINE void clear_tiles(Turn turn) {
     }
 }
 
-// The unit's tiles += A B, both A in registers 4 and 5 and B in 6 and 7: one A and two B, or two A and one B.
+// The unit's tiles += A B, with A in the registers 4 and 5 and B in 6 and 7: one A and two B, or two A and one B.
 TW_INLINE void multiply_columns(Turn turn) {
     if (turn == FIRST) {
         _tile_dpbf16ps(0, 4, 6);
@@ -90,10 +90,11 @@ TW_INLINE void columns_to_tiles(const bfloat *from, int64_t stride, int64_t coun
         for (int64_t d = 0; d < n; d += tile_side, to += tile_units) {
             vi32 x[tile_side];
             for (int64_t i = 0; i < tile_side; ++i) {
-                const int64_t rows = count - r - 2 * i, columns = n - d < tile_side ? n - d : int64_t(tile_side);
-                const bfloat *first = from + (r + 2 * i) * stride + d;
                 x[i] = vi32{};
-                if (rows > 0) copy_across(first, rows > 1 ? first + stride : nullptr, columns, reinterpret_cast<int32_t *>(x + i));
+                const int64_t rows = count - r - 2 * i, columns = n - d < tile_side ? n - d : int64_t(tile_side);
+                if (rows <= 0) continue;
+                const bfloat *first = from + (r + 2 * i) * stride + d;
+                copy_across(first, rows > 1 ? first + stride : nullptr, columns, reinterpret_cast<int32_t *>(x + i));
             }
             transpose<int32_t>(x);
             for (int i = 0; i < tile_side; ++i) store(to + i * tile_side, x[i]);

@@ -2,7 +2,8 @@
 // forms of these, where something is not finite.
 
 // Sixteen of the rows of add_values_in_tiles, up to storing them.
-TW_INLINE void begin_values(Turn turn, const int32_t *weights, const int32_t *values, int64_t groups, int64_t rows, const float *out) {
+TW_INLINE void begin_values(Turn turn, const int32_t *weights, const int32_t *values, int64_t groups, int64_t rows,
+                            const float *out) {
     load_tile(turn, 0, out, tile_lanes * sizeof(float));
     load_tile(turn, 1, out + tile_side, tile_lanes * sizeof(float));
     for (int64_t g = 0; g < groups; ++g, values += rows * tile_side, weights += tile_side * tile_lanes) {
@@ -18,16 +19,21 @@ TW_INLINE void end_values(Turn turn, float *out) {
 }
 
 // out [rows][32] += values [groups of 32][rows][16 units] times weights [groups of 16 units][32].
-TW_INLINE void add_values_in_tiles(const int32_t *weights, const int32_t *values, int64_t groups, int64_t rows, float *out) {
+TW_INLINE void add_values_in_tiles(const int32_t *weights, const int32_t *values, int64_t groups, int64_t rows,
+                                   float *out) {
     order_memory();
     begin_values(FIRST, weights, values, groups, rows, out);
-    for (int64_t r = tile_side;; r += 2 * tile_side) {
-        float *own = out + r * tile_lanes, *before = own - tile_side * tile_lanes;
-        if (r < rows) begin_values(SECOND, weights, values + r * tile_side, groups, rows, own);
-        end_values(FIRST, before);
-        if (r + tile_side < rows) begin_values(FIRST, weights, values + (r + tile_side) * tile_side, groups, rows, own + tile_side * tile_lanes);
-        if (r < rows) end_values(SECOND, own);
-        if (r + tile_side >= rows) break;
+    for (int64_t r = 0;;) { // row r is begun
+        float *own = out + r * tile_lanes;
+        const bool second = (r += tile_side) < rows;
+        if (second) begin_values(SECOND, weights, values + r * tile_side, groups, rows, out + r * tile_lanes);
+        end_values(FIRST, own);
+        if (!second) break;
+        own = out + r * tile_lanes;
+        const bool third = (r += tile_side) < rows;
+        if (third) begin_values(FIRST, weights, values + r * tile_side, groups, rows, out + r * tile_lanes);
+        end_values(SECOND, own);
+        if (!third) break;
     }
     order_memory();
 }
@@ -54,8 +60,10 @@ TW_RARE void add_values_seen(const int32_t *weights, const int32_t *values, uint
         for (int l = 0; l < width; ++l) own |= uint32_t((words[l] & bad) == pattern) << l;
         left &= ~own;
         for (int64_t r = 0; r < rows; r += tile_side) {
-            for (int i = 0; i < tile_side; ++i)
-                store(kept + i * tile_side, (vi32)_mm512_maskz_mov_epi16(~bad | pattern, (__m512i)load(values + (r + i) * tile_side)));
+            for (int i = 0; i < tile_side; ++i) {
+                const __m512i value = (__m512i)load(values + (r + i) * tile_side);
+                store(kept + i * tile_side, (vi32)_mm512_maskz_mov_epi16(~bad | pattern, value));
+            }
             order_memory();
             begin_values(FIRST, weights, kept, 1, rows, out + r * width);
             end_values(FIRST, sums);
@@ -121,12 +129,17 @@ TW_INLINE void add_rows_in_tiles(const int32_t *weights, const int32_t *rows, in
     order_memory();
     load_weights(weights);
     begin_rows(FIRST, rows, columns, out);
-    for (int64_t c = tile_side;; c += 2 * tile_side) {
-        if (c < columns) begin_rows(SECOND, rows + c, columns, out + c);
-        end_rows(FIRST, columns, out + c - tile_side);
-        if (c + tile_side < columns) begin_rows(FIRST, rows + c + tile_side, columns, out + c + tile_side);
-        if (c < columns) end_rows(SECOND, columns, out + c);
-        if (c + tile_side >= columns) break;
+    for (int64_t c = 0;;) { // column c is begun
+        float *own = out + c;
+        const bool second = (c += tile_side) < columns;
+        if (second) begin_rows(SECOND, rows + c, columns, out + c);
+        end_rows(FIRST, columns, own);
+        if (!second) break;
+        own = out + c;
+        const bool third = (c += tile_side) < columns;
+        if (third) begin_rows(FIRST, rows + c, columns, out + c);
+        end_rows(SECOND, columns, own);
+        if (!third) break;
     }
     order_memory();
 }
