@@ -174,11 +174,21 @@ void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple
     unlocked([&](const char **message) { return tw_backward(&p, &g, message); });
 }
 
+const tw_kernel_table *found(const tw_kernel_table *table, const char *message) {
+    if (!table) throw std::runtime_error(message);
+    return table;
+}
+
 const tw_kernel_table *page() {
     const char *message = nullptr;
     const tw_kernel_table *table = tilewise::page_in_use(&message);
-    if (!table) throw std::runtime_error(message);
-    return table;
+    return found(table, message);
+}
+
+const tw_kernel_table *page_of(int dtype) {
+    const char *message = nullptr;
+    const tw_kernel_table *table = tilewise::page_for(dtype, &message);
+    return found(table, message);
 }
 
 uint32_t philox_word(uint64_t seed, uint64_t stream, uint64_t index) {
@@ -199,11 +209,13 @@ nb::tuple describe(int dtype, int threads, nb::tuple sizes) {
 
 nb::dict build_info() {
     nb::list compiled, supported;
+    nb::dict refused;
     int count;
     const tilewise::Page *list = tilewise::pages(&count);
     for (int i = 0; i < count; ++i) {
         compiled.append(list[i].table->name);
         if (list[i].host_runs) supported.append(list[i].table->name);
+        if (list[i].refusal) refused[list[i].table->name] = list[i].refusal;
     }
     nb::dict info;
 #if defined(__clang__)
@@ -213,6 +225,7 @@ nb::dict build_info() {
 #endif
     info["pages"] = nb::tuple(compiled);
     info["supported_pages"] = nb::tuple(supported);
+    info["refused_pages"] = refused;
     info["xla_ffi_version"] = nb::make_tuple(0, 1);
     return info;
 }
@@ -224,7 +237,7 @@ double peak_gflops(int threads, double seconds, int dtype) {
         double (*run)(int64_t steps, float *twelve);
         double seconds;
         std::vector<double> rates;
-    } probe{page()->peak_probes[dtype], seconds, {}};
+    } probe{page_of(dtype)->peak_probes[dtype], seconds, {}};
     if (threads <= 0) threads = tilewise::default_threads();
     probe.rates.assign(size_t(threads), 0.0);
     nb::gil_scoped_release unlocked;
@@ -269,7 +282,7 @@ NB_MODULE(_native, m) {
     m.def("isa", [] { return std::string(page()->name); }, "Name of the kernel page in use (TILEWISE_ISA chooses).");
     m.def("describe", &describe, "dtype"_a, "threads"_a, "sizes"_a,
           "(query rows of a tile, keys of a chunk, keys of a split or 0, bytes of workspace) of a forward pass.");
-    m.def("build_info", &build_info, "compiler, pages (compiled in, best first), supported_pages, xla_ffi_version.");
+    m.def("build_info", &build_info, "compiler, pages (compiled in, best first), supported_pages, refused_pages (name: why), xla_ffi_version.");
     m.def("num_threads", &tilewise::default_threads, "Threads a call uses where it does not say.");
     m.def("set_num_threads", &set_num_threads, "threads"_a, "Set that number for the process; 0 returns to the default.");
     m.def("peak_gflops", &peak_gflops, "threads"_a = 0, "seconds"_a = 0.05, "dtype"_a = 0,

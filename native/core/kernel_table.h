@@ -26,7 +26,7 @@ struct tw_segment {
     void (*rest)(int tries); // called while waiting for a segment before this one
 };
 
-// The kernels of one element type.
+// The kernels of one element type; none, where a page leaves it to the next one.
 struct tw_kernels {
     int64_t tile_rows, chunk_keys; // query rows of one tile, and keys that all tiles of an item use before the next
     size_t (*scratch_bytes)(const tw_problem *, int64_t tiles);
@@ -53,5 +53,6 @@ struct tw_kernel_table {
     void (*philox)(uint64_t seed, uint64_t stream, const uint64_t *index, int count, uint32_t *words);
 };
 
-extern const tw_kernel_table tw_page_scalar, tw_page_avx2, tw_page_avx512, tw_page_avx512_bf16;
+extern const tw_kernel_table tw_page_scalar, tw_page_avx2, tw_page_avx512, tw_page_avx512_bf16,
+    tw_page_amx_bf16;
 }

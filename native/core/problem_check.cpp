@@ -28,7 +28,7 @@ const tw_kernels *kernels_for(const tw_problem &p, int *status, const char **mes
     *status = TW_INVALID;
     if ((*message = fault(p))) return nullptr;
     *status = TW_UNSUPPORTED;
-    const tw_kernel_table *table = page_in_use(message);
+    const tw_kernel_table *table = page_for(p.dtype, message);
     return table ? &table->kernels[p.dtype] : nullptr;
 }
 

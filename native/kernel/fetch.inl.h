@@ -31,12 +31,21 @@ template <class T, class M> TW_INLINE void enter_chunk(Sweep<M> &s, int64_t key)
     }
 }
 
+// Rows of keys or values as units across the keys, in the order that products over keys want.
+template <class M, class T>
+TW_INLINE void keys_across_units(const T *from, int64_t stride, int64_t count, int64_t n, unit_of<M> *to, int64_t to_stride) {
+    if constexpr (M::tiled)
+        columns_to_tiles(from, stride, count, n, to);
+    else
+        rows_across_units<M>(from, stride, count, n, to, to_stride);
+}
+
 template <class T, class M> static void fetch_block(Sweep<M> &s, int64_t key, int n) {
     const tw_problem &p = *s.problem;
     const int64_t first = key - s.chunk;
     const T *k = tensor_row<const T>(p.k, s.batch, s.kv_head, key), *v = tensor_row<const T>(p.v, s.batch, s.kv_head, key);
     rows_in_units<M>(k, p.k.stride_s, n, p.head_dim, s.fetched_keys + first * s.key_stride, s.key_stride);
-    rows_across_units<M>(v, p.v.stride_s, n, p.value_dim, s.fetched_values + first / M::numbers * s.value_stride,
+    keys_across_units<M>(v, p.v.stride_s, n, p.value_dim, s.fetched_values + first / M::numbers * s.value_stride,
                          s.value_stride);
     s.fetched |= 1u << first / block_keys;
 }

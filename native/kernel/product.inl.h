@@ -1,12 +1,14 @@
 // How products are summed. A kernel is compiled for one of these ways, M:
 //   M::sum      the accumulators' type        M::unit   what a lane of an operand holds
 //   M::numbers  how many numbers that is: they stand beside each other on the axis that is summed over
+//   M::tiled    whether prefill and the backward pass multiply in tile registers
 
 // One number times one number, in the accumulator's own type.
 template <class A> struct Singles {
     using sum = A;
     using unit = A;
     static constexpr int numbers = 1;
+    static constexpr bool tiled = false;
 };
 
 template <class M> using unit_of = typename M::unit;
@@ -15,6 +17,15 @@ template <class M> using sum_of = typename M::sum;
 // Units that hold n numbers (the last is filled up with zeros), and the same in whole vectors.
 template <class M> TW_INLINE int64_t units_of(int64_t n) { return (n + M::numbers - 1) / M::numbers; }
 template <class M> TW_INLINE int64_t padded_units(int64_t n) { return padded<sum_of<M>>(units_of<M>(n)); }
+
+// Rows of units, and of sums, that a tile of queries keeps for n numbers: whole registers where they are tiles.
+template <class M> TW_INLINE int64_t unit_rows(int64_t n) { return M::tiled ? padded_units<M>(n) : units_of<M>(n); }
+template <class M> TW_INLINE int64_t sum_rows(int64_t n) { return M::tiled ? padded<sum_of<M>>(n) : n; }
+
+// What a kernel holds while it runs: nothing, but for tile registers (amx_tiles.inl.h).
+template <class M> struct Registers {
+    Registers() {}
+};
 
 // A weight that stands for "does not see this key" where values may be anything; real ones are never negative.
 template <class A> constexpr A unseen = A(-1);
@@ -33,6 +44,7 @@ struct Pairs {
     using sum = float;
     using unit = int32_t; // the first number in the low half
     static constexpr int numbers = 2;
+    static constexpr bool tiled = false;
 };
 
 TW_INLINE vf add_product(vf sum, vi32 a, vi32 b) {
