@@ -54,4 +54,5 @@ struct tw_kernel_table {
 };
 
 extern const tw_kernel_table tw_page_scalar, tw_page_avx2, tw_page_avx512, tw_page_avx512_bf16;
+extern const tw_kernel_table tw_page_neon, tw_page_neon_bf16;
 }
