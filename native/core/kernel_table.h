@@ -26,6 +26,10 @@ struct tw_segment {
     void (*rest)(int tries); // called while waiting for a segment before this one
 };
 
+// Whether the call that this thread works for was given up: then a kernel leaves off, and what it wrote is of no use.
+// Kernels that may run for a tenth of a second ask it now and then; most often it costs reading a clock.
+int tw_given_up(void);
+
 // The kernels of one element type.
 struct tw_kernels {
     int64_t tile_rows, chunk_keys; // query rows of one tile, and keys that all tiles of an item use before the next

@@ -42,7 +42,14 @@ class _Block:
         self.size = sum(ctypes.sizeof(head) for head in heads)
 
     def array(
-        self, of: Any, name: str, address: int, item: int, sizes: Sequence[int], strides: Sequence[int], out: bool = False
+        self,
+        of: Any,
+        name: str,
+        address: int,
+        item: int,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        out: bool = False,
     ) -> None:
         """Have the pointer `of.name` point to a copy of the array at `address`, of such sizes and strides in elements."""
         if not address:
@@ -183,7 +190,16 @@ def forward(**call: Any) -> None:
 
 
 def backward(
-    *, d_out: tuple, d_lse: int, d_q: tuple, d_k: tuple, d_v: tuple, gather: tuple, diagonal: bool, d_sinks: int, **call: Any
+    *,
+    d_out: tuple,
+    d_lse: int,
+    d_q: tuple,
+    d_k: tuple,
+    d_v: tuple,
+    gather: tuple,
+    diagonal: bool,
+    d_sinks: int,
+    **call: Any,
 ) -> None:
     """As tilewise._native.backward."""
     g = _GRADIENTS(gather_count=len(gather), diagonal=diagonal)

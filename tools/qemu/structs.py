@@ -6,7 +6,12 @@ import ctypes
 import re
 from pathlib import Path
 
-_NUMBERS = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "uint64_t": ctypes.c_uint64, "double": ctypes.c_double}
+_NUMBERS = {
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
+    "double": ctypes.c_double,
+}
 
 
 def structs(header: Path) -> dict[str, type[ctypes.Structure]]:
