@@ -1,8 +1,8 @@
-"""A pytest plugin that stands in for the compiled module: calls run in the program $TILEWISE_SERVER, on a
-processor that must run just the pages $TILEWISE_PAGES (tools/qemu.sh).
+"""A pytest plugin that stands in for the compiled module: calls run in the program $TILEWISE_SERVER (tools/qemu.sh).
 
-Each call's structs and every array that they point to are sent as one block of memory, and what the call writes is copied
-back. The functions have the names and arguments of native/bind/module.cpp.
+Each call's structs and every array that they point to are sent as one block of memory, and what the call writes is
+copied back. The functions have the names and arguments of native/bind/module.cpp. $TILEWISE_PAGES names the pages that
+the program's processor must run, the best first.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Block:
         strides: Sequence[int],
         out: bool = False,
     ) -> None:
-        """Have the pointer `of.name` point to a copy of the array at `address`, of such sizes and strides in elements."""
+        """Point `of.name` to a copy of the array at `address`, of such sizes and strides in elements."""
         if not address:
             return
         ends = [(size - 1) * stride * item for size, stride in zip(sizes, strides, strict=True)]

@@ -15,7 +15,7 @@ _NUMBERS = {
 
 
 def structs(header: Path) -> dict[str, type[ctypes.Structure]]:
-    """Every struct of the header by name. Sizes and pointers are those of 64-bit machines, this one and the emulated."""
+    """Every struct of the header by name, laid out as 64-bit machines do, this one and the emulated."""
     text = re.sub(r"//.*", "", header.read_text())
     constants = {name: int(value) for name, value in re.findall(r"(TW_\w+) = (-?\d+)", text)}
     found: dict[str, type[ctypes.Structure]] = {}
