@@ -40,6 +40,7 @@ types: venv  ## check types (mypy, strict for the public interface)
 format: venv  ## format everything and make the repairs that ruff can make by itself
 	$(BIN)/ruff check --fix --exit-zero --quiet .
 	$(BIN)/ruff format .
+	find native tools -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 demo: venv  ## run the main job on real input, with progress
 	$(BIN)/python examples/demo.py
