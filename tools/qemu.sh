@@ -17,9 +17,11 @@ for needed in cmake qemu-aarch64 "$cross"; do
     echo "tools/qemu.sh: $needed is missing. Debian or Ubuntu: apt install qemu-user g++-aarch64-linux-gnu" >&2
     exit 1
 done
-# Left out: what needs the module itself, and jax, whose calls do not pass through Python.
-[ $# -gt 0 ] || set -- tests/native tests/kernels/test_conformance.py \
-    -k "not test_build and not test_threads.py and not jax and (native or not conformance)"
+# Left out: what needs the module itself, or more time than emulation leaves; and jax, whose calls do not pass through
+# Python.
+[ $# -gt 0 ] || set -- tests/native/test_pages.py tests/native/test_gradients.py tests/native/test_row_bits.py \
+    tests/kernels/test_conformance.py \
+    -k "pages or row_bits or facts or sizes or nothing or (conformance and native and not jax)"
 
 # server FOLDER CMAKE-ARGUMENTS
 server() {
@@ -39,8 +41,9 @@ as() {
 
 server aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER="$cross"
 as qemu-aarch64 max aarch64 "neon_bf16 neon scalar" "$@"
-# The same code: only what chooses it differs. One file is enough.
-as qemu-aarch64 cortex-a72 aarch64 "neon scalar" tests/native/test_pages.py -k "facts or refused"
+# The same code: only what chooses it differs.
+export NM="${cross%g++}nm" TILEWISE_OBJECTS="$build/aarch64"
+as qemu-aarch64 cortex-a72 aarch64 "neon scalar" tests/native/test_pages.py tests/native/test_build.py -k "facts or weak"
 
 [ "$(uname -m)" = x86_64 ] || exit 0
 command -v qemu-x86_64 >/dev/null || { echo "tools/qemu.sh: qemu-x86_64 is missing" >&2 && exit 1; }
