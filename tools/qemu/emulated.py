@@ -137,15 +137,34 @@ class _Call:
         self.block.array(of, name, address, self.wide, (self.problem.q_heads,), (1,), out)
 
     def _facts(
-        self, rows, q, k, v, out, lse, scale, softcap, ranges, labels, mask, bits, biases, table, sinks, dropout, write
+        self,
+        rows,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        scale,
+        softcap,
+        ranges,
+        labels,
+        mask,
+        bits,
+        biases,
+        table,
+        sinks,
+        dropout,
+        part,
+        write,
     ) -> None:
         p, block = self.problem, self.block
+        self.result = self.wide if part else self.item
         batch, q_heads, q_len, k_len = self.pairs
-        _set(p, "row_begin row_end scale softcap", (*rows, scale, softcap))
+        _set(p, "row_begin row_end scale softcap part", (*rows, scale, softcap, part))
         self.tensor(p.q, q, self.item, q_heads, q_len, p.head_dim)
         self.tensor(p.k, k, self.item, p.kv_heads, k_len, p.head_dim)
         self.tensor(p.v, v, self.item, p.kv_heads, k_len, p.value_dim)
-        self.tensor(p.out, out, self.item, q_heads, q_len, p.value_dim, write)
+        self.tensor(p.out, out, self.result if write else self.item, q_heads, q_len, p.value_dim, write)
         self.rows(p, "lse", lse, write)
         if ranges:
             *sides, wide, count, stride_b, stride_h = ranges
@@ -172,7 +191,7 @@ class _Call:
             block.array(p.table, "data", table[0], self.wide, (batch, q_heads, q_len + k_len - 1), (*table[1:], 1))
         self.heads(p, "sinks", sinks)
         if dropout:
-            _set(p.dropout, "enabled threshold inverse_keep seed stream", (1, *dropout))
+            _set(p.dropout, "enabled threshold inverse_keep seed stream first " + _OVER_PAIRS, (1, *dropout))
 
     def _bits(self, index: int, words: int, stride_b: int, stride_h: int, *tiles_and_offset: int) -> None:
         p = self.problem
@@ -207,7 +226,7 @@ def backward(
     p = whole.problem
     whole.tensor(g.d_out, d_out, whole.item, p.q_heads, p.q_len, p.value_dim)
     whole.rows(g, "d_lse", d_lse)
-    whole.tensor(g.d_q, d_q, whole.item, p.q_heads, p.q_len, p.head_dim, out=True)
+    whole.tensor(g.d_q, d_q, whole.result, p.q_heads, p.q_len, p.head_dim, out=True)
     whole.tensor(g.d_k, d_k, whole.wide, p.kv_heads, p.k_len, p.head_dim, out=True)
     whole.tensor(g.d_v, d_v, whole.wide, p.kv_heads, p.k_len, p.value_dim, out=True)
     for own, (address, *strides) in zip(g.gather, gather, strict=False):
