@@ -129,14 +129,34 @@ void read_facts(const Facts &facts, tw_problem &p) {
     }
 }
 
-// Runs with the GIL released and raises what goes wrong.
+// Whether a signal's handler raised, Ctrl-C's above all; the error stays set. Handlers run on Python's main thread alone:
+// any other learns so when it asks first, and does not disturb the GIL again.
+bool signal_raised(void *asks) {
+    if (!*static_cast<bool *>(asks)) return false;
+    nb::gil_scoped_acquire locked;
+    try { // the kernels that ask let no exception through
+        const nb::module_ threading = nb::module_::import_("threading");
+        const nb::object main = threading.attr("main_thread")().attr("ident");
+        *static_cast<bool *>(asks) = threading.attr("get_ident")().equal(main);
+    } catch (nb::python_error &error) {
+        error.restore();
+        return true;
+    }
+    return PyErr_CheckSignals() != 0;
+}
+
+// Runs with the GIL released and raises what goes wrong, or what a signal's handler raises meanwhile.
 template <class Run> void unlocked(Run run) {
     const char *message = nullptr;
     int status;
+    bool interrupted, asks = true;
     {
         nb::gil_scoped_release released;
+        tilewise::Interruptible interruptible(signal_raised, &asks);
         status = run(&message);
+        interrupted = interruptible.given_up();
     }
+    if (interrupted) throw nb::python_error();
     if (status != TW_OK) raise(status, message);
 }
 

@@ -6,6 +6,11 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <stddef.h>
+#include <sys/sysctl.h>
 #endif
 
 namespace tilewise {
@@ -50,5 +55,18 @@ bool host_runs_avx512_bf16() { return false; }
 bool host_has_amx_bf16() { return false; }
 bool host_runs_amx_bf16() { return false; }
 #endif
+
+bool host_runs_neon_bf16() {
+#if defined(__aarch64__) && defined(__linux__)
+    constexpr unsigned long bf16 = 1UL << 14; // HWCAP2_BF16, which older headers do not name
+    return getauxval(AT_HWCAP2) & bf16;
+#elif defined(__aarch64__) && defined(__APPLE__)
+    int answer = 0;
+    size_t bytes = sizeof answer;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &answer, &bytes, nullptr, 0) == 0 && answer;
+#else
+    return false;
+#endif
+}
 
 } // namespace tilewise

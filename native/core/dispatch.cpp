@@ -22,6 +22,12 @@ const Page *pages(int *count) {
 #ifdef TILEWISE_PAGE_AVX2
         {&tw_page_avx2, host_runs_avx2()},
 #endif
+#ifdef TILEWISE_PAGE_NEON_BF16
+        {&tw_page_neon_bf16, host_runs_neon_bf16()},
+#endif
+#ifdef TILEWISE_PAGE_NEON
+        {&tw_page_neon, true},
+#endif
         {&tw_page_scalar, true},
     };
     *count = int(sizeof list / sizeof *list);

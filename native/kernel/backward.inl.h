@@ -77,6 +77,9 @@ template <class M> static void close_sinks(const tw_problem *problem, const tw_g
     for (int l = 0; l < tile.rows; ++l) to[tile.h[l]] += terms[l];
 }
 
+// Where a segment is longer than this, a tile asks on its way through it too whether the call was given up.
+constexpr int64_t asking_keys = 4096;
+
 // Places for the scores of a block of keys with a tile, spare ones included.
 template <class M> constexpr int64_t score_places = int64_t(block_keys + TW_GROUP_KEYS) * tile_rows<sum_of<M>>;
 
@@ -174,8 +177,11 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
         const U *d_out = d_out_of(p, tile);
         // What a tile gathers, its segments add in the order of keys.
         const uint64_t before = (uint64_t(1) << segment->number) - 1;
-        for (int tries = 0; (__atomic_load_n(segment->done + t, __ATOMIC_ACQUIRE) & before) != before; ++tries)
+        for (int tries = 0;; ++tries) {
+            if (tw_given_up()) return; // and so did, perhaps, the segment that this one waits for
+            if ((__atomic_load_n(segment->done + t, __ATOMIC_ACQUIRE) & before) == before) break;
             segment->rest(tries);
+        }
         int64_t key = next_key(tile, s.first, s.last + 1);
         if (key <= s.last) {
             if (M::tiled && tile.rows < tile_rows<A>) { // rows that do not exist are multiplied too
@@ -193,6 +199,7 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
             }
         }
         while (key <= s.last) {
+            if (key % asking_keys == 0 && tw_given_up()) return;
             const int64_t stop = key + block_keys <= s.last ? key + block_keys : s.last + 1;
             if (!M::tiled && tile.width == lanes<A>)
                 slope_block<M, 1>(s, tile, d_out, key, int(stop - key));

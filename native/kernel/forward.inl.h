@@ -68,7 +68,7 @@ template <class T, class M> static void sweep_all(Sweep<M> &s, Tile<M> *const *t
             const int64_t own = next_key(*tiles[t], key, end);
             next = own < next ? own : next;
         }
-        if (next >= end) return;
+        if (next >= end || tw_given_up()) return;
         next -= next % chunk_keys;
         key = next + chunk_keys < end ? next + chunk_keys : end;
         enter_chunk<T>(s, next);
@@ -129,7 +129,7 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
         if (needs_care(*tiles[t], p.value_dim)) {
             reset(*tiles[t], s.value_dim);
             s.careful = true;
-            for (int64_t key = 0; (key = next_key(*tiles[t], key, item->key_end)) < item->key_end;) {
+            for (int64_t key = 0; (key = next_key(*tiles[t], key, item->key_end)) < item->key_end && !tw_given_up();) {
                 key -= key % chunk_keys;
                 const int64_t end = key + chunk_keys < item->key_end ? key + chunk_keys : item->key_end;
                 enter_chunk<T>(s, key);

@@ -4,6 +4,8 @@
 #include <stdint.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "core/kernel_table.h"
@@ -13,6 +15,7 @@ namespace {
 #include "kernel/vector.inl.h"
 #include "kernel/reduce.inl.h"
 #include "kernel/element.inl.h"
+#include "kernel/pairs_neon.inl.h"
 #include "kernel/product.inl.h"
 #include "kernel/transpose.inl.h"
 #include "kernel/exp.inl.h"
@@ -50,7 +53,7 @@ template <class T, class M> constexpr tw_kernels kernels_of() {
 
 #if defined(__AMX_BF16__)
 using bfloat_products = Tiles;
-#elif defined(__AVX512BF16__)
+#elif defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 using bfloat_products = Pairs;
 #else
 using bfloat_products = Singles<float>;
