@@ -27,7 +27,7 @@ template <class A> TW_INLINE Ending<A> ending_of(const tw_problem &p, int64_t h,
 template <class T, class A> static void write_row(const tw_problem &p, int64_t b, int64_t h, int64_t i, const A *from, Ending<A> end) {
     T *out = static_cast<T *>(p.out.data) + b * p.out.stride_b + h * p.out.stride_h + i * p.out.stride_s;
     narrow_row(from, end.factor, p.value_dim, out);
-    static_cast<A *>(p.lse)[(b * p.q_heads + h) * p.q_len + i] = end.lse;
+    static_cast<A *>(p.lse)[lse_at(p, b, h, i)] = end.lse;
 }
 
 // A row has seen a key once its limit has left -inf, or its sum is NaN.
@@ -44,7 +44,7 @@ template <class T, class M> static void finish(const tw_problem &p, const tw_ite
         const Ending<A> end = ending_of<A>(p, h, tile.shift[l], tile.sum[l], has_seen(tile, l));
         factors[l] = end.factor;
         rows[l] = tensor_row<T>(p.out, item.b, h, i);
-        static_cast<A *>(p.lse)[(item.b * p.q_heads + h) * p.q_len + i] = end.lse;
+        static_cast<A *>(p.lse)[lse_at(p, item.b, h, i)] = end.lse;
     }
     for (int l = 0; l < tile.rows; l += lanes<A>)
         lanes_to_rows(tile.out + l, tile.width, factors + l, p.value_dim, rows + l, tile.rows - l);
