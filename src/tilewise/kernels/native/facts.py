@@ -27,7 +27,7 @@ def call_facts(operands: Operands, accumulator: str, alive: Alive) -> dict[str, 
         "biases": tuple(_dense_bias(bias, alive) for bias in operands.dense),
         "table": _table(operands.table, accumulator, alive),
         "sinks": _sinks(operands.sinks, accumulator, alive),
-        "dropout": _dropout(operands.dropout),
+        "dropout": dropout_words(operands.dropout),
     }
 
 
@@ -107,7 +107,8 @@ def _sinks(sinks: Array | None, accumulator: str, alive: Alive) -> int:
     return found.address
 
 
-def _dropout(dropout: Dropout | None) -> tuple[int, float, int, int] | None:
+def dropout_words(dropout: Dropout | None) -> tuple[int, float, int, int] | None:
+    """Threshold, factor of what is kept, seed and stream; None for none."""
     if dropout is None:
         return None
     low, high = (int(word) & 0xFFFFFFFF for word in dropout.seed)
