@@ -21,6 +21,7 @@ from ...masks.primitives.window import Window
 from ...masks.site import Site
 from .runs import Row, is_run, run_of
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FAR = 2**60  # sums of two numbers below it stay in 64 bits
 
 
@@ -160,10 +161,15 @@ def _fits(mask: Mask, lengths: Lengths) -> bool:
     for value in vars(mask).values():
         if isinstance(value, str | None):
             continue
+        if isinstance(value, int):
+            if abs(value) > _FAR:
+                return False
+            continue
         numbers = torch.as_tensor(value)
         if tuple(numbers.shape) not in ((), (1,), (lengths.batch,)) or numbers.device.type != "cpu":
             return False
-        if numbers.numel() and (int(numbers.max()) > _FAR or int(numbers.min()) < -_FAR):
+        large = numbers.dtype == torch.int64 and bool(((numbers > _FAR) | (numbers < -_FAR)).any())
+        if numbers.dtype not in _INTEGERS or large:
             return False
     return True
 

@@ -82,14 +82,15 @@ class Call:
         q, k, v = (_with_rows(x) for x in tensors)
         wide = _accumulator(q)
         sums = [
-            x.new_zeros(x.shape, dtype=x.dtype if x is q else wide) if want else None
-            for x, want in zip((q, k, v), wanted, strict=True)
+            x.new_zeros(x.shape, dtype=dtype) if want else None
+            for x, dtype, want in zip((q, k, v), (q.dtype, wide, wide), wanted, strict=True)
         ]
         d_out, d_lse = d_out.contiguous(), d_lse.to(wide).contiguous()
         places = dict(zip(("d_q", "d_k", "d_v"), [(0, 0, 0, 0) if x is None else _place(x) for x in sums], strict=True))
         _native.backward(
-            **self.keywords, threads=torch.get_num_threads(), q=_place(q), k=_place(k), v=_place(v), out=_place(out), lse=lse.data_ptr(),
-            d_out=_place(d_out), d_lse=d_lse.data_ptr(), gather=(), diagonal=False, d_sinks=0, **places,
+            **self.keywords, threads=torch.get_num_threads(), q=_place(q), k=_place(k), v=_place(v), out=_place(out),
+            lse=lse.data_ptr(), d_out=_place(d_out), d_lse=d_lse.data_ptr(), gather=(), diagonal=False, d_sinks=0,
+            **places,
         )  # fmt: skip
         return [None if x is None else x.to(q.dtype) for x in sums]
 
