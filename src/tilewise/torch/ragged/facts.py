@@ -75,6 +75,8 @@ class Tables(NamedTuple):
 def sights_of(mask: Mask | None, lengths: Lengths, heads: int) -> Sights | None:
     """A mask of which each query sees one run of keys, joined with at most one boolean array."""
     parts = mask.parts if isinstance(mask, And) else () if mask is None else (mask,)
+    if lengths.longest[0] <= 1:  # a step of decoding: a single query at the end sees every key
+        parts = tuple(part for part in parts if not (isinstance(part, Causal) and part.align == "end"))
     arrays = [part for part in parts if isinstance(part, Dense)]
     runs = [part for part in parts if not isinstance(part, Dense)]
     if len(arrays) > 1 or not all(is_run(part) and _fits(part, lengths) for part in runs):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import validate
-from ...kernels.native.buffers import DTYPE_CODES
+from ...kernels.native.buffers import DTYPE_CODES, memory
 from ...kernels.native.card import CARD
 from ...kernels.native.facts import Alive, dropout_words
 from ..watch import nobody_else, recording
@@ -150,7 +150,7 @@ def attend(
     ranges = None
     if sights.ranges is not None:
         starts, stops = sights.ranges
-        ranges = (starts.ctypes.data, stops.ctypes.data, int(starts.itemsize == 8), 1, 0, 0)
+        ranges = (memory(starts).address, memory(stops).address, int(starts.itemsize == 8), 1, 0, 0)
     keywords = {
         "dtype": DTYPE_CODES[str(q.dtype).removeprefix("torch.")],
         "sizes": (lengths.batch, heads, k.shape[-2], *lengths.longest, q.shape[-1], v.shape[-1]),
@@ -166,7 +166,7 @@ def attend(
         "sinks": 0 if sinks is None else sinks.data_ptr(),
         "dropout": dropout_words(checked.dropout),
         "pages": None if pages is None else (pages.table.data_ptr(), pages.table.stride(0), pages.size),
-        "sequences": (*(x.ctypes.data if x.size else 0 for x in place), 0, q.shape[0]),
+        "sequences": (*(memory(x).address if x.size else 0 for x in place), 0, q.shape[0]),
     }
     alive = [place, table, sinks, sights, tables, pages]
     call = Call(keywords, alive, lengths, int(lengths.q_len.sum()) < q.shape[0], formula)
