@@ -30,7 +30,7 @@ const tw_problem &problem_of(const tw_problem &p, int64_t n, tw_problem &own) {
     const int64_t q_begin = begin_of(s.q_begin, n), k_begin = begin_of(s.k_begin, n), element = bytes_of(p.dtype);
     const int64_t accumulator = accumulator_bytes(p);
     advance(own.q, n, q_begin, element);
-    advance(own.out, n, q_begin, element);
+    advance(own.out, n, q_begin, p.part ? accumulator : element);
     advance(own.lse, (n * p.lse_stride_b + q_begin) * accumulator);
     if (p.pages.table) {
         own.pages.table += n * p.pages.stride_b;
@@ -59,7 +59,7 @@ tw_gradients gradients_of(const tw_problem &p, const tw_gradients &g, int64_t n)
     tw_gradients own = g;
     advance(own.d_out, n, q_begin, element);
     advance(own.d_lse, (n * p.lse_stride_b + q_begin) * accumulator);
-    advance(own.d_q, n, q_begin, element);
+    advance(own.d_q, n, q_begin, p.part ? accumulator : element);
     advance(own.d_k, n, k_begin, accumulator);
     advance(own.d_v, n, k_begin, accumulator);
     return own;

@@ -60,6 +60,8 @@ class AttentionProblem:
         gradients: operands whose gradient is wanted.
         return_lse: whether the caller reads the log-sum-exp.
         traced: whether the arrays are tracers or fake tensors.
+        part: whether this is a part of a larger call, whose results are to be added up: out and the gradients to q, k
+            and v are then in the accumulator's dtype.
     """
 
     family: str
@@ -82,6 +84,12 @@ class AttentionProblem:
     gradients: frozenset[Gradient] = frozenset()
     return_lse: bool = False
     traced: bool = False
+    part: bool = False
+
+    @property
+    def result(self) -> str:
+        """Dtype of out and of the gradients to q, k and v."""
+        return self.accumulator if self.part else self.dtype
 
     @property
     def accumulator(self) -> str:

@@ -67,7 +67,7 @@ def _arguments(q, k, v, out, lse, q_len, k_len, *, causal, pages=None, **facts):
         "lse": lse.ctypes.data, "scale": D**-0.5, "softcap": 0.0,
         "ranges": (starts.ctypes.data, stops.ctypes.data, 0, 1, 0, 0) if causal else None,
         "labels": None, "mask": None, "bits": None, "biases": (), "table": None, "sinks": 0, "dropout": None,
-        "pages": pages, "sequences": (*(x.ctypes.data for x in place), 0, 0, len(q)), **facts,
+        "part": False, "pages": pages, "sequences": (*(x.ctypes.data for x in place), 0, 0, len(q)), **facts,
     }  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_dropout_and_a_table_of_distances(batch) -> None:
     out, lse = _outputs(q)
     alive, arguments = _arguments(
         q, k, v, out, lse, q_len, k_len, causal=True, table=(table.ctypes.data, 0, table.shape[1]),
-        dropout=(2**30, 4 / 3, 11, 5),
+        dropout=(2**30, 4 / 3, 11, 5, 0, 0, 0, 0, 0),
     )  # fmt: skip
     arguments["sequences"] = (*arguments["sequences"][:4], first.ctypes.data, 0, len(q))
     _native.forward(**arguments)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -140,7 +139,12 @@ def attend(
     heads, accumulator = q.shape[1], _accumulator(q)
     sights = sights_of(options.mask, lengths, heads)
     tables = tables_of(options.bias, lengths, heads, max_q, accumulator)
-    if sights is None or tables is None or (checked.dropout and isinstance(checked.dropout.seed, Tensor)):
+    dropout = checked.dropout
+    if (
+        sights is None
+        or tables is None
+        or (dropout and any(isinstance(x, Tensor) for x in (dropout.seed, dropout.first)))
+    ):
         return None
 
     first = np.zeros(0, np.int64) if tables.first is None else tables.first
@@ -164,7 +168,8 @@ def attend(
         "biases": tuple(_bias(array) for array in tables.dense),
         "table": None if table is None else (table.data_ptr(), *_outer(table)),
         "sinks": 0 if sinks is None else sinks.data_ptr(),
-        "dropout": dropout_words(checked.dropout),
+        "dropout": dropout_words(dropout, None),
+        "part": False,
         "pages": None if pages is None else (pages.table.data_ptr(), pages.table.stride(0), pages.size),
         "sequences": (*(memory(x).address if x.size else 0 for x in place), 0, q.shape[0]),
     }
@@ -173,13 +178,8 @@ def attend(
     return _Together.apply(call, q, k, v) if recording((q, k, v)) else call.forward(q, k, v)
 
 
-@cache
-def _available() -> bool:
-    return CARD.available is None or CARD.available() is None
-
-
 def _runs(kernel: str | None) -> bool:
-    return kernel in (None, "native") and _available()
+    return kernel in (None, "native") and (CARD.available is None or CARD.available() is None)
 
 
 def _operands(options: Any) -> list[Any]:
