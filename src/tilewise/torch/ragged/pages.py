@@ -33,5 +33,7 @@ def attend_pages(
         return found
     slots = slots_of(table, nowhere, lengths, k_pages.shape[1])
     keys = Sequences(tuple((lengths.cumsum() - lengths).tolist()), tuple(lengths.tolist()))
-    out, lse = attend(q, gathered(k_pages, slots), gathered(v_pages, slots), queries, keys, options, max_q)
+    k, v = gathered(k_pages, slots), gathered(v_pages, slots)
+    with torch.autocast(q.device.type, enabled=False):  # the dtype is that of the pages, in one call or many
+        out, lse = attend(q, k, v, queries, keys, options, max_q)
     return out, lse.transpose(0, 1)
