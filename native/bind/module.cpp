@@ -61,6 +61,8 @@ tw_problem problem_of(int dtype, int threads, nb::tuple sizes, nb::tuple rows, n
     p.v = tensor_of(v);
     p.out = tensor_of(out);
     p.lse = reinterpret_cast<void *>(lse);
+    p.lse_stride_h = p.q_len;
+    p.lse_stride_b = p.q_heads * p.q_len;
     p.scale = scale;
     p.softcap = softcap;
     return p;
@@ -72,7 +74,7 @@ struct Facts {
     nb::tuple biases;
     nb::object table;
     uintptr_t sinks;
-    nb::object dropout;
+    nb::object dropout, pages, sequences;
 };
 
 void read_facts(const Facts &facts, tw_problem &p) {
@@ -127,6 +129,19 @@ void read_facts(const Facts &facts, tw_problem &p) {
         for (uint64_t *field : {&p.dropout.first, &p.dropout.stride_b, &p.dropout.stride_h, &p.dropout.stride_i, &p.dropout.stride_j})
             *field = f.next_unsigned();
     }
+    if (!facts.pages.is_none()) {
+        Fields f(facts.pages);
+        p.pages.table = f.pointer<const int32_t *>();
+        p.pages.stride_b = f.next();
+        p.pages.size = f.next();
+    }
+    if (!facts.sequences.is_none()) {
+        Fields f(facts.sequences);
+        tw_sequences &s = p.sequences;
+        for (const int64_t **array : {&s.q_begin, &s.q_len, &s.k_begin, &s.k_len, &s.table_begin}) *array = f.pointer<const int64_t *>();
+        p.lse_stride_b = f.next();
+        p.lse_stride_h = f.next();
+    }
 }
 
 // Whether a signal's handler raised, Ctrl-C's above all; the error stays set. Handlers run on Python's main thread alone:
@@ -162,20 +177,22 @@ template <class Run> void unlocked(Run run) {
 
 void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
              uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
-             nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part) {
+             nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part,
+             nb::object pages, nb::object sequences) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
     p.part = part;
-    read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout}, p);
+    read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, pages, sequences}, p);
     unlocked([&p](const char **message) { return tw_forward(&p, message); });
 }
 
 void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
               uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
-              nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part, nb::tuple d_out,
+              nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part,
+              nb::object pages, nb::object sequences, nb::tuple d_out,
               uintptr_t d_lse, nb::tuple d_q, nb::tuple d_k, nb::tuple d_v, nb::tuple gather, bool diagonal, uintptr_t d_sinks) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
     p.part = part;
-    read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout}, p);
+    read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, pages, sequences}, p);
     tw_gradients g = {};
     g.d_out = tensor_of(d_out);
     g.d_lse = reinterpret_cast<const void *>(d_lse);
@@ -291,13 +308,14 @@ NB_MODULE(_native, m) {
     m.doc() = "The compiled kernels of tilewise. Internal: call tilewise.attention.";
     m.def("forward", &forward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
-          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a,
+          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "pages"_a = nb::none(),
+          "sequences"_a = nb::none(),
           "One forward pass. Tuples of addresses and strides in elements, in the order of native/core/problem.h; "
           "None (0 for sinks): absent. The GIL is released.");
     m.def("backward", &backward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
-          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a,
-          "d_v"_a, "gather"_a, "diagonal"_a, "d_sinks"_a,
+          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "pages"_a = nb::none(),
+          "sequences"_a = nb::none(), "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a, "gather"_a, "diagonal"_a, "d_sinks"_a,
           "One backward pass, after the same keywords: tw_gradients of native/core/problem.h, address 0: not wanted.");
     m.def("isa", [] { return std::string(page()->name); }, "Name of the kernel page in use (TILEWISE_ISA chooses).");
     m.def("describe", &describe, "dtype"_a, "threads"_a, "sizes"_a,

@@ -287,6 +287,8 @@ int64_t read_problem(Reader &r, tw_problem &p) {
     p.batch = q->dims[0];
     p.q_heads = q->dims[heads];
     p.q_len = p.row_end = q->dims[positions];
+    p.lse_stride_h = p.q_len;
+    p.lse_stride_b = p.q_heads * p.q_len;
     p.head_dim = q->dims[3];
     p.kv_heads = k->dims[heads];
     p.k_len = k->dims[positions];

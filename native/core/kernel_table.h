@@ -15,6 +15,8 @@ struct tw_item {
     // Where not NULL, the unnormalised state goes here instead of to out and lse: for each row, accumulator's type,
     // value_dim sums, then the reference exponent (log2), the denominator, and whether any key was seen (0 or 1).
     void *partial;
+    // For the caller alone: which of its problems this belongs to, and how many splits of the keys there are.
+    int64_t number, splits;
 };
 
 // A segment of the keys of one (batch, kv head), for the backward pass: all its tiles in order, against these keys.

@@ -85,7 +85,7 @@ TW_INLINE void multiply_rows(Turn turn) {
 
 // Rows of n numbers, turned about: to [groups of 32 rows][padded n][16], each group whole tiles that hold a number of
 // the rows along k. Rows that do not exist are zeros.
-TW_INLINE void columns_to_tiles(const bfloat *from, int64_t stride, int64_t count, int64_t n, int32_t *to) {
+TW_INLINE void columns_to_tiles(Rows<bfloat> from, int64_t count, int64_t n, int32_t *to) {
     for (int64_t r = 0; r < count; r += 2 * tile_side)
         for (int64_t d = 0; d < n; d += tile_side, to += tile_units) {
             vi32 x[tile_side];
@@ -93,8 +93,8 @@ TW_INLINE void columns_to_tiles(const bfloat *from, int64_t stride, int64_t coun
                 x[i] = vi32{};
                 const int64_t rows = count - r - 2 * i, columns = n - d < tile_side ? n - d : int64_t(tile_side);
                 if (rows <= 0) continue;
-                const bfloat *first = from + (r + 2 * i) * stride + d;
-                copy_across(first, rows > 1 ? first + stride : nullptr, columns, reinterpret_cast<int32_t *>(x + i));
+                const bfloat *first = from[r + 2 * i] + d, *second = rows > 1 ? from[r + 2 * i + 1] + d : nullptr;
+                copy_across(first, second, columns, reinterpret_cast<int32_t *>(x + i));
             }
             transpose<int32_t>(x);
             for (int i = 0; i < tile_side; ++i) store(to + i * tile_side, x[i]);

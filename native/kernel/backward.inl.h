@@ -30,7 +30,7 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
     __builtin_memset(tile.out, 0, size_t(sum_rows<M>(p.head_dim) * tile.width) * sizeof(A));
     const T *rows[most_lanes];
     for (int l = 0; l < tile.width; ++l) {
-        const int64_t h = tile.h[l], i = tile.i[l], at = (b * p.q_heads + h) * p.q_len + i;
+        const int64_t h = tile.h[l], i = tile.i[l], at = lse_at(p, b, h, i);
         const T *own = rows[l] = tensor_row<const T>(gradients->d_out, b, h, i);
         const T *out = tensor_row<const T>(p.out, b, h, i);
         vec<A> products = {};

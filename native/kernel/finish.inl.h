@@ -29,7 +29,7 @@ template <class T, class A> static void write_row(const tw_problem &p, int64_t b
         narrow_row(from, end.factor, p.value_dim, tensor_row<A>(p.out, b, h, i));
     else
         narrow_row(from, end.factor, p.value_dim, tensor_row<T>(p.out, b, h, i));
-    static_cast<A *>(p.lse)[(b * p.q_heads + h) * p.q_len + i] = end.lse;
+    static_cast<A *>(p.lse)[lse_at(p, b, h, i)] = end.lse;
 }
 
 // A row has seen a key once its limit has left -inf, or its sum is NaN.
@@ -54,7 +54,7 @@ template <class T, class M> static void finish(const tw_problem &p, const tw_ite
         const int64_t h = tile.h[l], i = tile.i[l];
         const Ending<A> end = ending_of<A>(p, h, tile.shift[l], tile.sum[l], has_seen(tile, l));
         factors[l] = end.factor;
-        static_cast<A *>(p.lse)[(item.b * p.q_heads + h) * p.q_len + i] = end.lse;
+        static_cast<A *>(p.lse)[lse_at(p, item.b, h, i)] = end.lse;
     }
     if (p.part)
         tile_to_rows<A>(p.out, item.b, tile, factors, p.value_dim);

@@ -15,6 +15,7 @@ namespace {
 #include "kernel/vector.inl.h"
 #include "kernel/reduce.inl.h"
 #include "kernel/element.inl.h"
+#include "kernel/rows.inl.h"
 #include "kernel/pairs_neon.inl.h"
 #include "kernel/product.inl.h"
 #include "kernel/transpose.inl.h"

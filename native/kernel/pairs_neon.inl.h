@@ -49,9 +49,9 @@ template <int NZ> TW_INLINE void store_row(int32_t *out, const vf (&x)[NZ]) {
 
 // The first numbers of two rows, `left` of them, at most 8, beside each other: the first four in `low`.
 // Rows that bits 0 and 1 do not name are zeros and not read.
-TW_INLINE void interleave(const bfloat *row, int64_t stride, int64_t left, uint64_t bits, vi32 &low, vi32 &high) {
+TW_INLINE void interleave(const bfloat *row, const bfloat *next, int64_t left, uint64_t bits, vi32 &low, vi32 &high) {
     const uint16x8_t first = (uint16x8_t)(bits & 1 ? first_numbers(row, left) : vi32{});
-    const uint16x8_t second = (uint16x8_t)(bits & 2 ? first_numbers(row + stride, left) : vi32{});
+    const uint16x8_t second = (uint16x8_t)(bits & 2 ? first_numbers(next, left) : vi32{});
     low = (vi32)vzip1q_u16(first, second);
     high = (vi32)vzip2q_u16(first, second);
 }

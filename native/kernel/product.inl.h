@@ -83,10 +83,10 @@ TW_INLINE void store_row(int32_t *out, const vf (&x)[2]) { store(out, narrow_bes
 
 // The first numbers of two rows, `left` of them, at most 32, beside each other; of each eight the first four go to `low`.
 // Rows that bits 0 and 1 do not name are zeros and not read.
-TW_INLINE void interleave(const bfloat *row, int64_t stride, int64_t left, uint64_t bits, vi32 &low, vi32 &high) {
+TW_INLINE void interleave(const bfloat *row, const bfloat *next, int64_t left, uint64_t bits, vi32 &low, vi32 &high) {
     const __mmask32 exist = __mmask32(left < 32 ? first_bits(left) : ~0u);
     const __m512i first = _mm512_maskz_loadu_epi16(bits & 1 ? exist : 0, row);
-    const __m512i second = _mm512_maskz_loadu_epi16(bits & 2 ? exist : 0, row + stride);
+    const __m512i second = _mm512_maskz_loadu_epi16(bits & 2 ? exist : 0, next);
     low = (vi32)_mm512_unpacklo_epi16(first, second);
     high = (vi32)_mm512_unpackhi_epi16(first, second);
 }
@@ -126,12 +126,12 @@ template <class M, class T> TW_INLINE vec<unit_of<M>> load_units(const T *p) {
 
 // `count` rows of n numbers, as units along the rows: to [count][n in units].
 template <class M, class T>
-TW_INLINE void rows_in_units(const T *from, int64_t stride, int64_t count, int64_t n, unit_of<M> *to, int64_t to_stride) {
-    for (int64_t r = 0; r < count; ++r, from += stride, to += to_stride) {
+TW_INLINE void rows_in_units(Rows<T> from, int64_t count, int64_t n, unit_of<M> *to, int64_t to_stride) {
+    for (int64_t r = 0; r < count; ++r, to += to_stride) {
         if constexpr (M::numbers == 1)
-            widen_row(from, n, to);
+            widen_row(from[r], n, to);
         else
-            copy_row(from, n, to);
+            copy_row(from[r], n, to);
     }
 }
 
@@ -146,10 +146,10 @@ TW_INLINE void write_across(const T *const (&rows)[M::numbers], int64_t n, unit_
 
 // `count` rows of n numbers, as units across the rows: to [count in units][n].
 template <class M, class T>
-TW_INLINE void rows_across_units(const T *from, int64_t stride, int64_t count, int64_t n, unit_of<M> *to, int64_t to_stride) {
-    for (int64_t r = 0; r < count; r += M::numbers, from += M::numbers * stride, to += to_stride) {
+TW_INLINE void rows_across_units(Rows<T> from, int64_t count, int64_t n, unit_of<M> *to, int64_t to_stride) {
+    for (int64_t r = 0; r < count; r += M::numbers, to += to_stride) {
         const T *rows[M::numbers] = {};
-        for (int i = 0; i < M::numbers && r + i < count; ++i) rows[i] = from + i * stride;
+        for (int i = 0; i < M::numbers && r + i < count; ++i) rows[i] = from[r + i];
         write_across<M>(rows, n, to);
     }
 }

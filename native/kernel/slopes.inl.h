@@ -64,11 +64,12 @@ template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, in
     const tw_problem &p = *s.problem;
     const int64_t at = key - s.first;
     if constexpr (sizeof(T) != sizeof(unit_of<M>)) {
-        const T *k = tensor_row<const T>(p.k, s.b, s.kv_head, key), *v = tensor_row<const T>(p.v, s.b, s.kv_head, key);
-        rows_in_units<M>(k, p.k.stride_s, n, p.head_dim, s.copy_k + at * s.k_stride, s.k_stride);
-        rows_in_units<M>(v, p.v.stride_s, n, p.value_dim, s.copy_v + at * s.v_stride, s.v_stride);
+        const Rows<T> k = {tensor_row<const T>(p.k, s.b, s.kv_head, key), p.k.stride_s, nullptr};
+        const Rows<T> v = {tensor_row<const T>(p.v, s.b, s.kv_head, key), p.v.stride_s, nullptr};
+        rows_in_units<M>(k, n, p.head_dim, s.copy_k + at * s.k_stride, s.k_stride);
+        rows_in_units<M>(v, n, p.value_dim, s.copy_v + at * s.v_stride, s.v_stride);
         if constexpr (M::numbers > 1)
-            keys_across_units<M>(k, p.k.stride_s, n, p.head_dim, s.copy_across + at / M::numbers * s.across_stride,
+            keys_across_units<M>(k, n, p.head_dim, s.copy_across + at / M::numbers * s.across_stride,
                                  s.across_stride);
     }
     const bool finite = finite_rows(s.k + at * s.k_stride, s.k_stride, n, units_of<M>(p.head_dim)) &&
