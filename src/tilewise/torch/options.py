@@ -29,6 +29,7 @@ class Options:
         names: what each tensor of the operands is: q, k, v, dense biases, table, sinks, in this order.
         mask: spelled; "" where there is none.
         layout, softcap, kernel, allow_quadratic: as of `tilewise.attention`.
+        lse: whether a gradient of the log-sum-exp is given; in a backward pass where not, it is zero.
         p, stream: of dropout. Its seed is the first two integers of the call, or its first fact where `seeded`.
     """
 
@@ -39,6 +40,7 @@ class Options:
     p: float = 0.0
     stream: int = 0
     seeded: bool = False
+    lse: bool = False
     kernel: str | None = None
     allow_quadratic: bool = False
 
@@ -80,7 +82,15 @@ class Options:
         self, operands: Operands, scale: float | None, gradients: frozenset[Gradient] = frozenset()
     ) -> AttentionProblem:
         """The question that these operands ask."""
-        return problem_of("torch", operands, layout=self.layout, scale=scale, softcap=self.softcap, gradients=gradients)
+        return problem_of(
+            "torch",
+            operands,
+            layout=self.layout,
+            scale=scale,
+            softcap=self.softcap,
+            gradients=gradients,
+            return_lse=self.lse,
+        )
 
 
 def write(
@@ -118,7 +128,14 @@ def write(
     return facts, integers, text
 
 
-_READERS: dict[str, Any] = {"softcap": float, "p": float, "stream": int, "seeded": bool, "allow_quadratic": bool}
+_READERS: dict[str, Any] = {
+    "softcap": float,
+    "p": float,
+    "stream": int,
+    "seeded": bool,
+    "lse": bool,
+    "allow_quadratic": bool,
+}
 
 
 @lru_cache(maxsize=1024)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from importlib.util import find_spec
 
 from ...contract import KernelCard, Tiles, Unavailable
@@ -22,11 +21,6 @@ def _interpreted() -> bool:
 def _available() -> Unavailable | None:
     if find_spec("triton") is None:
         return Unavailable("Triton is not installed", "install tilewise[torch] on Linux, or triton beside torch")
-    torch = sys.modules.get("torch")
-    if torch is not None and not _interpreted() and not torch.cuda.is_available():
-        return Unavailable(
-            "torch sees no GPU", "run on a machine with one, or set TRITON_INTERPRET=1 to try the kernels slowly"
-        )
     return None
 
 
@@ -45,8 +39,8 @@ def _further(problem: AttentionProblem) -> tuple[str, ...]:
 
 
 def _tiles(problem: AttentionProblem) -> Tiles:
-    # The device cannot be asked without torch; only the interpreter's tiles are always known.
-    blocks = blocks_for("forward", "interpreter" if problem.device == "cpu" else "sm_90", problem)
+    arch = "interpreter" if problem.device == "cpu" else problem.architecture or "sm_90"
+    blocks = blocks_for("forward", arch, problem)
     return Tiles(blocks.queries, blocks.keys)
 
 
@@ -66,11 +60,12 @@ CARD = KernelCard(
     families=frozenset({"torch"}),
     devices=frozenset({"cuda", "cpu"}),
     dtypes=frozenset({"float32", "float16", "bfloat16"}),
-    traced=False,
     gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
     max_key_length=_MOST_KEYS,
-    # Held to the oracle by Triton's interpreter and compiled for four architectures, but never yet run on a GPU.
-    automatic=False,
+    # Held to the oracle by Triton's interpreter and compiled for four architectures: unasked, it runs where a GPU run
+    # has checked and timed it, which that device's measured table says.
+    automatic=frozenset({"cuda"}),
+    needs_table=True,
     further=_further,
     rate=3e14,
     overhead=5e-5,
