@@ -69,6 +69,12 @@ def device_kind(array: Array) -> str:
     return "cpu"
 
 
+def gpu_is_here() -> bool:
+    """Whether torch, if it is loaded at all, sees a GPU."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_available())
+
+
 def device_model(array: Array) -> tuple[str, str]:
     """(name, architecture) of the GPU a torch tensor lives on: ("NVIDIA H200", "sm_90"), ("…", "gfx942").
 

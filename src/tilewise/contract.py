@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ._arrays import gpu_is_here
 from .problem import AttentionProblem, Gradient
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ class KernelCard:
         finite_only: whether its results are right only where they are finite, so that it hands a call that gave another
             result to the plan's `careful` kernel.
         rate: a rough number of operations per second, for ranking only; overhead: seconds per call, likewise.
-        available: asked late, answers None when the kernel can run in this process.
+        available: asked late, answers None when the kernel can run in this process. A problem on a GPU that is not here
+            is planned for a machine that has one, and this is not asked.
         tiles: the tile sizes for a problem.
         workspace: bytes needed beyond inputs and outputs for a problem and its tiles.
     """
@@ -168,7 +170,7 @@ class KernelCard:
         return tuple(reason for reason in self._reasons(problem) if reason)
 
     def _reasons(self, problem: AttentionProblem) -> list[str | None]:
-        missing = self.available()
+        missing = self.available() if problem.device != "cuda" or gpu_is_here() else None
         biases = len(problem.bias.dense)
         return [
             f"{missing.reason} ({missing.cure})" if missing else None,
@@ -216,7 +218,8 @@ class Plan:
         kernel: name of the kernel of the forward pass.
         backward: name of the kernel of the backward pass, or None when no gradient is wanted.
         way, backward_way: which of a kernel's several ways each pass runs; "" where it has but one.
-        careful: the kernel that computes a call again whose results are not finite; None where none is needed.
+        careful: the kernel that computes a call again whose results are not finite; None where none is needed. It is
+            handed this same plan, whose `tiles` and `way` are not its own.
         tiles: tile sizes of the forward kernel.
         workspace: bytes promised beyond inputs and outputs, forward.
         refusals: for every other kernel, its reasons.

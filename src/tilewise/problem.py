@@ -75,7 +75,7 @@ class AttentionProblem:
         gradients: operands whose gradient is wanted.
         return_lse: whether the caller reads the log-sum-exp, or in a backward pass gives its gradient.
         traced: whether the arrays are tracers or fake tensors.
-        deterministic: whether equal inputs must give equal bits; where not, a GPU may add in any order.
+        deterministic: whether equal inputs must give equal bits, for any number of threads.
     """
 
     family: str

@@ -25,6 +25,9 @@ from .problem import ACCUMULATOR, AttentionProblem, BiasFacts, Gradient
 # Axis names per layout; letters as in semantics: batch, heads, sequence, (head) dimension, tokens.
 LAYOUTS = {"bhsd": "(B, H, S, D)", "bshd": "(B, S, H, D)", "thd": "(T, H, D)"}
 
+# Whether equal inputs must give equal bits. TILEWISE_DETERMINISTIC=0 admits kernels of others whose order of summation
+# depends on the number of threads or on chance.
+DETERMINISTIC = os.environ.get("TILEWISE_DETERMINISTIC", "1") != "0"
 
 _NO_BIAS = LoweredBias()
 
@@ -191,7 +194,7 @@ def problem_of(
         traced=traced,
         model=model,
         architecture=architecture,
-        deterministic=not model or os.environ.get("TILEWISE_DETERMINISTIC", "1") != "0",
+        deterministic=DETERMINISTIC,
     )
 
 

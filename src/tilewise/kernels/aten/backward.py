@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -45,5 +43,4 @@ def backward(
 
 def _again(plan: Plan, operands: Operands, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
     assert plan.careful is not None
-    again = replace(plan, kernel=plan.careful, backward=plan.careful, way="", backward_way="")
-    return backward_of(plan.careful).backward(again, operands, out, lse, d_out, d_lse)
+    return backward_of(plan.careful).backward(plan, operands, out, lse, d_out, d_lse)

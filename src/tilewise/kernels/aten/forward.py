@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -43,7 +41,7 @@ def _kept(way: str, out: Tensor, lse: Tensor) -> bool:
 
 def _again(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
     assert plan.careful is not None
-    return forward_of(plan.careful).forward(replace(plan, kernel=plan.careful, way=""), operands)
+    return forward_of(plan.careful).forward(plan, operands)
 
 
 def laid_out(layout: str, x: Tensor) -> Tensor:

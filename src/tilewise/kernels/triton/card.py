@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 
 from ...contract import KernelCard, Tiles, Unavailable
@@ -21,6 +22,11 @@ def _interpreted() -> bool:
 def _available() -> Unavailable | None:
     if find_spec("triton") is None:
         return Unavailable("Triton is not installed", "install tilewise[torch] on Linux, or triton beside torch")
+    torch = sys.modules.get("torch")
+    if torch is not None and not _interpreted() and not torch.cuda.is_available():
+        return Unavailable(
+            "torch sees no GPU", "run on a machine with one, or set TRITON_INTERPRET=1 to try the kernels slowly"
+        )
     return None
 
 
