@@ -45,10 +45,16 @@ class Fault:
         return (
             self.way in ((way, "*") if way != "cpu" else (way,))
             and self.passes in (step, "both")
-            and _on(problem.architecture, self.architectures)
-            and _inside(torch_version(), self.torch)
-            and (way != "cudnn" or _inside(cudnn_version(), self.cudnn))
+            and self.reaches(problem.architecture)
             and self.concerns(problem)
+        )
+
+    def reaches(self, architecture: str) -> bool:
+        """Whether it is in the torch and cuDNN of this process on an architecture; "" is an unknown one."""
+        return (
+            (not self.architectures or not architecture or architecture.startswith(self.architectures))
+            and _inside(torch_version(), self.torch)
+            and (self.way != "cudnn" or _inside(cudnn_version(), self.cudnn))
         )
 
 
@@ -77,10 +83,6 @@ def _inside(version: Version | None, bounds: tuple[Version | None, Version | Non
     return (first is None or version >= first) and (repaired is None or version < repaired)
 
 
-def _on(architecture: str, prefixes: tuple[str, ...]) -> bool:
-    return not prefixes or not architecture or architecture.startswith(prefixes)
-
-
 def _biased(problem: AttentionProblem) -> bool:
     return bool(problem.bias.dense)
 
@@ -97,6 +99,8 @@ def _half(problem: AttentionProblem) -> bool:
     return ITEM_BYTES[problem.dtype] == 2
 
 
+# What depends on memory layout or on values is no row: strides that the operators misread (pytorch#187506) are copied by
+# `calls.py`, and results that are not finite are computed again by another kernel.
 FAULTS = (
     Fault(
         "pytorch#196678", "cudnn_half_tile", "cudnn", "backward",
@@ -144,5 +148,3 @@ FAULTS = (
         _half,
     ),
 )  # fmt: skip
-"""Known faults. What depends on memory layout or on values is no row: strides that the operators misread
-(pytorch#187506) are copied by `calls.py`, and results that are not finite are computed again by another kernel."""
