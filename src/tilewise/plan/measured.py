@@ -106,6 +106,22 @@ def kind_of(problem: AttentionProblem) -> str:
     return "+".join([kind, *(name for name, given in options.items() if given)])
 
 
+# Words of GPUs' names and what their compilers call them, for problems on machines that are not here.
+_ARCHITECTURES = {
+    "sm_80": ("a100", "a800", "a30"),
+    "sm_89": ("l4", "l40", "l40s", "4090", "4080"),
+    "sm_90": ("h100", "h200", "h800", "gh200", "h20"),
+    "sm_100": ("b200", "gb200"),
+    "gfx942": ("mi300x", "mi325x"),
+}
+
+
+def architecture_of(device: str) -> str:
+    """The architecture of a GPU by its name ("H200" is "sm_90"), "" where the name is not known."""
+    words = set(_words(device))
+    return next((arch for arch, names in _ARCHITECTURES.items() if words & set(names)), "")
+
+
 def table_for(device: str) -> Table | None:
     """The table of a device, by its full name or by words of it ("H200"); None where there is none."""
     return _find(device, os.environ.get("TILEWISE_TABLE", "")) if device else None

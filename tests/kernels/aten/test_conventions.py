@@ -63,7 +63,17 @@ class Actors:
     def _scaled_dot_product_flash_attention(self, q, k, v, p, causal, debug, *, scale):
         self.called.append("flash")
         out, lse = _forward(q, k, v, None, causal, scale)
-        return out, torch.where(torch.isnan(lse) | (lse == -math.inf), math.inf, lse), None, None, 0, 0, None, None, None
+        return (
+            out,
+            torch.where(torch.isnan(lse) | (lse == -math.inf), math.inf, lse),
+            None,
+            None,
+            0,
+            0,
+            None,
+            None,
+            None,
+        )
 
     def _scaled_dot_product_flash_attention_backward(
         self, d_out, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, p, causal, seed, offset, *, scale

@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tilewise.kernels.aten import faults, limits  # noqa: E402
-from tilewise.problem import AttentionProblem, BiasFacts, MaskFacts  # noqa: E402
+from tilewise.kernels.aten import faults, limits
+from tilewise.problem import AttentionProblem, BiasFacts, MaskFacts
 
 sys.path.append(str(Path(__file__).parent))
 
-import fault_check  # noqa: E402
+import fault_check
 
 HALF = AttentionProblem(
     "torch", "cuda", "bfloat16", batch=2, q_heads=16, kv_heads=16, q_len=4096, k_len=4096, head_dim=128, value_dim=128,
