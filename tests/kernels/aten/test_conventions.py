@@ -1,4 +1,4 @@
-"""The operators for GPUs without a GPU: their signatures on tensors without values, and their conventions acted out on the CPU.
+"""The operators for GPUs without a GPU: their signatures, and their conventions acted out on the CPU.
 
 The actors compute what the operators are documented to compute and give it back in the operators' own ways: lse with an
 axis too many, or padded with infinity, or infinite for a sum that is not a number; bits of a masked key that leak.
@@ -195,7 +195,7 @@ def test_a_bias_that_masks(actors: Actors) -> None:
 def test_a_row_that_sees_nan_says_so_in_its_lse(actors: Actors) -> None:
     made = call()
     made.operands.q[:, :, 11] = torch.nan
-    plan, out, lse, *_ = run(made, "flash")
+    _, out, lse, *_ = run(made, "flash")
     assert torch.isnan(out[:, :, 11]).all() and torch.isnan(lse[:, :, 11]).all()
     assert torch.isfinite(lse[:, :, :11]).all() and torch.isfinite(out[:, :, 12:]).all()
 

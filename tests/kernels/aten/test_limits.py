@@ -94,7 +94,8 @@ ROWS = {
     ),
     "cudnn_one_query": ("cudnn", "backward", replace(HALF, q_len=1), replace(HALF, q_len=2)),
     "efficient_far_bias": (
-        "efficient", "forward", replace(BIASED, q_len=65_536, k_len=65_536), replace(BIASED, q_len=32_768, k_len=65_536),
+        "efficient", "forward", replace(BIASED, q_len=65_536, k_len=65_536),
+        replace(BIASED, q_len=32_768, k_len=65_536),
     ),
     "efficient_long": ("efficient", "forward", LONG, replace(LONG, q_len=65_536, k_len=65_536)),
     "many_heads": ("flash", "forward", replace(HALF, batch=4096), replace(HALF, batch=4095)),
@@ -124,8 +125,10 @@ def test_faults_that_need_no_gpu_are_still_there(name: str) -> None:
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     row = replace(faults.FAULTS[0], torch=((2, 11), (2, 14)), cudnn=((9, 12), (9, 20)))
-    cases = [((2, 10), (9, 15), False), ((2, 11), (9, 15), True), ((2, 13), (9, 19), True), ((2, 14), (9, 15), False),
-             ((2, 12), (9, 20), False), ((2, 12), (9, 11), False), (None, None, True), ((2, 12), None, True)]  # fmt: skip
+    cases = [
+        ((2, 10), (9, 15), False), ((2, 11), (9, 15), True), ((2, 13), (9, 19), True), ((2, 14), (9, 15), False),
+        ((2, 12), (9, 20), False), ((2, 12), (9, 11), False), (None, None, True), ((2, 12), None, True),
+    ]  # fmt: skip
     for torch_version, cudnn_version, reached in cases:
         monkeypatch.setattr(faults, "torch_version", lambda found=torch_version: found)
         monkeypatch.setattr(faults, "cudnn_version", lambda found=cudnn_version: found)

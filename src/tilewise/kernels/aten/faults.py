@@ -99,8 +99,8 @@ def _half(problem: AttentionProblem) -> bool:
     return ITEM_BYTES[problem.dtype] == 2
 
 
-# What depends on memory layout or on values is no row: strides that the operators misread (pytorch#187506) are copied by
-# `calls.py`, and results that are not finite are computed again by another kernel.
+# What depends on memory layout or on values is no row: strides that the operators misread (pytorch#187506) are copied
+# by `calls.py`, and results that are not finite are computed again by another kernel.
 FAULTS = (
     Fault(
         "pytorch#196678", "cudnn_half_tile", "cudnn", "backward",
