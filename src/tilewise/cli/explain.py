@@ -72,14 +72,14 @@ def explain(
             raise ValueError(f"device: got {device!r}, but numpy arrays are on the cpu")
         given: dict[str, Any] = {"softcap": softcap, "mask": parse(mask) if mask is not None else None}
         problem, lowered = _problem(model, shape, {name: value for name, value in given.items() if value is not None})
-        kind, _, model = device.partition(":")
+        kind, _, gpu = device.partition(":")
         problem = replace(
             problem,
             dtype=dtype,
             family=framework,
             device=kind,
-            model=model,
-            architecture=architecture_of(model),
+            model=gpu,
+            architecture=architecture_of(gpu),
             bias=replace(problem.bias, dtypes=(dtype,) * len(problem.bias.dense)),
         )
         if backward:
