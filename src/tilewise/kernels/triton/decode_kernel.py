@@ -48,24 +48,23 @@ def decode_kernel(
 
     part_acc (B * Hkv, splits, BLOCK_Q, padded Dv), part_peak and part_total (B * Hkv, splits, BLOCK_Q): float32.
     """
-    shape = call.shape
     program = tl.program_id(0)
     split, head = program % splits, program // splits
-    kv_heads = shape.q_heads // shape.group
+    kv_heads = call.shape.q_heads // call.shape.group
     b, kv_head = head // kv_heads, head % kv_heads
-    h, i, there = rows_of_group(kv_head, shape, BLOCK_Q)
-    start, stop = hull_of(call.mask, b, h, i, there, shape.k_len)
+    h, i, there = rows_of_group(kv_head, call.shape, BLOCK_Q)
+    start, stop = hull_of(call.mask, b, h, i, there, call.shape.k_len)
     # Whole tiles of the split, so that where a window begins does not change the order of sums.
     begin = tl.maximum(split * SPLIT, start // BLOCK_K * BLOCK_K)
     end = tl.minimum((split + 1) * SPLIT, stop)
-    column = tl.arange(0, shape.block_d)
+    column = tl.arange(0, call.shape.block_d)
     corner = q.ptr + b.to(tl.int64) * q.b + h.to(tl.int64) * q.h + i.to(tl.int64) * q.row
     q_tile = tl.load(
-        corner[:, None] + column[None, :] * q.column, mask=there[:, None] & (column[None, :] < shape.d), other=0.0
+        corner[:, None] + column[None, :] * q.column, mask=there[:, None] & (column[None, :] < call.shape.d), other=0.0
     )
     if INTERPRET and q.ptr.dtype.element_ty == tl.bfloat16:
         q_tile = q_tile.to(tl.float32)
-    acc = tl.zeros([BLOCK_Q, shape.block_dv], tl.float32)
+    acc = tl.zeros([BLOCK_Q, call.shape.block_dv], tl.float32)
     peak = tl.full([BLOCK_Q], -INF, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     for n in range(0, tl.cdiv(end - begin, BLOCK_K)):
@@ -74,7 +73,7 @@ def decode_kernel(
             acc, peak, total, q_tile, k, v, keys, i[:, None], b, h[:, None], kv_head, call, True, False, BLOCK_K
         )
     if CAN_LEAK and not all_finite(acc):
-        acc = tl.zeros([BLOCK_Q, shape.block_dv], tl.float32)
+        acc = tl.zeros([BLOCK_Q, call.shape.block_dv], tl.float32)
         peak = tl.full([BLOCK_Q], -INF, tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         for n in range(0, tl.cdiv(end - begin, CAREFUL_ROWS)):
@@ -82,9 +81,9 @@ def decode_kernel(
             acc, peak, total = absorb(
                 acc, peak, total, q_tile, k, v, keys, i[:, None], b, h[:, None], kv_head, call, True, True, CAREFUL_ROWS
             )
-    row, column = tl.arange(0, BLOCK_Q), tl.arange(0, shape.block_dv)
+    row, column = tl.arange(0, BLOCK_Q), tl.arange(0, call.shape.block_dv)
     first = program.to(tl.int64) * BLOCK_Q
-    tl.store(part_acc + (first + row)[:, None] * shape.block_dv + column[None, :], acc)
+    tl.store(part_acc + (first + row)[:, None] * call.shape.block_dv + column[None, :], acc)
     tl.store(part_peak + first + row, peak)
     tl.store(part_total + first + row, total)
 
@@ -92,13 +91,12 @@ def decode_kernel(
 @triton.jit
 def merge_kernel(part_acc, part_peak, part_total, out, lse, call, sinks, splits, BLOCK_Q: tl.constexpr):
     """out and lse of one kv head's rows: its splits, merged in the order of the keys."""
-    shape = call.shape
     head = tl.program_id(0)
-    kv_heads = shape.q_heads // shape.group
+    kv_heads = call.shape.q_heads // call.shape.group
     b, kv_head = head // kv_heads, head % kv_heads
-    h, i, there = rows_of_group(kv_head, shape, BLOCK_Q)
-    row, column = tl.arange(0, BLOCK_Q), tl.arange(0, shape.block_dv)
-    acc = tl.zeros([BLOCK_Q, shape.block_dv], tl.float32)
+    h, i, there = rows_of_group(kv_head, call.shape, BLOCK_Q)
+    row, column = tl.arange(0, BLOCK_Q), tl.arange(0, call.shape.block_dv)
+    acc = tl.zeros([BLOCK_Q, call.shape.block_dv], tl.float32)
     peak = tl.full([BLOCK_Q], -INF, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     for split in range(0, splits):
@@ -107,12 +105,12 @@ def merge_kernel(part_acc, part_peak, part_total, out, lse, call, sinks, splits,
         new_peak = tl.maximum(peak, other_peak)
         level = tl.where(new_peak == -INF, 0.0, new_peak)
         own, others = tl.exp2(peak - level), tl.exp2(other_peak - level)
-        other = tl.load(part_acc + (first + row)[:, None] * shape.block_dv + column[None, :])
+        other = tl.load(part_acc + (first + row)[:, None] * call.shape.block_dv + column[None, :])
         acc = acc * own[:, None] + other * others[:, None]
         total = total * own + tl.load(part_total + first + row) * others
         peak = new_peak
     acc, value = finished(acc, peak, total, call, sinks, h)
     corner = out.ptr + b.to(tl.int64) * out.b + h.to(tl.int64) * out.h + i.to(tl.int64) * out.row
-    inside = there[:, None] & (column[None, :] < shape.dv)
+    inside = there[:, None] & (column[None, :] < call.shape.dv)
     tl.store(corner[:, None] + column[None, :] * out.column, narrow(acc, out.ptr.dtype.element_ty), mask=inside)
     tl.store(lse.ptr + b.to(tl.int64) * lse.b + h.to(tl.int64) * lse.h + i * lse.row, value, mask=there)
