@@ -44,8 +44,9 @@ format: venv  ## format everything and make the repairs that ruff can make by it
 demo: venv  ## run the main job on real input, with progress
 	$(BIN)/python examples/demo.py
 
-bench: venv  ## measure this machine: ours beside every installed peer; JSON and a picture under benchmarks/results
+bench: venv  ## measure this machine: ours beside every installed peer, speed and memory; JSON and pictures under benchmarks/results
 	$(BIN)/tilewise bench --out benchmarks/results
+	$(BIN)/python benchmarks/memory.py --out benchmarks/results
 
 sanitize: venv  ## run the native kernels' tests under AddressSanitizer with UBSan, then under ThreadSanitizer
 	sh tools/sanitize.sh address

@@ -124,6 +124,8 @@ void read_facts(const Facts &facts, tw_problem &p) {
         p.dropout.inverse_keep = f.next_number();
         p.dropout.seed = f.next_unsigned();
         p.dropout.stream = f.next_unsigned();
+        for (uint64_t *field : {&p.dropout.first, &p.dropout.stride_b, &p.dropout.stride_h, &p.dropout.stride_i, &p.dropout.stride_j})
+            *field = f.next_unsigned();
     }
 }
 
@@ -140,17 +142,19 @@ template <class Run> void unlocked(Run run) {
 
 void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
              uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
-             nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout) {
+             nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
+    p.part = part;
     read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout}, p);
     unlocked([&p](const char **message) { return tw_forward(&p, message); });
 }
 
 void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
               uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
-              nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, nb::tuple d_out,
+              nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part, nb::tuple d_out,
               uintptr_t d_lse, nb::tuple d_q, nb::tuple d_k, nb::tuple d_v, nb::tuple gather, bool diagonal, uintptr_t d_sinks) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
+    p.part = part;
     read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout}, p);
     tw_gradients g = {};
     g.d_out = tensor_of(d_out);
@@ -254,13 +258,13 @@ NB_MODULE(_native, m) {
     m.doc() = "The compiled kernels of tilewise. Internal: call tilewise.attention.";
     m.def("forward", &forward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
-          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(),
+          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a,
           "One forward pass. Tuples of addresses and strides in elements, in the order of native/core/problem.h; "
           "None (0 for sinks): absent. The GIL is released.");
     m.def("backward", &backward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
-          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a,
-          "gather"_a, "diagonal"_a, "d_sinks"_a,
+          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a,
+          "d_v"_a, "gather"_a, "diagonal"_a, "d_sinks"_a,
           "One backward pass, after the same keywords: tw_gradients of native/core/problem.h, address 0: not wanted.");
     m.def("isa", [] { return std::string(page()->name); }, "Name of the kernel page in use (TILEWISE_ISA chooses).");
     m.def("describe", &describe, "dtype"_a, "threads"_a, "sizes"_a,

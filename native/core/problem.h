@@ -64,16 +64,20 @@ struct tw_table {
     int64_t stride_b, stride_h;
 };
 
-// Philox4x32-10: pair (b, h, i, j) is kept iff word 0 >= threshold (2^32 drops everything).
+// Philox4x32-10: pair (b, h, i, j) is kept iff word 0 >= threshold (2^32 drops everything). The pair's number is
+// first + b * stride_b + h * stride_h + i * stride_i + j * stride_j modulo 2^64, so that a part of a larger call draws
+// what the larger call draws. stride_j = 0: the call is the whole, numbered in the order (b, h, i, j).
 struct tw_dropout {
     int32_t enabled;
     uint64_t threshold, seed, stream;
     double inverse_keep;
+    uint64_t first, stride_b, stride_h, stride_i, stride_j;
 };
 
 // A pair is visible iff ranges, labels, dense mask and tile bits all say so and no bias is -inf there.
 struct tw_problem {
     int32_t dtype, threads; // tw_dtype; threads <= 0: the default
+    int32_t part;           // 1: a part of a larger call: forward's out and backward's d_q are accumulators
     int64_t batch, q_heads, kv_heads, q_len, k_len, head_dim, value_dim;
     int64_t row_begin, row_end; // only these query rows are computed and written; 0 and q_len: all
     tw_tensor q, k, v, out;
@@ -105,7 +109,7 @@ struct tw_gather {
 struct tw_gradients {
     tw_tensor d_out;        // as out
     const void *d_lse;      // as lse, or NULL for zeros
-    tw_tensor d_q;          // elements, written
+    tw_tensor d_q;          // elements (accumulators where the problem is a part), written
     tw_tensor d_k, d_v;     // accumulator's type, added to
     tw_gather gather[TW_MAX_BIASES + 1]; // gradients of dense biases and of the table
     int32_t gather_count, diagonal;      // diagonal: some array sums along diagonals

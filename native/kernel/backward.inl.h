@@ -58,13 +58,11 @@ static void close_tile(const tw_problem *problem, const tw_gradients *gradients,
     using A = sum_of<M>;
     const Tile<M> &tile = *static_cast<const Tile<M> *>(record);
     A factors[most_lanes];
-    T *rows[most_lanes];
-    for (int l = 0; l < tile.rows; ++l) {
-        factors[l] = A(p.scale);
-        rows[l] = tensor_row<T>(gradients->d_q, b, tile.h[l], tile.i[l]);
-    }
-    for (int l = 0; l < tile.rows; l += lanes<A>)
-        lanes_to_rows(tile.out + l, tile.width, factors + l, p.head_dim, rows + l, tile.rows - l);
+    for (int l = 0; l < tile.rows; ++l) factors[l] = A(p.scale);
+    if (p.part)
+        tile_to_rows<A>(gradients->d_q, b, tile, factors, p.head_dim);
+    else
+        tile_to_rows<T>(gradients->d_q, b, tile, factors, p.head_dim);
 }
 
 // A sink's gradient: the sum over rows of its probability times pull.

@@ -25,8 +25,9 @@ template <class M> static void adjust_scores(const tw_problem &p, int64_t b, Row
 template <class M> static void drop_out(const tw_problem &p, int64_t b, Row<M> &row, int64_t key) {
     uint64_t index[block_keys];
     uint32_t words[block_keys];
-    for (int j = 0; j < block_keys; ++j)
-        index[j] = uint64_t(((b * p.q_heads + row.h) * p.q_len + row.i) * p.k_len + key + j);
+    uint64_t step;
+    const uint64_t first = pair_number(p, b, row.h, row.i, key, &step);
+    for (int j = 0; j < block_keys; ++j) index[j] = first + uint64_t(j) * step;
     philox_words(p.dropout.seed, p.dropout.stream, index, block_keys, words);
     for (int j = 0; j < block_keys; ++j)
         row.scores[j] = words[j] >= p.dropout.threshold ? row.scores[j] : sum_of<M>(0);

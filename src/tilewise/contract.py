@@ -33,15 +33,22 @@ class Dropout:
     ceil(p * 2^32), where n = ((b * Hq + h) * Sq + i) * Sk + j; kept probabilities are divided by 1 - p. The same bits
     result from every kernel and framework.
 
+    A call that is a part of a larger one (a shard of a sequence, some of the heads) draws the larger one's bits where
+    `first` and `strides` say how its own pairs are numbered there: n = first + (b, h, i, j) . strides modulo 2^64.
+
     Attributes:
         p: probability to drop, in [0, 1].
         seed: 64-bit integer, or an integer array of one element (a tracer too), or of two uint32 words (low, high).
         stream: 64-bit integer that tells apart several uses of one seed (layers, say).
+        first: number of the call's first pair, an integer or, as `seed`, an array; only with `strides`.
+        strides: what the next batch row, head, query and key add to a pair's number; None for a call of its own.
     """
 
     p: float
     seed: Any = 0
     stream: int = 0
+    first: Any = 0
+    strides: tuple[int, int, int, int] | None = None
 
     @property
     def threshold(self) -> int:
@@ -52,6 +59,15 @@ class Dropout:
     def inverse_keep(self) -> float:
         """Factor of a kept probability, 1 / (1 - p); 0 where nothing is kept."""
         return 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
+
+    def numbering(self, heads: int, q_len: int, k_len: int) -> tuple[Any, tuple[int, int, int, int]]:
+        """The first pair's number as words (low, high), and the strides, in a call of Hq heads, Sq queries, Sk keys.
+
+        `first` has been translated, as `seed` has.
+        """
+        if self.strides is None:
+            return (0, 0), (heads * q_len * k_len, q_len * k_len, k_len, 1)
+        return self.first, self.strides
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +80,8 @@ class Operands:
         dense: biases added to the scores, each 4-D with every axis either 1 or full.
         table: (B or 1, Hq or 1, Sq + Sk - 1) added as table[b, h, j - i + Sq - 1], accumulator's dtype, or None.
         sinks: (Hq,) exponents added to the denominator, accumulator's dtype, or None.
-        dropout: None where p is 0. Its seed is then (low, high): two ints, or an array of two uint32-valued words.
+        dropout: None where p is 0. Its seed is then (low, high): two ints, or an array of two uint32-valued words;
+            so is `first` where there are strides.
     """
 
     q: Array

@@ -76,6 +76,8 @@ class AttentionProblem:
         return_lse: whether the caller reads the log-sum-exp, or in a backward pass gives its gradient.
         traced: whether the arrays are tracers or fake tensors.
         deterministic: whether equal inputs must give equal bits, for any number of threads.
+        part: whether this is a part of a larger call, whose results are to be added up: out and the gradients to q, k
+            and v are then in the accumulator's dtype.
     """
 
     family: str
@@ -101,6 +103,12 @@ class AttentionProblem:
     model: str = ""
     architecture: str = ""
     deterministic: bool = True
+    part: bool = False
+
+    @property
+    def result(self) -> str:
+        """Dtype of out and of the gradients to q, k and v."""
+        return self.accumulator if self.part else self.dtype
 
     @property
     def accumulator(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -366,25 +366,34 @@ def _dropout(dropout: Dropout | None, family: Family) -> Dropout | None:
         raise ValueError(f"dropout: got p = {p}, expected a probability from 0 to 1")
     if isinstance(dropout.stream, bool) or not isinstance(dropout.stream, int) or not 0 <= dropout.stream < 2**64:
         raise ValueError(f"dropout: got stream = {dropout.stream!r}, expected an int from 0 to 2^64 - 1")
-    return Dropout(p, _seed_words(dropout.seed, family), dropout.stream) if p else None
+    strides = dropout.strides
+    if strides is None:
+        if not isinstance(dropout.first, int) or dropout.first != 0:
+            raise ValueError("dropout: got first without strides, expected both or neither")
+    elif len(strides) != 4 or not all(isinstance(n, int | np.integer) and -(2**63) <= n < 2**63 for n in strides):
+        raise ValueError(f"dropout: got strides = {strides!r}, expected four integers of 64 bits")
+    if not p:
+        return None
+    first: Any = 0 if strides is None else _words("first", dropout.first, family)
+    return replace(dropout, p=p, seed=_words("seed", dropout.seed, family), first=first)
 
 
-def _seed_words(seed: Any, family: Family) -> Any:
-    """The seed as (low, high) 32-bit words: two ints, or an array of two where the seed is an array."""
+def _words(name: str, seed: Any, family: Family) -> Any:
+    """A 64-bit number as (low, high) 32-bit words: two ints, or an array of two where it is an array."""
     if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"dropout: got seed = {seed}, expected an integer of 64 bits")
+            raise ValueError(f"dropout: got {name} = {seed}, expected an integer of 64 bits")
         return int(seed) & 0xFFFFFFFF, (int(seed) >> 32) & 0xFFFFFFFF
     kind = family_of(seed)
     if kind is None or (kind != family and kind != "numpy"):
         raise TypeError(
-            f"dropout: got a seed of type {type(seed).__name__}, expected an int or an integer array of q's framework"
+            f"dropout: got a {name} of type {type(seed).__name__}, expected an int or an integer array of q's framework"
         )
     if kind == "jax" and str(seed.dtype).startswith("key<"):
         seed = sys.modules["jax"].random.key_data(seed)
     if not dtype_name(seed).startswith(("int", "uint")) or math.prod(seed.shape) not in (1, 2):
         raise TypeError(
-            f"dropout: got a seed of dtype {dtype_name(seed)} and shape {tuple(seed.shape)}, expected 1 or 2 integers"
+            f"dropout: got a {name} of dtype {dtype_name(seed)} and shape {tuple(seed.shape)}, expected 1 or 2 integers"
         )
     words = seed.reshape(-1)
     if kind == "numpy":

@@ -55,6 +55,7 @@ def wanting(problem: AttentionProblem, *names: str) -> AttentionProblem:
         (replace(HALF, mask=MaskFacts("documents(…)", labels=True)), ()),
         (replace(HALF, softcap=30.0), ()),
         (replace(HALF, sinks=True), ()),
+        (replace(HALF, part=True), ()),
         (replace(HALF, dropout=0.1), ()),
     ],
 )

@@ -69,6 +69,7 @@ def _common(problem: AttentionProblem, step: Step) -> Sentences:
             (len(bias.dense) > 1, f"it adds at most one dense bias and there are {len(bias.dense)}"),
             (bias.table, "it has no relative bias table"),
             (problem.softcap is not None, "it has no soft cap"),
+            (problem.part, "it rounds its results, and those of a part are to be added up first"),
             (problem.sinks, "it has no sinks"),
             (bool(problem.dropout), "its dropout has other random bits than those promised"),
             (step == "backward" and problem.return_lse, "its backward takes no gradient of the log-sum-exp"),

@@ -20,6 +20,7 @@ Alive = list[Any]
 def call_facts(operands: Operands, accumulator: str, alive: Alive) -> dict[str, Any]:
     """Every keyword of the core that says what pairs are visible and what is added; tile bits apart."""
     mask = operands.mask
+    sizes = (operands.q.shape[1], operands.q.shape[2], operands.k.shape[2])
     return {
         "ranges": _ranges(mask, alive),
         "labels": _labels(mask, alive),
@@ -27,7 +28,7 @@ def call_facts(operands: Operands, accumulator: str, alive: Alive) -> dict[str, 
         "biases": tuple(_dense_bias(bias, alive) for bias in operands.dense),
         "table": _table(operands.table, accumulator, alive),
         "sinks": _sinks(operands.sinks, accumulator, alive),
-        "dropout": _dropout(operands.dropout),
+        "dropout": _dropout(operands.dropout, sizes),
     }
 
 
@@ -107,8 +108,15 @@ def _sinks(sinks: Array | None, accumulator: str, alive: Alive) -> int:
     return found.address
 
 
-def _dropout(dropout: Dropout | None) -> tuple[int, float, int, int] | None:
+def _dropout(dropout: Dropout | None, sizes: tuple[int, int, int]) -> tuple[int | float, ...] | None:
     if dropout is None:
         return None
-    low, high = (int(word) & 0xFFFFFFFF for word in dropout.seed)
-    return (dropout.threshold, dropout.inverse_keep, high << 32 | low, dropout.stream & (2**64 - 1))
+    first, strides = dropout.numbering(*sizes)
+    numbers = (dropout.stream, _joined(first), *strides)
+    return (dropout.threshold, dropout.inverse_keep, _joined(dropout.seed), *(number % 2**64 for number in numbers))
+
+
+def _joined(words: Any) -> int:
+    """A 64-bit number from its words (low, high)."""
+    low, high = (int(word) & 0xFFFFFFFF for word in words)
+    return high << 32 | low

@@ -24,7 +24,7 @@ def forward(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]
     """
     q, k, v = operands.q, operands.k, operands.v
     problem = plan.problem
-    out = like_layout(problem.layout, (*q.shape[:3], v.shape[3]), q)
+    out = like_layout(problem.layout, (*q.shape[:3], v.shape[3]), q, problem.part)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if not problem.scores:
         # Triton need not be asked: no pair exists, so every row there is sees nothing.
@@ -50,9 +50,10 @@ def forward(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]
     return out, lse
 
 
-def like_layout(layout: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """An empty (B, H, S, D) tensor whose memory has the order of axes of the caller's layout."""
+def like_layout(layout: str, shape: tuple[int, ...], like: torch.Tensor, part: bool) -> torch.Tensor:
+    """An empty (B, H, S, D) tensor whose memory has the order of axes of the caller's layout; float32 in a part."""
+    dtype = torch.float32 if part else like.dtype
     if layout == "bhsd":
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return torch.empty(shape, dtype=dtype, device=like.device)
     b, h, s, d = shape
-    return torch.empty((b, s, h, d), dtype=like.dtype, device=like.device).transpose(1, 2)
+    return torch.empty((b, s, h, d), dtype=dtype, device=like.device).transpose(1, 2)

@@ -77,7 +77,7 @@ def absorb(
     decay = tl.exp2(peak - level)
     total = total * decay + tl.sum(p, axis=1)
     if call.dropout is not None:
-        p = tl.where(kept(call.dropout, b, h, i, j, call.shape), p, 0.0)
+        p = tl.where(kept(call.dropout, b, h, i, j), p, 0.0)
     acc = acc * decay[:, None]
     v_tile = load_tile(
         v, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, not MIXED
