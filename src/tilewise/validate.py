@@ -6,13 +6,14 @@ Everything is checked before any work is done, and nothing the caller owns is ch
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import Array, Family, device_kind, dtype_name, family_of, is_abstract, namespace
+from ._arrays import Array, Family, device_kind, device_model, dtype_name, family_of, is_abstract, namespace
 from .contract import Dropout, Operands
 from .masks.algebra import Mask
 from .masks.biases import Bias, LoweredBias, as_bias, lower_bias
@@ -24,6 +25,9 @@ from .problem import ACCUMULATOR, AttentionProblem, BiasFacts, Gradient
 # Axis names per layout; letters as in semantics: batch, heads, sequence, (head) dimension, tokens.
 LAYOUTS = {"bhsd": "(B, H, S, D)", "bshd": "(B, S, H, D)", "thd": "(T, H, D)"}
 
+# Whether equal inputs must give equal bits. TILEWISE_DETERMINISTIC=0 admits kernels of others whose order of summation
+# depends on the number of threads or on chance.
+DETERMINISTIC = os.environ.get("TILEWISE_DETERMINISTIC", "1") != "0"
 
 _NO_BIAS = LoweredBias()
 
@@ -162,6 +166,7 @@ def problem_of(
 ) -> AttentionProblem:
     """The question that validated operands ask."""
     q, k, v = operands.q, operands.k, operands.v
+    model, architecture = device_model(q)
     return AttentionProblem(
         family=family,
         device=device_kind(q),
@@ -176,13 +181,20 @@ def problem_of(
         layout=layout,
         scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
         mask=operands.mask.facts,
-        bias=BiasFacts(tuple(_four(array.shape) for array in operands.dense), operands.table is not None),
+        bias=BiasFacts(
+            tuple(_four(array.shape) for array in operands.dense),
+            operands.table is not None,
+            tuple(dtype_name(array) for array in operands.dense),
+        ),
         softcap=softcap,
         sinks=operands.sinks is not None,
         dropout=operands.dropout.p if operands.dropout is not None else 0.0,
         gradients=gradients,
         return_lse=return_lse,
         traced=traced,
+        model=model,
+        architecture=architecture,
+        deterministic=DETERMINISTIC,
     )
 
 

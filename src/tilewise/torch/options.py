@@ -29,6 +29,7 @@ class Options:
         names: what each tensor of the operands is: q, k, v, dense biases, table, sinks, in this order.
         mask: spelled; "" where there is none.
         layout, softcap, kernel, allow_quadratic: as of `tilewise.attention`.
+        lse: whether a gradient of the log-sum-exp is given; in a backward pass where not, it is zero.
         p, stream: of dropout. Its seed is the first two integers of the call, or its first fact where `seeded`.
         placed: whether dropout numbers its pairs by six integers that follow: `first` as two words, and the strides.
     """
@@ -40,6 +41,7 @@ class Options:
     p: float = 0.0
     stream: int = 0
     seeded: bool = False
+    lse: bool = False
     placed: bool = False
     kernel: str | None = None
     allow_quadratic: bool = False
@@ -91,7 +93,15 @@ class Options:
         self, operands: Operands, scale: float | None, gradients: frozenset[Gradient] = frozenset()
     ) -> AttentionProblem:
         """The question that these operands ask."""
-        return problem_of("torch", operands, layout=self.layout, scale=scale, softcap=self.softcap, gradients=gradients)
+        return problem_of(
+            "torch",
+            operands,
+            layout=self.layout,
+            scale=scale,
+            softcap=self.softcap,
+            gradients=gradients,
+            return_lse=self.lse,
+        )
 
 
 def write(
@@ -138,6 +148,7 @@ _READERS: dict[str, Any] = {
     "p": float,
     "stream": int,
     "seeded": bool,
+    "lse": bool,
     "placed": bool,
     "allow_quadratic": bool,
 }
