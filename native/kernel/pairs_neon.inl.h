@@ -7,6 +7,7 @@ struct Pairs {
     using sum = float;
     using unit = int32_t; // the first number in the low half
     static constexpr int numbers = 2;
+    static constexpr bool tiled = false;
 };
 
 TW_INLINE vf add_product(vf sum, vi32 a, vi32 b) {
