@@ -156,11 +156,15 @@ class _Call:
         dropout,
         part,
         write,
+        pages=None,
+        sequences=None,
     ) -> None:
         p, block = self.problem, self.block
+        assert pages is None and sequences is None, "pages and packed sequences are not sent to the emulated processor"
         self.result = self.wide if part else self.item
         batch, q_heads, q_len, k_len = self.pairs
         _set(p, "row_begin row_end scale softcap part", (*rows, scale, softcap, part))
+        _set(p, "lse_stride_b lse_stride_h", (q_heads * q_len, q_len))
         self.tensor(p.q, q, self.item, q_heads, q_len, p.head_dim)
         self.tensor(p.k, k, self.item, p.kv_heads, k_len, p.head_dim)
         self.tensor(p.v, v, self.item, p.kv_heads, k_len, p.value_dim)
