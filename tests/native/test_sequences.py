@@ -6,6 +6,8 @@ that no key stands in hold NaN, and entries of the table beyond a sequence's key
 
 from __future__ import annotations
 
+import os
+
 import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ import pytest
 import tilewise as tw
 
 _native = pytest.importorskip("tilewise._native")
+if "TILEWISE_SERVER" in os.environ:
+    pytest.skip("the emulated module hands no sequences and pages over", allow_module_level=True)
 
 CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 GROUP, KV, D, DV = 3, 2, 40, 24

@@ -170,6 +170,7 @@ class _Call:
         self.tensor(p.v, v, self.item, p.kv_heads, k_len, p.value_dim)
         self.tensor(p.out, out, self.result if write else self.item, q_heads, q_len, p.value_dim, write)
         self.rows(p, "lse", lse, write)
+        _set(p, "lse_stride_b lse_stride_h", (q_heads * q_len, q_len))
         if ranges:
             *sides, wide, count, stride_b, stride_h = ranges
             _set(p.ranges, "wide count stride_b stride_h", (wide, count, stride_b, stride_h))
