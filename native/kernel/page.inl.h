@@ -23,6 +23,7 @@ namespace {
 #include "kernel/fetch.inl.h"
 #include "kernel/sweep.inl.h"
 #include "kernel/finish.inl.h"
+#include "kernel/join.inl.h"
 #include "kernel/few_products.inl.h"
 #include "kernel/few_rows.inl.h"
 #include "kernel/forward.inl.h"

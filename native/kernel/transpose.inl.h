@@ -51,9 +51,9 @@ static void lanes_to_rows(const A *from, int64_t width, const A *factors, int64_
         TW_UNROLL for (int l = 0; l < W; ++l) {
             if (l >= count) break;
             if (d + W <= n)
-                narrow(rows[l] + d, x[l] * factors[l]);
+                narrow(rows[l] + d, x[l] * factors[l] + A(0));
             else
-                narrow_first(rows[l] + d, x[l] * factors[l], int(n - d));
+                narrow_first(rows[l] + d, x[l] * factors[l] + A(0), int(n - d));
         }
     }
 }

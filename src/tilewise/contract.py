@@ -122,6 +122,7 @@ class KernelCard:
         max_dense_biases, max_key_length: largest counts it takes; None is unbounded.
         further: limits that are no plain set, as a function from the problem to reasons.
         linear_memory: whether its memory is linear in Sq + Sk.
+        row_invariant: whether it can give a row the same bits however many rows it computes together.
         automatic: whether the planner may choose it unasked.
         rate: a rough number of operations per second, for ranking only; overhead: seconds per call, likewise.
         available: asked late, answers None when the kernel can run in this process.
@@ -141,6 +142,7 @@ class KernelCard:
     max_key_length: int | None = None
     further: Callable[[AttentionProblem], tuple[str, ...]] = field(default=lambda problem: (), compare=False)
     linear_memory: bool = True
+    row_invariant: bool = False
     automatic: bool = True
     rate: float = 1e9
     overhead: float = 0.0
@@ -166,6 +168,9 @@ class KernelCard:
             else None,
             f"it takes at most {self.max_key_length} keys and there are {problem.k_len}"
             if self.max_key_length is not None and problem.k_len > self.max_key_length
+            else None,
+            "with it, a row's bits depend on how many rows are computed together"
+            if problem.invariance == "row" and not self.row_invariant
             else None,
             *self.further(problem),
         ]

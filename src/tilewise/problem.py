@@ -14,6 +14,7 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 Bits = Literal["dense", "lazy"]
 Gradient = Literal["q", "k", "v", "bias", "table", "sinks"]
+Invariance = Literal["batch", "row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class AttentionProblem:
         gradients: operands whose gradient is wanted.
         return_lse: whether the caller reads the log-sum-exp.
         traced: whether the arrays are tracers or fake tensors.
+        invariance: "row" where a row of out and lse must have the same bits however many rows are computed together.
     """
 
     family: str
@@ -82,6 +84,7 @@ class AttentionProblem:
     gradients: frozenset[Gradient] = frozenset()
     return_lse: bool = False
     traced: bool = False
+    invariance: Invariance = "batch"
 
     @property
     def accumulator(self) -> str:

@@ -16,7 +16,7 @@ from ..contract import Dropout, Operands
 from ..masks.algebra import Mask
 from ..masks.lower import LoweredMask, lower
 from ..masks.site import site_for
-from ..problem import AttentionProblem, Gradient
+from ..problem import AttentionProblem, Gradient, Invariance
 from ..validate import problem_of
 from .spelling import has_predicate, read, spell
 
@@ -28,7 +28,7 @@ class Options:
     Attributes:
         names: what each tensor of the operands is: q, k, v, dense biases, table, sinks, in this order.
         mask: spelled; "" where there is none.
-        layout, softcap, kernel, allow_quadratic: as of `tilewise.attention`.
+        layout, softcap, kernel, allow_quadratic, invariance: as of `tilewise.attention`.
         p, stream: of dropout. Its seed is the first two integers of the call, or its first fact where `seeded`.
     """
 
@@ -41,6 +41,7 @@ class Options:
     seeded: bool = False
     kernel: str | None = None
     allow_quadratic: bool = False
+    invariance: Invariance = "batch"
 
     @property
     def foldable(self) -> bool:
@@ -80,7 +81,10 @@ class Options:
         self, operands: Operands, scale: float | None, gradients: frozenset[Gradient] = frozenset()
     ) -> AttentionProblem:
         """The question that these operands ask."""
-        return problem_of("torch", operands, layout=self.layout, scale=scale, softcap=self.softcap, gradients=gradients)
+        return problem_of(
+            "torch", operands, layout=self.layout, scale=scale, softcap=self.softcap, gradients=gradients,
+            invariance=self.invariance,
+        )  # fmt: skip
 
 
 def write(
@@ -91,6 +95,7 @@ def write(
     dropout: Dropout | None,
     kernel: str | None,
     allow_quadratic: bool,
+    invariance: Invariance = "batch",
 ) -> tuple[list[Tensor], list[int], str]:
     """The facts, the integers and the text of a call; `names` are those of its operands."""
     facts: list[Tensor] = []
@@ -115,6 +120,8 @@ def write(
         text += f";kernel={kernel}"
     if allow_quadratic:
         text += ";allow_quadratic=1"
+    if invariance != "batch":
+        text += f";invariance={invariance}"
     return facts, integers, text
 
 
