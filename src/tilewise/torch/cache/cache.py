@@ -126,7 +126,7 @@ class KVCache:
             bias: `alibi` or `t5`, or a function of the distances (m,) int64 from a query to a key, negative for the
                 past, that gives (Hq, m) floats, or (B, Hq, m).
             scale, softcap, sinks, return_lse, kernel: as for `tilewise.attention`.
-            invariance: likewise; "row" gives a token the same bits in a prompt, in its chunks and alone. Needs no window.
+            invariance: likewise; "row" gives a token the same bits in a prompt, in chunks and alone. Excludes a window.
 
         Returns:
             out (B, Hq, n, Dv) in the cache's layout, or with `return_lse` (out, lse), lse (B, Hq, n).
