@@ -12,11 +12,11 @@
 //   -       bias_count biases (b',h',i',j') f32, f64, f16 or bf16
 //   16      table             (b',h',Sq+Sk-1), accumulator's type
 //   32      sinks             (Hq,), accumulator's type
-//   64      seed              (2,) u32 as (low, high)
-// Attributes, all required: present, bias_count, layout, bits_q_offset, dropout_threshold, dropout_stream, threads (i64);
-//   scale, softcap, dropout_inverse_keep (f64).
-// Forward has one more attribute, row_invariant (i64). Its results: out as q with Dv for D; lse (B,Hq,Sq), accumulator's
-// type.
+//   64      seed              (4,) u32: the seed as (low, high), the number of the first pair as (low, high)
+// Attributes, all required: present, bias_count, layout, bits_q_offset, dropout_threshold, dropout_stream,
+//   dropout_stride_{b,h,i,j}, threads, part (i64); scale, softcap, dropout_inverse_keep (f64).
+// Forward has one more attribute, row_invariant (i64). Its results: out as q with Dv for D (the accumulator's type where
+// `part` is 1, as d_q then); lse (B,Hq,Sq), accumulator's type.
 // Backward takes what both take, then out, lse, d_out (as out) and d_lse (as lse), and one more attribute, wanted (i64). Its
 // results are those whose bit of `wanted` is 1, in this order; all but the first in the accumulator's type:
 //   1 d_q as q   2 d_k as k   4 d_v as v   16 d_table (B,Hq,Sq+Sk-1)   32 d_sinks (Hq,)
@@ -260,11 +260,19 @@ void read_additions(Reader &r, int64_t present, int accumulator, tw_problem &p) 
         p.sinks = sinks->data;
     }
     if (present & DROPOUT) {
-        const Buffer *seed = r.operand(1, "seed: expected (2,)");
-        if (!r.want(seed && seed->dtype == U32 && seed->dims[0] == 2, "seed: expected u32 (2,)")) return;
+        const Buffer *seed = r.operand(1, "seed: expected (4,)");
+        if (!r.want(seed && seed->dtype == U32 && seed->dims[0] == 4, "seed: expected u32 (4,)")) return;
         const uint32_t *words = static_cast<const uint32_t *>(seed->data);
-        p.dropout = {1, uint64_t(r.integer("dropout_threshold")), uint64_t(words[1]) << 32 | words[0],
-                     uint64_t(r.integer("dropout_stream")), r.number("dropout_inverse_keep")};
+        p.dropout = {1,
+                     uint64_t(r.integer("dropout_threshold")),
+                     uint64_t(words[1]) << 32 | words[0],
+                     uint64_t(r.integer("dropout_stream")),
+                     r.number("dropout_inverse_keep"),
+                     uint64_t(words[3]) << 32 | words[2],
+                     uint64_t(r.integer("dropout_stride_b")),
+                     uint64_t(r.integer("dropout_stride_h")),
+                     uint64_t(r.integer("dropout_stride_i")),
+                     uint64_t(r.integer("dropout_stride_j"))};
     }
 }
 
@@ -280,6 +288,8 @@ int64_t read_problem(Reader &r, tw_problem &p) {
     p.batch = q->dims[0];
     p.q_heads = q->dims[heads];
     p.q_len = p.row_end = q->dims[positions];
+    p.lse_stride_h = p.q_len;
+    p.lse_stride_b = p.q_heads * p.q_len;
     p.head_dim = q->dims[3];
     p.kv_heads = k->dims[heads];
     p.k_len = k->dims[positions];
@@ -295,6 +305,7 @@ int64_t read_problem(Reader &r, tw_problem &p) {
     p.scale = r.number("scale");
     p.softcap = r.number("softcap");
     p.threads = int32_t(r.integer("threads"));
+    p.part = int32_t(r.integer("part"));
     read_mask(r, present, p);
     if (!r.complaint) read_additions(r, present, accumulator_of(p), p);
     return layout;
@@ -318,11 +329,11 @@ void *read_rows(Reader &r, const Buffer *buffer, const tw_problem &p, const char
 }
 
 void read_forward(Reader &r, tw_problem &p) {
-    const char *out = "out: expected q's dtype, (B, Hq, Sq, Dv)", *lse = "lse: expected the accumulator's type, (B, Hq, Sq)";
+    const char *out = "out: expected q's dtype or, in a part, the accumulator's, (B, Hq, Sq, Dv)", *lse = "lse: expected the accumulator's type, (B, Hq, Sq)";
     const int64_t layout = read_problem(r, p);
     if (r.complaint) return;
     p.row_invariant = r.integer("row_invariant") != 0;
-    const int dtype = xla_of(p.dtype);
+    const int dtype = p.part ? accumulator_of(p) : xla_of(p.dtype);
     p.out = read_tensor(r, r.result(4, out), layout, dtype, p, p.q_heads, p.q_len, p.value_dim, out);
     p.lse = read_rows(r, r.result(3, lse), p, lse);
     r.want(r.all_read(), "operands: more of them than `present` and `bias_count` announce");
@@ -383,8 +394,8 @@ void read_backward(Reader &r, tw_problem &p, tw_gradients &g) {
     g.d_lse = read_rows(r, r.operand(3, lse), p, lse);
     const int64_t wanted = r.integer("wanted");
     if (wanted & D_Q) {
-        const char *as_q = "d_q: expected q's dtype and shape";
-        g.d_q = read_tensor(r, r.result(4, as_q), layout, dtype, p, p.q_heads, p.q_len, p.head_dim, as_q);
+        const char *as_q = "d_q: expected q's shape, and its dtype or, in a part, the accumulator's";
+        g.d_q = read_tensor(r, r.result(4, as_q), layout, p.part ? accumulator : dtype, p, p.q_heads, p.q_len, p.head_dim, as_q);
     }
     // The core adds to these.
     const char *otherwise = "d_k, d_v: expected the accumulator's type and the shapes of k and v";

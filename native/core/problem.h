@@ -1,7 +1,7 @@
 // One attention call as plain data: what every kernel page reads, and nothing of Python.
 //
 // Shapes: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), out (B, Hq, Sq, Dv), lse (B, Hq, Sq).
-// Strides are in elements; the last axis of q, k, v and out has stride 1, lse is contiguous.
+// Strides are in elements; the last axis of q, k, v and out has stride 1, as has that of lse.
 // "Accumulator" is float, or double where the elements are double.
 #pragma once
 
@@ -64,20 +64,42 @@ struct tw_table {
     int64_t stride_b, stride_h;
 };
 
-// Philox4x32-10: pair (b, h, i, j) is kept iff word 0 >= threshold (2^32 drops everything).
+// Philox4x32-10: pair (b, h, i, j) is kept iff word 0 >= threshold (2^32 drops everything). The pair's number is
+// first + b * stride_b + h * stride_h + i * stride_i + j * stride_j modulo 2^64, so that a part of a larger call draws
+// what the larger call draws. stride_j = 0: the call is the whole, numbered in the order (b, h, i, j).
 struct tw_dropout {
     int32_t enabled;
     uint64_t threshold, seed, stream;
     double inverse_keep;
+    uint64_t first, stride_b, stride_h, stride_i, stride_j;
+};
+
+// Keys and values in pages of `size` rows: key j of batch row b is row j % size of page table[b * stride_b + j / size], and
+// stride_b of k and v is that of pages. Entries beyond a row's keys are not read. table = NULL: k and v are plain arrays.
+struct tw_pages {
+    const int32_t *table;
+    int64_t stride_b, size;
+};
+
+// Batch rows of different lengths, in arrays that hold them one after another. Batch row n is the problem of q_len[n]
+// queries and k_len[n] keys that begin q_begin[n] and k_begin[n] rows into theirs (so do out, lse, ranges and
+// gradients), whose table begins at its element table_begin[n], and whose dropout has the stream n * 2^32 further on.
+// Other facts stand at n times their stride_b, in the row's own coordinates. The problem's q_len and k_len are at least
+// the longest, row_begin and row_end say nothing, and there are no tile bits. (batch,) each; q_len = NULL: none;
+// k_begin, table_begin = NULL: zeros.
+struct tw_sequences {
+    const int64_t *q_begin, *q_len, *k_begin, *k_len, *table_begin;
 };
 
 // A pair is visible iff ranges, labels, dense mask and tile bits all say so and no bias is -inf there.
 struct tw_problem {
     int32_t dtype, threads; // tw_dtype; threads <= 0: the default
+    int32_t part;           // 1: a part of a larger call: forward's out and backward's d_q are accumulators
     int64_t batch, q_heads, kv_heads, q_len, k_len, head_dim, value_dim;
     int64_t row_begin, row_end; // only these query rows are computed and written; 0 and q_len: all
     tw_tensor q, k, v, out;
-    void *lse; // (B, Hq, Sq) in the accumulator's type
+    void *lse; // (B, Hq, Sq) in the accumulator's type, with these strides over B and Hq
+    int64_t lse_stride_b, lse_stride_h;
     double scale, softcap; // softcap 0: none
     tw_ranges ranges;
     tw_labels labels;
@@ -88,6 +110,8 @@ struct tw_problem {
     tw_table table;
     const void *sinks; // (Hq,) in the accumulator's type, or NULL
     tw_dropout dropout;
+    tw_pages pages; // forward only
+    tw_sequences sequences;
     // Whether a row of out and lse has the same bits however many rows are computed together: the forward pass then sums
     // in one order for any number of rows, slower where they are few.
     int32_t row_invariant;
@@ -108,7 +132,7 @@ struct tw_gather {
 struct tw_gradients {
     tw_tensor d_out;        // as out
     const void *d_lse;      // as lse, or NULL for zeros
-    tw_tensor d_q;          // elements, written
+    tw_tensor d_q;          // elements (accumulators where the problem is a part), written
     tw_tensor d_k, d_v;     // accumulator's type, added to
     tw_gather gather[TW_MAX_BIASES + 1]; // gradients of dense biases and of the table
     int32_t gather_count, diagonal;      // diagonal: some array sums along diagonals

@@ -23,6 +23,8 @@ TW_INLINE vec<float> widen(const half *p) {
     return (vf)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
 #elif defined(__F16C__)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#elif defined(__ARM_NEON)
+    return (vf)vcvt_f32_f16((float16x4_t)vld1_u16(reinterpret_cast<const uint16_t *>(p)));
 #else
     // The exponent is rebased by a multiplication, which also makes denormals right.
     const vu32 bits = __builtin_convertvector(*reinterpret_cast<const vu16 *>(p), vu32);
@@ -48,6 +50,8 @@ TW_INLINE void narrow(half *p, vec<float> x) {
                         _mm512_maskz_cvtps_ph(0xFFFF, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON)
+    vst1_u16(reinterpret_cast<uint16_t *>(p), (uint16x4_t)vcvt_f16_f32((float32x4_t)x));
 #else
     const vu32 sign = (vu32)x >> 16 & 0x8000u, size = (vu32)x & 0x7FFFFFFFu;
     const vu32 rebased = size - 0x38000000u;

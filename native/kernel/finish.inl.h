@@ -25,9 +25,11 @@ template <class A> TW_INLINE Ending<A> ending_of(const tw_problem &p, int64_t h,
 }
 
 template <class T, class A> static void write_row(const tw_problem &p, int64_t b, int64_t h, int64_t i, const A *from, Ending<A> end) {
-    T *out = static_cast<T *>(p.out.data) + b * p.out.stride_b + h * p.out.stride_h + i * p.out.stride_s;
-    narrow_row(from, end.factor, p.value_dim, out);
-    static_cast<A *>(p.lse)[(b * p.q_heads + h) * p.q_len + i] = end.lse;
+    if (p.part)
+        narrow_row(from, end.factor, p.value_dim, tensor_row<A>(p.out, b, h, i));
+    else
+        narrow_row(from, end.factor, p.value_dim, tensor_row<T>(p.out, b, h, i));
+    static_cast<A *>(p.lse)[lse_at(p, b, h, i)] = end.lse;
 }
 
 // A row has seen a key once its limit has left -inf, or its sum is NaN.
@@ -35,19 +37,29 @@ template <class M> TW_INLINE bool has_seen(const Tile<M> &tile, int l) {
     return tile.limit[l] > -sum_of<M>(__builtin_inf()) || tile.sum[l] != 0;
 }
 
+// A tile's sums, each lane times its factor, as rows of `to`, whose elements are E.
+template <class E, class M>
+static void tile_to_rows(const tw_tensor &to, int64_t b, const Tile<M> &tile, const sum_of<M> *factors, int64_t columns) {
+    using A = sum_of<M>;
+    E *rows[most_lanes];
+    for (int l = 0; l < tile.rows; ++l) rows[l] = tensor_row<E>(to, b, tile.h[l], tile.i[l]);
+    for (int l = 0; l < tile.rows; l += lanes<A>)
+        lanes_to_rows(tile.out + l, tile.width, factors + l, columns, rows + l, tile.rows - l);
+}
+
 template <class T, class M> static void finish(const tw_problem &p, const tw_item &item, const Tile<M> &tile) {
     using A = sum_of<M>;
     A factors[most_lanes];
-    T *rows[most_lanes];
     for (int l = 0; l < tile.rows; ++l) {
         const int64_t h = tile.h[l], i = tile.i[l];
         const Ending<A> end = ending_of<A>(p, h, tile.shift[l], tile.sum[l], has_seen(tile, l));
         factors[l] = end.factor;
-        rows[l] = tensor_row<T>(p.out, item.b, h, i);
-        static_cast<A *>(p.lse)[(item.b * p.q_heads + h) * p.q_len + i] = end.lse;
+        static_cast<A *>(p.lse)[lse_at(p, item.b, h, i)] = end.lse;
     }
-    for (int l = 0; l < tile.rows; l += lanes<A>)
-        lanes_to_rows(tile.out + l, tile.width, factors + l, p.value_dim, rows + l, tile.rows - l);
+    if (p.part)
+        tile_to_rows<A>(p.out, item.b, tile, factors, p.value_dim);
+    else
+        tile_to_rows<T>(p.out, item.b, tile, factors, p.value_dim);
 }
 
 // A row's state for merge(): its sums of values, reference, denominator, and whether it has seen a key.

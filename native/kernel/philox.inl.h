@@ -1,5 +1,16 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3; 2011).
 
+// The number under which the pair (b, h, i, j) draws, and what the next key adds to it.
+TW_INLINE uint64_t pair_number(const tw_problem &p, int64_t b, int64_t h, int64_t i, int64_t j, uint64_t *next_key) {
+    const tw_dropout &d = p.dropout;
+    if (d.stride_j == 0) {
+        *next_key = 1;
+        return uint64_t(((b * p.q_heads + h) * p.q_len + i) * p.k_len + j);
+    }
+    *next_key = d.stride_j;
+    return d.first + uint64_t(b) * d.stride_b + uint64_t(h) * d.stride_h + uint64_t(i) * d.stride_i + uint64_t(j) * d.stride_j;
+}
+
 // The first word for each of `count` counters (index[l], stream) under the key `seed`.
 TW_INLINE void philox_words(uint64_t seed, uint64_t stream, const uint64_t *index, int count, uint32_t *words) {
     for (int l = 0; l < count; ++l) {

@@ -157,14 +157,14 @@ template <class M>
 static void draw_dropout(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *keep) {
     uint64_t index[most_lanes];
     uint32_t words[most_lanes];
-    for (int l = 0; l < tile.width; ++l)
-        index[l] = uint64_t(((b * p.q_heads + tile.h[l]) * p.q_len + tile.i[l]) * p.k_len + key);
+    uint64_t step;
+    for (int l = 0; l < tile.width; ++l) index[l] = pair_number(p, b, tile.h[l], tile.i[l], key, &step);
     for (int j = 0; j < n; ++j) {
         philox_words(p.dropout.seed, p.dropout.stream, index, tile.width, words);
         uint64_t kept = 0;
         for (int l = 0; l < tile.width; ++l) {
             kept |= uint64_t(words[l] >= p.dropout.threshold) << l;
-            ++index[l];
+            index[l] += step;
         }
         keep[j] = kept;
     }

@@ -30,12 +30,12 @@ template <class M, class T> TW_INLINE vec<unit_of<M>> row_units(const T *row, in
         return first_numbers(row + 2 * d, n - 2 * d);
 }
 
-// W rows of n numbers down the lanes of a tile `width` lanes wide: to [n in units][width].
+// W rows of n numbers down the lanes of a tile `width` lanes wide: to [unit_rows of n][width].
 template <class M, class T>
 static void rows_to_lanes(const T *const *rows, int64_t n, sum_of<M> factor, unit_of<M> *to, int64_t width) {
     using U = unit_of<M>;
     constexpr int W = lanes<sum_of<M>>;
-    const int64_t units = units_of<M>(n);
+    const int64_t units = unit_rows<M>(n);
     for (int64_t d = 0; d < units; d += W) {
         vec<U> x[W];
         TW_UNROLL for (int l = 0; l < W; ++l) x[l] = row_units<M>(rows[l], d, n, factor);

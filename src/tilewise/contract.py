@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ._arrays import gpu_is_here
 from .problem import AttentionProblem, Gradient
 
 if TYPE_CHECKING:
@@ -32,15 +33,22 @@ class Dropout:
     ceil(p * 2^32), where n = ((b * Hq + h) * Sq + i) * Sk + j; kept probabilities are divided by 1 - p. The same bits
     result from every kernel and framework.
 
+    A call that is a part of a larger one (a shard of a sequence, some of the heads) draws the larger one's bits where
+    `first` and `strides` say how its own pairs are numbered there: n = first + (b, h, i, j) . strides modulo 2^64.
+
     Attributes:
         p: probability to drop, in [0, 1].
         seed: 64-bit integer, or an integer array of one element (a tracer too), or of two uint32 words (low, high).
         stream: 64-bit integer that tells apart several uses of one seed (layers, say).
+        first: number of the call's first pair, an integer or, as `seed`, an array; only with `strides`.
+        strides: what the next batch row, head, query and key add to a pair's number; None for a call of its own.
     """
 
     p: float
     seed: Any = 0
     stream: int = 0
+    first: Any = 0
+    strides: tuple[int, int, int, int] | None = None
 
     @property
     def threshold(self) -> int:
@@ -51,6 +59,15 @@ class Dropout:
     def inverse_keep(self) -> float:
         """Factor of a kept probability, 1 / (1 - p); 0 where nothing is kept."""
         return 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
+
+    def numbering(self, heads: int, q_len: int, k_len: int) -> tuple[Any, tuple[int, int, int, int]]:
+        """The first pair's number as words (low, high), and the strides, in a call of Hq heads, Sq queries, Sk keys.
+
+        `first` has been translated, as `seed` has.
+        """
+        if self.strides is None:
+            return (0, 0), (heads * q_len * k_len, q_len * k_len, k_len, 1)
+        return self.first, self.strides
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +80,8 @@ class Operands:
         dense: biases added to the scores, each 4-D with every axis either 1 or full.
         table: (B or 1, Hq or 1, Sq + Sk - 1) added as table[b, h, j - i + Sq - 1], accumulator's dtype, or None.
         sinks: (Hq,) exponents added to the denominator, accumulator's dtype, or None.
-        dropout: None where p is 0. Its seed is then (low, high): two ints, or an array of two uint32-valued words.
+        dropout: None where p is 0. Its seed is then (low, high): two ints, or an array of two uint32-valued words;
+            so is `first` where there are strides.
     """
 
     q: Array
@@ -109,6 +127,10 @@ def _whole(problem: AttentionProblem) -> Tiles:
     return Tiles(problem.q_len, problem.k_len)
 
 
+def _nothing(problem: AttentionProblem) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class KernelCard:
     """A kernel's limits as plain data.
@@ -120,12 +142,19 @@ class KernelCard:
         gradients: operands its own backward differentiates; empty when it has no backward.
         backward_families: frameworks whose derivatives use its backward; None is all in `families`.
         max_dense_biases, max_key_length: largest counts it takes; None is unbounded.
-        further: limits that are no plain set, as a function from the problem to reasons.
+        further: limits that are no plain set, as a function from the problem to reasons; further_backward: likewise,
+            of the backward pass alone.
+        ways, backward_ways: of a kernel that has several ways to run, those that fit the problem, best first as far as
+            is known without a measured table.
         linear_memory: whether its memory is linear in Sq + Sk.
         row_invariant: whether it can give a row the same bits however many rows it computes together.
-        automatic: whether the planner may choose it unasked.
+        automatic: devices on which the planner may choose it unasked; "*" is any.
+        needs_table: whether it may be chosen unasked only where the device's measured table holds it.
+        finite_only: whether its results are right only where they are finite, so that it hands a call that gave another
+            result to the plan's `careful` kernel.
         rate: a rough number of operations per second, for ranking only; overhead: seconds per call, likewise.
-        available: asked late, answers None when the kernel can run in this process.
+        available: asked late, answers None when the kernel can run in this process. A problem on a GPU that is not here
+            is planned for a machine that has one, and this is not asked.
         tiles: the tile sizes for a problem.
         workspace: bytes needed beyond inputs and outputs for a problem and its tiles.
     """
@@ -140,10 +169,15 @@ class KernelCard:
     backward_families: frozenset[str] | None = None
     max_dense_biases: int | None = None
     max_key_length: int | None = None
-    further: Callable[[AttentionProblem], tuple[str, ...]] = field(default=lambda problem: (), compare=False)
+    further: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
+    further_backward: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
+    ways: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
+    backward_ways: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
     linear_memory: bool = True
     row_invariant: bool = False
-    automatic: bool = True
+    automatic: frozenset[str] = frozenset({"*"})
+    needs_table: bool = False
+    finite_only: bool = False
     rate: float = 1e9
     overhead: float = 0.0
     available: Callable[[], Unavailable | None] = field(default=lambda: None, compare=False)
@@ -155,7 +189,7 @@ class KernelCard:
         return tuple(reason for reason in self._reasons(problem) if reason)
 
     def _reasons(self, problem: AttentionProblem) -> list[str | None]:
-        missing = self.available()
+        missing = self.available() if problem.device != "cuda" or gpu_is_here() else None
         biases = len(problem.bias.dense)
         return [
             f"{missing.reason} ({missing.cure})" if missing else None,
@@ -182,7 +216,11 @@ class KernelCard:
         missing = [f"it has no gradient to {name}" for name in sorted(problem.gradients - self.gradients)]
         if self.backward_families is not None and problem.family not in self.backward_families:
             missing.append(f"derivatives of {problem.family} arrays do not use its backward")
-        return (*self.refuse(problem), *missing)
+        return (*self.refuse(problem), *missing, *self.further_backward(problem))
+
+    def unasked(self, device: str) -> bool:
+        """Whether the planner may choose it on a device without being asked, as far as the card alone says."""
+        return "*" in self.automatic or device in self.automatic
 
     def cost(self, problem: AttentionProblem) -> float:
         """Estimated seconds, for ranking kernels against each other; not a promise."""
@@ -201,6 +239,9 @@ class Plan:
         problem: the question.
         kernel: name of the kernel of the forward pass.
         backward: name of the kernel of the backward pass, or None when no gradient is wanted.
+        way, backward_way: which of a kernel's several ways each pass runs; "" where it has but one.
+        careful: the kernel that computes a call again whose results are not finite; None where none is needed. It is
+            handed this same plan, whose `tiles` and `way` are not its own.
         tiles: tile sizes of the forward kernel.
         workspace: bytes promised beyond inputs and outputs, forward.
         refusals: for every other kernel, its reasons.
@@ -216,6 +257,9 @@ class Plan:
     refusals: Mapping[str, tuple[str, ...]]
     forced: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
+    way: str = ""
+    backward_way: str = ""
+    careful: str | None = None
 
     def __str__(self) -> str:
         from .plan.explain import table  # printing is asked for rarely; planning should not pay for it

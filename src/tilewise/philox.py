@@ -63,7 +63,7 @@ def keep_mask(
         heads, q_len, k_len: Hq, Sq, Sk of the whole problem, of which the positions may be any part.
         xp, wide: as for `philox`; positions are int64 arrays when wide.
     """
-    index = _index_wide(b, h, i, j, heads, q_len, k_len) if wide else _index_narrow(b, h, i, j, heads, q_len, k_len, xp)
+    index = number_of(dropout, (b, h, i, j), heads, q_len, k_len, xp, wide)
     seed, stream = dropout.seed, (dropout.stream & _LOW, dropout.stream >> 32)
     word = philox((*index, *stream), (seed[0], seed[1]), xp, wide)[0]
     if dropout.threshold > _LOW:
@@ -71,27 +71,34 @@ def keep_mask(
     return word >= _word(dropout.threshold, xp, wide)
 
 
-def _index_wide(b: Array, h: Array, i: Array, j: Array, heads: int, q_len: int, k_len: int) -> Words:
-    """The two words of the pair's number ((b * Hq + h) * Sq + i) * Sk + j."""
-    number = ((b * heads + h) * q_len + i) * k_len + j
+def number_of(
+    dropout: Dropout, places: tuple[Array, ...], heads: int, q_len: int, k_len: int, xp: Any, wide: bool = True
+) -> Words:
+    """The numbers (low, high) of the pairs at the places (b, h, i, j), as for `keep_mask`."""
+    first, strides = dropout.numbering(heads, q_len, k_len)
+    return (_number_wide if wide else _number_narrow)(first, strides, places, xp)
+
+
+def _number_wide(first: Words, strides: tuple[int, ...], places: tuple[Array, ...], xp: Any) -> Words:
+    """The two words of first + places . strides, in int64 arithmetic that wraps as 64-bit unsigned integers do."""
+    # As signed integers, of which int64 arrays are made.
+    low, high = (_word(word, xp, True) for word in (first[0], first[1]))
+    number = low | (high << 32)
+    for stride, place in zip(strides, places, strict=True):
+        number = number + place * ((stride + 2**63) % 2**64 - 2**63)
     return number & _LOW, (number >> 32) & _LOW
 
 
-def _index_narrow(b: Array, h: Array, i: Array, j: Array, heads: int, q_len: int, k_len: int, xp: Any) -> Words:
-    """The same in pairs of 32-bit words."""
-    number = (_word(b, xp, False), _word(0, xp, False))
-    for size, position in ((heads, h), (q_len, i), (k_len, j)):
-        number = _scale_add(number, size, _word(position, xp, False), xp)
-    return number
-
-
-def _scale_add(number: Words, size: int, position: Word, xp: Any) -> Words:
-    """number * size + position modulo 2^64, in 32-bit words."""
-    low, high = number
-    carry, low = _multiply_narrow(low, size & _LOW, xp)
-    high = high * xp.uint32(size & _LOW) + carry + (number[0] * xp.uint32(size >> 32))
-    total = low + position
-    return total, high + xp.asarray(total < position, dtype=xp.uint32)
+def _number_narrow(first: Words, strides: tuple[int, ...], places: tuple[Array, ...], xp: Any) -> Words:
+    """The same in pairs of 32-bit words; places are below 2^32."""
+    low, high = (_word(word, xp, False) for word in (first[0], first[1]))
+    for stride, place in zip(strides, places, strict=True):
+        word = _word(place, xp, False)
+        carry, product = _multiply_narrow(word, stride & _LOW, xp)
+        total = low + product
+        high = high + carry + word * xp.uint32(stride >> 32 & _LOW) + xp.asarray(total < product, dtype=xp.uint32)
+        low = total
+    return low, high
 
 
 def _multiply_wide(word: Word, factor: int, xp: Any) -> Words:

@@ -6,13 +6,14 @@ Everything is checked before any work is done, and nothing the caller owns is ch
 from __future__ import annotations
 
 import math
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import Array, Family, device_kind, dtype_name, family_of, is_abstract, namespace
+from ._arrays import Array, Family, device_kind, device_model, dtype_name, family_of, is_abstract, namespace
 from .contract import Dropout, Operands
 from .masks.algebra import Mask
 from .masks.biases import Bias, LoweredBias, as_bias, lower_bias
@@ -24,6 +25,9 @@ from .problem import ACCUMULATOR, AttentionProblem, BiasFacts, Gradient, Invaria
 # Axis names per layout; letters as in semantics: batch, heads, sequence, (head) dimension, tokens.
 LAYOUTS = {"bhsd": "(B, H, S, D)", "bshd": "(B, S, H, D)", "thd": "(T, H, D)"}
 
+# Whether equal inputs must give equal bits. TILEWISE_DETERMINISTIC=0 admits kernels of others whose order of summation
+# depends on the number of threads or on chance.
+DETERMINISTIC = os.environ.get("TILEWISE_DETERMINISTIC", "1") != "0"
 
 _NO_BIAS = LoweredBias()
 
@@ -184,6 +188,7 @@ def problem_of(
 ) -> AttentionProblem:
     """The question that validated operands ask."""
     q, k, v = operands.q, operands.k, operands.v
+    model, architecture = device_model(q)
     return AttentionProblem(
         family=family,
         device=device_kind(q),
@@ -198,7 +203,11 @@ def problem_of(
         layout=layout,
         scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
         mask=operands.mask.facts,
-        bias=BiasFacts(tuple(_four(array.shape) for array in operands.dense), operands.table is not None),
+        bias=BiasFacts(
+            tuple(_four(array.shape) for array in operands.dense),
+            operands.table is not None,
+            tuple(dtype_name(array) for array in operands.dense),
+        ),
         softcap=softcap,
         sinks=operands.sinks is not None,
         dropout=operands.dropout.p if operands.dropout is not None else 0.0,
@@ -206,6 +215,9 @@ def problem_of(
         return_lse=return_lse,
         traced=traced,
         invariance=invariance,
+        model=model,
+        architecture=architecture,
+        deterministic=DETERMINISTIC,
     )
 
 
@@ -377,25 +389,34 @@ def _dropout(dropout: Dropout | None, family: Family) -> Dropout | None:
         raise ValueError(f"dropout: got p = {p}, expected a probability from 0 to 1")
     if isinstance(dropout.stream, bool) or not isinstance(dropout.stream, int) or not 0 <= dropout.stream < 2**64:
         raise ValueError(f"dropout: got stream = {dropout.stream!r}, expected an int from 0 to 2^64 - 1")
-    return Dropout(p, _seed_words(dropout.seed, family), dropout.stream) if p else None
+    strides = dropout.strides
+    if strides is None:
+        if not isinstance(dropout.first, int) or dropout.first != 0:
+            raise ValueError("dropout: got first without strides, expected both or neither")
+    elif len(strides) != 4 or not all(isinstance(n, int | np.integer) and -(2**63) <= n < 2**63 for n in strides):
+        raise ValueError(f"dropout: got strides = {strides!r}, expected four integers of 64 bits")
+    if not p:
+        return None
+    first: Any = 0 if strides is None else _words("first", dropout.first, family)
+    return replace(dropout, p=p, seed=_words("seed", dropout.seed, family), first=first)
 
 
-def _seed_words(seed: Any, family: Family) -> Any:
-    """The seed as (low, high) 32-bit words: two ints, or an array of two where the seed is an array."""
+def _words(name: str, seed: Any, family: Family) -> Any:
+    """A 64-bit number as (low, high) 32-bit words: two ints, or an array of two where it is an array."""
     if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"dropout: got seed = {seed}, expected an integer of 64 bits")
+            raise ValueError(f"dropout: got {name} = {seed}, expected an integer of 64 bits")
         return int(seed) & 0xFFFFFFFF, (int(seed) >> 32) & 0xFFFFFFFF
     kind = family_of(seed)
     if kind is None or (kind != family and kind != "numpy"):
         raise TypeError(
-            f"dropout: got a seed of type {type(seed).__name__}, expected an int or an integer array of q's framework"
+            f"dropout: got a {name} of type {type(seed).__name__}, expected an int or an integer array of q's framework"
         )
     if kind == "jax" and str(seed.dtype).startswith("key<"):
         seed = sys.modules["jax"].random.key_data(seed)
     if not dtype_name(seed).startswith(("int", "uint")) or math.prod(seed.shape) not in (1, 2):
         raise TypeError(
-            f"dropout: got a seed of dtype {dtype_name(seed)} and shape {tuple(seed.shape)}, expected 1 or 2 integers"
+            f"dropout: got a {name} of dtype {dtype_name(seed)} and shape {tuple(seed.shape)}, expected 1 or 2 integers"
         )
     words = seed.reshape(-1)
     if kind == "numpy":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -52,16 +53,17 @@ def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
 def _run(problem: AttentionProblem, tiles: Tiles, native: bool, smooth: Smooth, facts: Facts) -> tuple[Array, Array]:
     """out in q's dtype, and lse; compiled once for each problem and structure of its operands."""
     # The portable kernel gives out in the accumulator's dtype: its derivatives are computed from that.
-    out_dtype = problem.dtype if native else problem.accumulator
+    out_dtype = problem.result if native else problem.accumulator
     precision = jax.config.jax_default_matmul_precision
     case = Case(problem, tiles, native, out_dtype, jax.tree.structure((smooth, facts)), precision)
     out, lse = attention(case, smooth, facts)
-    return out.astype(problem.dtype), lse
+    return out.astype(problem.result), lse
 
 
 def _seeded(dropout: Dropout | None) -> Dropout | None:
     """The seed as an array of two words, so that a new seed is a new value and not a new program."""
     if dropout is None:
         return None
-    low, high = dropout.seed
-    return Dropout(dropout.p, jnp.stack([jnp.asarray(word, jnp.uint32) for word in (low, high)]), dropout.stream)
+    named = ("seed", "first") if dropout.strides else ("seed",)
+    words = {name: [jnp.asarray(word, jnp.uint32) for word in getattr(dropout, name)] for name in named}
+    return replace(dropout, **{name: jnp.stack(pair) for name, pair in words.items()})

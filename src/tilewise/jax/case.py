@@ -97,10 +97,7 @@ class Case:
         return replace(self, problem=problem)
 
     def beginning_at(self, row: Array, head: Array, operands: Sequence[Array]) -> tuple[Case, list[Array]]:
-        """The case and operands of a part of a larger problem, whose first batch row and head have these numbers there.
-
-        The native kernel counts dropout's pairs from 0, so where there is dropout the portable one runs.
-        """
+        """The case and operands of a part of a larger problem, in which its first batch row and head are these."""
         smooth, facts = self.parts(operands)
         leaves, tree = jax.tree.flatten((smooth, facts._replace(corner=(row, head))))
-        return replace(self, native=self.native and facts.dropout is None, tree=tree), leaves
+        return replace(self, tree=tree), leaves

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..kernels.portable.jax_scan import Facts, Smooth
 from ..masks.lower import TileBits
+from ..philox import number_of
 from ..problem import AttentionProblem
 
 Array = Any
@@ -24,7 +25,7 @@ def forward(problem: AttentionProblem, smooth: Smooth, facts: Facts) -> tuple[Ar
     """out (B, Hq, Sq, Dv) in q's dtype and lse (B, Hq, Sq), by the native kernel on the CPU."""
     call, operands = _Call.of(problem, smooth, facts)
     p = problem
-    out = call.tensor(p.q_heads, p.q_len, p.value_dim, p.dtype)
+    out = call.tensor(p.q_heads, p.q_len, p.value_dim, p.result)
     out, lse = call("tilewise_forward", [out, call.rows], operands, row_invariant=np.int64(p.invariance == "row"))
     return call.turned(out), lse
 
@@ -49,7 +50,7 @@ def backward(
     dense, rest = wanted[3 : 3 + biases], iter(wanted[3 + biases :])
     table, sinks = (x is not None and next(rest) for x in (smooth.table, smooth.sinks))
     bits = {
-        1: q and call.tensor(p.q_heads, p.q_len, p.head_dim, p.dtype),
+        1: q and call.tensor(p.q_heads, p.q_len, p.head_dim, p.result),
         2: k and call.tensor(p.kv_heads, p.k_len, p.head_dim, p.accumulator),
         4: v and call.tensor(p.kv_heads, p.k_len, p.value_dim, p.accumulator),
         16: table and jax.ShapeDtypeStruct((p.batch, p.q_heads, p.q_len + p.k_len - 1), p.accumulator),
@@ -110,6 +111,7 @@ class _Call:
     def of(cls, problem: AttentionProblem, smooth: Smooth, facts: Facts) -> tuple[_Call, tuple[Array, ...]]:
         """The call, and the operands that both handlers take."""
         mask, dropout = facts.mask, facts.dropout
+        strides = _strides(problem, facts) if dropout is not None else (0, 0, 0, 0)
         given = {
             "ranges": (mask.ranges.starts, mask.ranges.stops) if mask.ranges is not None else (),
             "labels": _labels(mask.q_labels, mask.k_labels) if mask.q_labels is not None else (),
@@ -118,7 +120,7 @@ class _Call:
             "biases": smooth.dense,
             "table": (smooth.table,) if smooth.table is not None else (),
             "sinks": (smooth.sinks,) if smooth.sinks is not None else (),
-            "seed": (dropout.seed,) if dropout is not None else (),
+            "seed": (_seed_and_first(problem, facts),) if dropout is not None else (),
         }
         attributes = {
             "present": np.int64(sum(_PRESENT[kind] for kind, group in given.items() if group)),
@@ -130,7 +132,9 @@ class _Call:
             "dropout_threshold": np.int64(dropout.threshold if dropout else 0),
             "dropout_inverse_keep": np.float64(dropout.inverse_keep if dropout else 1.0),
             "dropout_stream": np.uint64(dropout.stream if dropout else 0).astype(np.int64),
+            **{f"dropout_stride_{axis}": np.int64(stride) for axis, stride in zip("bhij", strides, strict=True)},
             "threads": np.int64(0),
+            "part": np.int64(problem.part),
         }
         call = cls(problem, attributes)
         tensors = (call.turned(x) for x in smooth[:3])
@@ -154,6 +158,19 @@ class _Call:
         """The type of lse."""
         p = self.problem
         return jax.ShapeDtypeStruct((p.batch, p.q_heads, p.q_len), p.accumulator)
+
+
+def _strides(problem: AttentionProblem, facts: Facts) -> tuple[int, ...]:
+    """What the next batch row, head, query and key add to a pair's number, as signed 64-bit integers."""
+    _, strides = facts.dropout.numbering(facts.mask.site.heads, problem.q_len, problem.k_len)
+    return tuple((stride + 2**63) % 2**64 - 2**63 for stride in strides)
+
+
+def _seed_and_first(problem: AttentionProblem, facts: Facts) -> Array:
+    """The words of the seed, and of the number of the call's first pair; (4,) uint32."""
+    places = (*(facts.corner or (0, 0)), 0, 0)
+    first = number_of(facts.dropout, places, facts.mask.site.heads, problem.q_len, problem.k_len, jnp, wide=False)
+    return jnp.concatenate([facts.dropout.seed, *first])
 
 
 @lru_cache(maxsize=1)

@@ -50,7 +50,7 @@ def _in_bias(bias: Any, name: str, value: Any) -> bool:
 
 
 def _in_dropout(dropout: Any, name: str, value: Any) -> bool:
-    return name == "seed" and not isinstance(value, int)
+    return name in ("seed", "first") and not isinstance(value, int)
 
 
 def _in_lowered(mask: Any, name: str, value: Any) -> bool:

@@ -29,7 +29,9 @@ class Options:
         names: what each tensor of the operands is: q, k, v, dense biases, table, sinks, in this order.
         mask: spelled; "" where there is none.
         layout, softcap, kernel, allow_quadratic, invariance: as of `tilewise.attention`.
+        lse: whether a gradient of the log-sum-exp is given; in a backward pass where not, it is zero.
         p, stream: of dropout. Its seed is the first two integers of the call, or its first fact where `seeded`.
+        placed: whether dropout numbers its pairs by six integers that follow: `first` as two words, and the strides.
     """
 
     names: tuple[Gradient, ...]
@@ -39,6 +41,8 @@ class Options:
     p: float = 0.0
     stream: int = 0
     seeded: bool = False
+    lse: bool = False
+    placed: bool = False
     kernel: str | None = None
     allow_quadratic: bool = False
     invariance: Invariance = "batch"
@@ -47,6 +51,11 @@ class Options:
     def foldable(self) -> bool:
         """Whether a call is the same in a larger batch: no fact tells batch rows apart, nor do random bits."""
         return not self.p and not has_predicate(self.mask)
+
+    @property
+    def _of_seed(self) -> int:
+        """How many integers the seed takes."""
+        return 2 if self.p and not self.seeded else 0
 
     def site(self, operands: Sequence[Tensor]) -> tuple[int, int, int, int]:
         """B, Hq, Sq, Sk of (B, Hq, Sq, D) queries and (B, Hkv, Sk, D) keys."""
@@ -57,8 +66,7 @@ class Options:
         self, sizes: tuple[int, int, int, int], like: Tensor, facts: Sequence[Tensor], integers: Sequence[int]
     ) -> LoweredMask:
         """The mask at its site."""
-        skip = 2 if self.p and not self.seeded else 0
-        mask = read(self.mask, facts[self.seeded :], integers[skip:])
+        mask = read(self.mask, facts[self.seeded :], integers[self._of_seed + 6 * self.placed :])
         held = [] if mask is None else mask.operands()
         # A mask on the host is fine wherever q is: it is lowered on the host and its facts follow q.
         places = [like, *held] if has_predicate(self.mask) else held
@@ -68,7 +76,12 @@ class Options:
         """The dropout, its seed as two words."""
         if not self.p:
             return None
-        return Dropout(self.p, facts[0] if self.seeded else (integers[0], integers[1]), self.stream)
+        seed = facts[0] if self.seeded else (integers[0], integers[1])
+        if not self.placed:
+            return Dropout(self.p, seed, self.stream)
+        first, strides = integers[self._of_seed : self._of_seed + 2], integers[self._of_seed + 2 : self._of_seed + 6]
+        b, h, i, j = strides
+        return Dropout(self.p, seed, self.stream, tuple(first), (b, h, i, j))
 
     def operands(self, tensors: Sequence[Tensor], mask: LoweredMask, dropout: Dropout | None = None) -> Operands:
         """The tensors by name."""
@@ -82,9 +95,15 @@ class Options:
     ) -> AttentionProblem:
         """The question that these operands ask."""
         return problem_of(
-            "torch", operands, layout=self.layout, scale=scale, softcap=self.softcap, gradients=gradients,
+            "torch",
+            operands,
+            layout=self.layout,
+            scale=scale,
+            softcap=self.softcap,
+            gradients=gradients,
+            return_lse=self.lse,
             invariance=self.invariance,
-        )  # fmt: skip
+        )
 
 
 def write(
@@ -110,6 +129,10 @@ def write(
         else:
             facts.append(dropout.seed)
             text += ";seeded=1"
+        if dropout.strides is not None:
+            low, high = dropout.first
+            integers += (low, high, *dropout.strides)
+            text += ";placed=1"
     if mask is not None:
         text += ";mask=" + spell(mask, facts, integers)
     if layout != "bhsd":
@@ -125,7 +148,15 @@ def write(
     return facts, integers, text
 
 
-_READERS: dict[str, Any] = {"softcap": float, "p": float, "stream": int, "seeded": bool, "allow_quadratic": bool}
+_READERS: dict[str, Any] = {
+    "softcap": float,
+    "p": float,
+    "stream": int,
+    "seeded": bool,
+    "lse": bool,
+    "placed": bool,
+    "allow_quadratic": bool,
+}
 
 
 @lru_cache(maxsize=1024)

@@ -36,7 +36,7 @@ def backward(plan: Plan, operands: Operands, out: Array, lse: Array, d_out: Arra
     p, wanted = plan.problem, plan.problem.gradients
     alive: Alive = []
     found = Gradients(
-        q=_filled(p, operands.q, p.q_heads, p.q_len, p.head_dim, p.dtype) if "q" in wanted else None,
+        q=_filled(p, operands.q, p.q_heads, p.q_len, p.head_dim, p.result) if "q" in wanted else None,
         k=_filled(p, operands.k, p.kv_heads, p.k_len, p.head_dim, p.accumulator) if "k" in wanted else None,
         v=_filled(p, operands.v, p.kv_heads, p.k_len, p.value_dim, p.accumulator) if "v" in wanted else None,
     )
@@ -60,8 +60,8 @@ def backward(plan: Plan, operands: Operands, out: Array, lse: Array, d_out: Arra
         _native.backward(rows=part, bits=bits, **call)
     return Gradients(
         q=found.q,
-        k=None if found.k is None else cast(found.k, p.dtype),
-        v=None if found.v is None else cast(found.v, p.dtype),
+        k=None if found.k is None else cast(found.k, p.result),
+        v=None if found.v is None else cast(found.v, p.result),
         dense=tuple(part.result(bias) for part, bias in zip(sums, operands.dense, strict=True))
         if want_bias
         else (None,) * len(operands.dense),

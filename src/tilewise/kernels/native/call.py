@@ -34,6 +34,7 @@ def call_of(problem: AttentionProblem, operands: Operands, out: Array, lse: Arra
         "lse": logarithms.address,
         "scale": problem.scale,
         "softcap": problem.softcap or 0.0,
+        "part": problem.part,
         **call_facts(operands, problem.accumulator, alive),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from importlib.util import find_spec
 
 from ...contract import KernelCard, Tiles, Unavailable
@@ -15,7 +16,9 @@ BITS_BYTES = 1 << 24
 _MOST_PACKED = 1 << 29
 
 
+@cache
 def _available() -> Unavailable | None:
+    # Looking for the module takes longer than planning, and it does not come or go while a process runs.
     if find_spec("tilewise._native") is None:
         return Unavailable(
             "the compiled module is not installed", "install a C++17 compiler such as g++, then reinstall tilewise"

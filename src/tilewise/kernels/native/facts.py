@@ -20,6 +20,7 @@ Alive = list[Any]
 def call_facts(operands: Operands, accumulator: str, alive: Alive) -> dict[str, Any]:
     """Every keyword of the core that says what pairs are visible and what is added; tile bits apart."""
     mask = operands.mask
+    sizes = (operands.q.shape[1], operands.q.shape[2], operands.k.shape[2])
     return {
         "ranges": _ranges(mask, alive),
         "labels": _labels(mask, alive),
@@ -27,7 +28,7 @@ def call_facts(operands: Operands, accumulator: str, alive: Alive) -> dict[str, 
         "biases": tuple(_dense_bias(bias, alive) for bias in operands.dense),
         "table": _table(operands.table, accumulator, alive),
         "sinks": _sinks(operands.sinks, accumulator, alive),
-        "dropout": _dropout(operands.dropout),
+        "dropout": dropout_words(operands.dropout, sizes),
     }
 
 
@@ -107,8 +108,22 @@ def _sinks(sinks: Array | None, accumulator: str, alive: Alive) -> int:
     return found.address
 
 
-def _dropout(dropout: Dropout | None) -> tuple[int, float, int, int] | None:
+def dropout_words(dropout: Dropout | None, sizes: tuple[int, int, int] | None) -> tuple[int | float, ...] | None:
+    """Threshold, factor of what is kept, seed, stream and numbering; None for none.
+
+    Args:
+        sizes: Hq, Sq and Sk; None lets the core number the pairs of each sequence by the sequence's own.
+    """
     if dropout is None:
         return None
-    low, high = (int(word) & 0xFFFFFFFF for word in dropout.seed)
-    return (dropout.threshold, dropout.inverse_keep, high << 32 | low, dropout.stream & (2**64 - 1))
+    first, strides = dropout.numbering(*sizes or (0, 0, 0))
+    if sizes is None and dropout.strides is None:
+        strides = (0, 0, 0, 0)
+    numbers = (dropout.stream, _joined(first), *strides)
+    return (dropout.threshold, dropout.inverse_keep, _joined(dropout.seed), *(number % 2**64 for number in numbers))
+
+
+def _joined(words: Any) -> int:
+    """A 64-bit number from its words (low, high)."""
+    low, high = (int(word) & 0xFFFFFFFF for word in words)
+    return high << 32 | low

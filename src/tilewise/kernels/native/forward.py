@@ -31,7 +31,7 @@ def forward(plan: Plan, operands: Operands) -> tuple[Array, Array]:
     from ... import _native  # pyright: ignore[reportAttributeAccessIssue]  # absent in a pure Python install
 
     problem = plan.problem
-    out = empty_like_layout(problem, operands.q, problem.q_heads, problem.q_len, problem.value_dim, problem.dtype)
+    out = empty_like_layout(problem, operands.q, problem.q_heads, problem.q_len, problem.value_dim, problem.result)
     lse = empty(operands.q, (problem.batch, problem.q_heads, problem.q_len), problem.accumulator)
     alive: Alive = []
     call = call_of(problem, operands, out, lse, alive)

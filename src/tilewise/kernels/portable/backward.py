@@ -6,6 +6,7 @@ The formulas stand in `local.py`; what is not a sum over tiles, the row terms an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..._arrays import Array
 from ...contract import Gradients, Operands, Plan
@@ -84,17 +85,19 @@ def _tiled_sum(call: Call, wanted: tuple[bool, ...], inputs: Sequence, outputs: 
 def _as_operands(call: Call, operands: Operands, sums: dict[str, list[Array]]) -> Gradients:
     """Rounded once to the dtypes of the operands, heads ungrouped."""
 
-    def like(value: Array, operand: Array) -> Array:
-        return call.verbs.to(value.reshape(operand.shape), operand.dtype)
+    def like(value: Array, operand: Array, dtype: Any = None) -> Array:
+        return call.verbs.to(value.reshape(operand.shape), operand.dtype if dtype is None else dtype)
 
-    def one(name: str, operand: Array | None) -> Array | None:
-        return like(sums[name][0], operand) if name in sums else None
+    def one(name: str, operand: Array | None, dtype: Any = None) -> Array | None:
+        return like(sums[name][0], operand, dtype) if name in sums else None
+
+    summand = call.verbs.dtype if call.problem.part else None
 
     biases = sums.get("bias", [None] * len(operands.dense))
     return Gradients(
-        q=one("q", operands.q),
-        k=one("k", operands.k),
-        v=one("v", operands.v),
+        q=one("q", operands.q, summand),
+        k=one("k", operands.k, summand),
+        v=one("v", operands.v, summand),
         dense=tuple(like(g, bias) if g is not None else None for g, bias in zip(biases, operands.dense, strict=True)),
         table=one("table", operands.table),
         sinks=one("sinks", operands.sinks),

@@ -50,7 +50,8 @@ def _output(call: Call) -> Array:
     """Memory for the output, seen as (B, Hkv, G, Sq, Dv), ordered as the caller's layout has its axes."""
     problem = call.problem
     heads = (problem.kv_heads, call.q.shape[2])
+    dtype = call.verbs.dtype if problem.part else call.q.dtype
     if problem.layout == "bhsd":
-        return call.verbs.empty((problem.batch, *heads, problem.q_len, problem.value_dim), call.q.dtype)
-    out = call.verbs.empty((problem.batch, problem.q_len, *heads, problem.value_dim), call.q.dtype)
+        return call.verbs.empty((problem.batch, *heads, problem.q_len, problem.value_dim), dtype)
+    out = call.verbs.empty((problem.batch, problem.q_len, *heads, problem.value_dim), dtype)
     return call.verbs.xp.moveaxis(out, 1, 3)

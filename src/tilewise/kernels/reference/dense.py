@@ -6,10 +6,11 @@ hold anything, so every product over pairs goes through `visible_sum` or is mask
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..._arrays import Array
 from ...contract import Gradients, Operands
 from ...masks.materialize import picture
 from ...philox import keep_mask
@@ -121,10 +122,15 @@ def _dropout(problem: AttentionProblem, operands: Operands) -> np.ndarray:
     if operands.dropout is None:
         return np.ones((1, 1, 1, 1))
     b, h, i, j = np.ix_(*(np.arange(size) for size in sizes))
-    seed = tuple(int(word) for word in operands.dropout.seed)
-    dropout = type(operands.dropout)(operands.dropout.p, seed, operands.dropout.stream)
+    dropout = operands.dropout
+    first = _integers(dropout.first) if dropout.strides else 0
+    dropout = replace(dropout, seed=_integers(dropout.seed), first=first)
     keep = keep_mask(dropout, b, h, i, j, *sizes[1:], np)
     return keep * dropout.inverse_keep
+
+
+def _integers(words: Array) -> tuple[int, ...]:
+    return tuple(int(word) for word in words)
 
 
 def _per_kv_head(problem: AttentionProblem, array: np.ndarray) -> np.ndarray:

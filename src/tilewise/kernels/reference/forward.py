@@ -11,4 +11,5 @@ from .dense import attention
 def forward(plan: Plan, operands: Operands) -> tuple[Array, Array]:
     """out (B, Hq, Sq, Dv) in q's dtype, lse (B, Hq, Sq) in the accumulator's; computed in float64 and rounded once."""
     dense = attention(plan.problem, operands)
-    return like(dense.out, operands.q), like(dense.lse, operands.q, plan.problem.accumulator)
+    dtype = plan.problem.accumulator if plan.problem.part else None
+    return like(dense.out, operands.q, dtype), like(dense.lse, operands.q, plan.problem.accumulator)

@@ -27,7 +27,7 @@ def call_of(plan: Plan, operands: Operands) -> Call:
         mask=_NO_MASK,
         dense=tuple(view(array) for array in operands.dense),
         table=rows(table) if table is not None else None,
-        dropout=_dropout(operands.dropout, operands.q.device),
+        dropout=_dropout(operands.dropout, (problem.q_heads, problem.q_len, problem.k_len), operands.q.device),
         scale=float(problem.scale),
         rising=tl.constexpr(problem.scale > 0),
         softcap=problem.softcap,
@@ -50,14 +50,18 @@ def heads_together(problem: AttentionProblem, heads: int, masked: bool) -> int:
     return max(1, min(problem.batch * heads, _CACHE_BYTES // bytes_of_head)) if masked else 1
 
 
-def _dropout(rule: DropoutRule | None, device: torch.device) -> Dropout | None:
+def _dropout(rule: DropoutRule | None, sizes: tuple[int, int, int], device: torch.device) -> Dropout | None:
     if rule is None:
         return None
-    words = torch.zeros(4, dtype=torch.int64, device=device)
-    for n, word in enumerate((*rule.seed, rule.stream & 0xFFFFFFFF, rule.stream >> 32)):
+    (low, high), strides = rule.numbering(*sizes)
+    first = _word(low) | (_word(high) << 32)
+    numbers = (*rule.seed, rule.stream & 0xFFFFFFFF, rule.stream >> 32, first, *strides)
+    words = torch.zeros(len(numbers), dtype=torch.int64, device=device)
+    for n, word in enumerate(numbers):
         words[n] = _word(word)
     return Dropout(words, rule.threshold, rule.inverse_keep)
 
 
 def _word(word: Any) -> Any:
-    return word.to(torch.int64) if isinstance(word, torch.Tensor) else int(word)
+    # 64 bits as a signed integer, which is what an int64 tensor takes.
+    return word.to(torch.int64) if isinstance(word, torch.Tensor) else (int(word) + 2**63) % 2**64 - 2**63

@@ -72,7 +72,7 @@ class _Step:
     def d_q(self) -> torch.Tensor:
         """(B, Hq, Sq, D)."""
         problem, q = self.plan.problem, self.operands.q
-        d_q = like_layout(problem.layout, tuple(q.shape), q)
+        d_q = like_layout(problem.layout, tuple(q.shape), q, problem.part)
         blocks = blocks_of("d_q", self.plan, q.device)
         for slab in self.facts.slabs("queries", blocks):
             masked = slab.lists is not None
@@ -87,7 +87,7 @@ class _Step:
     def d_kv(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, Hkv, Sk, D) and (B, Hkv, Sk, Dv)."""
         problem, k, v = self.plan.problem, self.operands.k, self.operands.v
-        d_k, d_v = (like_layout(problem.layout, tuple(array.shape), array) for array in (k, v))
+        d_k, d_v = (like_layout(problem.layout, tuple(array.shape), array, problem.part) for array in (k, v))
         blocks = blocks_of("d_kv", self.plan, k.device)
         passes = ((True, False), (False, True)) if padded_width(problem) >= KEYS_AND_VALUES_APART else ((True, True),)
         for slab in self.facts.slabs("keys", blocks):

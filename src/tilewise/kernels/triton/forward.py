@@ -6,6 +6,7 @@ import torch
 
 from ...contract import Operands, Plan
 from .arguments import call_of, can_leak, heads_together
+from .decode import decode, decodes
 from .device.records import rows, view
 from .facts import facts_of
 from .forward_kernel import forward_kernel
@@ -23,7 +24,7 @@ def forward(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]
     """
     q, k, v = operands.q, operands.k, operands.v
     problem = plan.problem
-    out = like_layout(problem.layout, (*q.shape[:3], v.shape[3]), q)
+    out = like_layout(problem.layout, (*q.shape[:3], v.shape[3]), q, problem.part)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if not problem.scores:
         # Triton need not be asked: no pair exists, so every row there is sees nothing.
@@ -32,6 +33,10 @@ def forward(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]
     sinks = (
         operands.sinks.contiguous() if operands.sinks is not None else None
     )  # a number stands there as a broadcast one
+    if decodes(problem, q.device):
+        with on_device_of(q):
+            decode(plan, operands, out, lse, sinks)
+        return out, lse
     blocks = blocks_of("forward", plan, q.device)
     with on_device_of(q):
         for slab in facts_of(operands.mask, q.device).slabs("queries", blocks):
@@ -45,9 +50,10 @@ def forward(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]
     return out, lse
 
 
-def like_layout(layout: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """An empty (B, H, S, D) tensor whose memory has the order of axes of the caller's layout."""
+def like_layout(layout: str, shape: tuple[int, ...], like: torch.Tensor, part: bool) -> torch.Tensor:
+    """An empty (B, H, S, D) tensor whose memory has the order of axes of the caller's layout; float32 in a part."""
+    dtype = torch.float32 if part else like.dtype
     if layout == "bhsd":
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return torch.empty(shape, dtype=dtype, device=like.device)
     b, h, s, d = shape
-    return torch.empty((b, s, h, d), dtype=like.dtype, device=like.device).transpose(1, 2)
+    return torch.empty((b, s, h, d), dtype=dtype, device=like.device).transpose(1, 2)

@@ -7,9 +7,11 @@ import triton.language as tl
 
 
 @triton.jit
-def kept(dropout, b, h, i, j, shape):
+def kept(dropout, b, h, i, j):
     """Whether the pair (b, h, i, j) is kept: a function of its place and of the seed alone, whatever the tile."""
-    n = ((b.to(tl.int64) * shape.q_heads + h) * shape.q_len + i) * shape.k_len + j
+    # Its number in the larger call of which this one may be a part.
+    n = tl.load(dropout.words + 4) + b.to(tl.int64) * tl.load(dropout.words + 5) + h * tl.load(dropout.words + 6)
+    n = n + i.to(tl.int64) * tl.load(dropout.words + 7) + j.to(tl.int64) * tl.load(dropout.words + 8)
     seed = (tl.load(dropout.words + 1) << 32) | tl.load(dropout.words)
     low, high = n.to(tl.uint32), (n >> 32).to(tl.uint32)
     stream_low = tl.load(dropout.words + 2).to(tl.uint32) + low * 0

@@ -58,7 +58,8 @@ class Mask(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """words: int64 (4,), the low and high words of the seed and of the stream."""
+    """words: int64 (9,), the low and high words of the seed and of the stream, the number of the first pair, and what
+    the next batch row, head, query and key add to it."""
 
     words: Any
     threshold: int

@@ -32,7 +32,7 @@ def probabilities(products, call, level, b, h, i, j, MIXED: tl.constexpr):
         p = tl.where(seen, p, 0.0)  # the level may be NaN
     keep = seen
     if call.dropout is not None:
-        keep = kept(call.dropout, b, h, i, j, call.shape)
+        keep = kept(call.dropout, b, h, i, j)
     return p, keep, seen, bend
 
 
