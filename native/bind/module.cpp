@@ -178,9 +178,10 @@ template <class Run> void unlocked(Run run) {
 void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
              uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
              nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part,
-             nb::object pages, nb::object sequences) {
+             nb::object pages, nb::object sequences, bool row_invariant) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
     p.part = part;
+    p.row_invariant = row_invariant;
     read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, pages, sequences}, p);
     unlocked([&p](const char **message) { return tw_forward(&p, message); });
 }
@@ -234,9 +235,10 @@ uint32_t philox_word(uint64_t seed, uint64_t stream, uint64_t index) {
     return word;
 }
 
-nb::tuple describe(int dtype, int threads, nb::tuple sizes) {
+nb::tuple describe(int dtype, int threads, nb::tuple sizes, bool row_invariant) {
     const nb::tuple nowhere = nb::make_tuple(0, 0, 0, 0);
-    const tw_problem p = problem_of(dtype, threads, sizes, nb::make_tuple(0, sizes[3]), nowhere, nowhere, nowhere, nowhere, 0, 1, 0);
+    tw_problem p = problem_of(dtype, threads, sizes, nb::make_tuple(0, sizes[3]), nowhere, nowhere, nowhere, nowhere, 0, 1, 0);
+    p.row_invariant = row_invariant;
     tw_description found;
     const char *message = nullptr;
     const int status = tw_describe(&p, &found, &message);
@@ -309,7 +311,7 @@ NB_MODULE(_native, m) {
     m.def("forward", &forward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
           "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "pages"_a = nb::none(),
-          "sequences"_a = nb::none(),
+          "sequences"_a = nb::none(), "row_invariant"_a = false,
           "One forward pass. Tuples of addresses and strides in elements, in the order of native/core/problem.h; "
           "None (0 for sinks): absent. The GIL is released.");
     m.def("backward", &backward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
@@ -318,7 +320,7 @@ NB_MODULE(_native, m) {
           "sequences"_a = nb::none(), "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a, "gather"_a, "diagonal"_a, "d_sinks"_a,
           "One backward pass, after the same keywords: tw_gradients of native/core/problem.h, address 0: not wanted.");
     m.def("isa", [] { return std::string(page()->name); }, "Name of the kernel page in use (TILEWISE_ISA chooses).");
-    m.def("describe", &describe, "dtype"_a, "threads"_a, "sizes"_a,
+    m.def("describe", &describe, "dtype"_a, "threads"_a, "sizes"_a, "row_invariant"_a,
           "(query rows of a tile, keys of a chunk, keys of a split or 0, bytes of workspace) of a forward pass.");
     m.def("build_info", &build_info, "compiler, pages (compiled in, best first), supported_pages, refused_pages (name: why), xla_ffi_version.");
     m.def("num_threads", &tilewise::default_threads, "Threads a call uses where it does not say.");

@@ -2,7 +2,7 @@
 //
 // An item is up to 16 tiles of query rows of one (batch, kv head). Neither the cut nor the order changes a row's bits.
 // Where a kv head has few rows (decode), its keys are cut too, at fixed places that depend on the sizes of the problem
-// alone, and the pieces are merged in key order.
+// alone, and the pieces are merged in key order. Where rows must not depend on their number, every item sums so.
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -16,7 +16,6 @@
 namespace tilewise {
 namespace {
 
-constexpr int64_t split_keys = 1024;      // keys of a split: a multiple of the kernels' chunk
 constexpr int64_t split_rows_at_most = 64; // more rows than this fill the threads without splits
 
 // Bytes for the tiles of an item, whose state should stay in a second-level cache beside a chunk of keys. How many tiles
@@ -220,7 +219,7 @@ int tw_describe(const tw_problem *problem, tw_description *description, const ch
     const tw_kernels *kernels = tilewise::kernels_for(*problem, &status, message);
     if (!kernels) return status;
     const tilewise::Whole whole = tilewise::whole_of(*problem, *kernels);
-    const int64_t split_keys = whole.merges ? tilewise::split_keys : 0;
-    *description = {kernels->tile_rows, kernels->chunk_keys, split_keys, int64_t(whole.count ? whole.bytes() : 0)};
+    const bool split = whole.merges || (problem->row_invariant && problem->k_len > split_keys);
+    *description = {kernels->tile_rows, kernels->chunk_keys, split ? split_keys : 0, int64_t(whole.count ? whole.bytes() : 0)};
     return TW_OK;
 }

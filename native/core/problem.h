@@ -112,6 +112,9 @@ struct tw_problem {
     tw_dropout dropout;
     tw_pages pages; // forward only
     tw_sequences sequences;
+    // Whether a row of out and lse has the same bits however many rows are computed together: the forward pass then sums
+    // in one order for any number of rows, slower where they are few.
+    int32_t row_invariant;
 };
 
 // Computes out and lse. Returns a tw_status; on failure *message points to static text that begins with the argument.
@@ -137,9 +140,9 @@ struct tw_gradients {
 };
 int tw_backward(const tw_problem *problem, const tw_gradients *gradients, const char **message);
 
-// How tw_forward would run a problem, of which it reads sizes, dtype and threads alone.
+// How tw_forward would run a problem, of which it reads sizes, dtype, threads and row_invariant alone.
 struct tw_description {
-    int64_t tile_rows, chunk_keys, split_keys; // keys of a split; 0: the keys are not split
+    int64_t tile_rows, chunk_keys, split_keys; // keys that are summed apart, then joined; 0: all are summed together
     int64_t workspace;                         // bytes
 };
 int tw_describe(const tw_problem *problem, tw_description *description, const char **message);

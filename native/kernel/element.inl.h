@@ -96,10 +96,11 @@ template <class T, class A> TW_INLINE void widen_row(const T *from, int64_t n, A
     if (d < n) store(to + d, widen_first(from + d, int(n - d)));
 }
 
-// n numbers times `factor`, rounded once, as a row at `to`.
+// n numbers times `factor`, rounded once, as a row at `to`. Both here and in lanes_to_rows 0 is added: a sum that was
+// rescaled to -0 becomes 0 or stays -0 as unseen keys are multiplied or skipped, which no row's bits may depend on.
 template <class T, class A> TW_INLINE void narrow_row(const A *from, A factor, int64_t n, T *to) {
     constexpr int W = lanes<A>;
     int64_t d = 0;
-    for (; d + W <= n; d += W) narrow(to + d, load(from + d) * factor);
-    if (d < n) narrow_first(to + d, widen_first(from + d, int(n - d)) * factor, int(n - d));
+    for (; d + W <= n; d += W) narrow(to + d, load(from + d) * factor + A(0));
+    if (d < n) narrow_first(to + d, widen_first(from + d, int(n - d)) * factor + A(0), int(n - d));
 }

@@ -34,6 +34,7 @@ namespace {
 #include "kernel/amx_sweep.inl.h"
 #endif
 #include "kernel/finish.inl.h"
+#include "kernel/join.inl.h"
 #include "kernel/few_products.inl.h"
 #include "kernel/few_rows.inl.h"
 #include "kernel/forward.inl.h"

@@ -8,6 +8,11 @@ template <class U, int SIZE, int... P> TW_INLINE void exchange(vec<U> &a, vec<U>
     b = __builtin_shufflevector(first, second, (P & SIZE ? W + P : P + SIZE)...);
 }
 
+// The lanes in the opposite order.
+template <class A, int... P> TW_INLINE vec<A> reversed(vec<A> x, indices<P...>) {
+    return __builtin_shufflevector(x, x, (lanes<A> - 1 - P)...);
+}
+
 template <class U, int SIZE = 1> TW_INLINE void transpose(vec<U> (&x)[TW_VECTOR_BYTES / sizeof(U)]) {
     constexpr int W = int(TW_VECTOR_BYTES / sizeof(U));
     TW_UNROLL for (int i = 0; i < W; ++i)
@@ -51,9 +56,9 @@ static void lanes_to_rows(const A *from, int64_t width, const A *factors, int64_
         TW_UNROLL for (int l = 0; l < W; ++l) {
             if (l >= count) break;
             if (d + W <= n)
-                narrow(rows[l] + d, x[l] * factors[l]);
+                narrow(rows[l] + d, x[l] * factors[l] + A(0));
             else
-                narrow_first(rows[l] + d, x[l] * factors[l], int(n - d));
+                narrow_first(rows[l] + d, x[l] * factors[l] + A(0), int(n - d));
         }
     }
 }

@@ -147,6 +147,7 @@ class KernelCard:
         ways, backward_ways: of a kernel that has several ways to run, those that fit the problem, best first as far as
             is known without a measured table.
         linear_memory: whether its memory is linear in Sq + Sk.
+        row_invariant: whether it can give a row the same bits however many rows it computes together.
         automatic: devices on which the planner may choose it unasked; "*" is any.
         needs_table: whether it may be chosen unasked only where the device's measured table holds it.
         finite_only: whether its results are right only where they are finite, so that it hands a call that gave another
@@ -173,6 +174,7 @@ class KernelCard:
     ways: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
     backward_ways: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
     linear_memory: bool = True
+    row_invariant: bool = False
     automatic: frozenset[str] = frozenset({"*"})
     needs_table: bool = False
     finite_only: bool = False
@@ -200,6 +202,9 @@ class KernelCard:
             else None,
             f"it takes at most {self.max_key_length} keys and there are {problem.k_len}"
             if self.max_key_length is not None and problem.k_len > self.max_key_length
+            else None,
+            "with it, a row's bits depend on how many rows are computed together"
+            if problem.invariance == "row" and not self.row_invariant
             else None,
             *self.further(problem),
         ]

@@ -14,6 +14,7 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 Bits = Literal["dense", "lazy"]
 Gradient = Literal["q", "k", "v", "bias", "table", "sinks"]
+Invariance = Literal["batch", "row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class AttentionProblem:
         gradients: operands whose gradient is wanted.
         return_lse: whether the caller reads the log-sum-exp, or in a backward pass gives its gradient.
         traced: whether the arrays are tracers or fake tensors.
+        invariance: "row" where a row of out and lse must have the same bits however many rows are computed together.
         deterministic: whether equal inputs must give equal bits, for any number of threads.
         part: whether this is a part of a larger call, whose results are to be added up: out and the gradients to q, k
             and v are then in the accumulator's dtype.
@@ -100,6 +102,7 @@ class AttentionProblem:
     gradients: frozenset[Gradient] = frozenset()
     return_lse: bool = False
     traced: bool = False
+    invariance: Invariance = "batch"
     model: str = ""
     architecture: str = ""
     deterministic: bool = True

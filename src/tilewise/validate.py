@@ -20,7 +20,7 @@ from .masks.biases import Bias, LoweredBias, as_bias, lower_bias
 from .masks.lower import LoweredMask, lower
 from .masks.primitives import Predicate, dense
 from .masks.site import site_for
-from .problem import ACCUMULATOR, AttentionProblem, BiasFacts, Gradient
+from .problem import ACCUMULATOR, AttentionProblem, BiasFacts, Gradient, Invariance
 
 # Axis names per layout; letters as in semantics: batch, heads, sequence, (head) dimension, tokens.
 LAYOUTS = {"bhsd": "(B, H, S, D)", "bshd": "(B, S, H, D)", "thd": "(T, H, D)"}
@@ -115,6 +115,24 @@ def check_options(
     )
 
 
+def check_invariance(invariance: str, dropout: Dropout | None) -> Invariance:
+    """Check what a row's bits may not depend on.
+
+    Raises:
+        ValueError: unknown, or "row" with dropout.
+    """
+    if invariance == "batch":
+        return "batch"
+    if invariance != "row":
+        raise ValueError(f"invariance: got {invariance!r}, expected 'batch' or 'row'")
+    if dropout is not None:
+        raise ValueError(
+            "invariance: got 'row' with dropout, which drops pairs by their place among all the call's queries and "
+            "keys; expected 'batch', or no dropout"
+        )
+    return "row"
+
+
 def prepare(
     q: Array,
     k: Array,
@@ -128,6 +146,7 @@ def prepare(
     dropout: Dropout | None,
     layout: str,
     return_lse: bool,
+    invariance: str = "batch",
 ) -> Call:
     """Check every argument of `tilewise.attention` and translate them.
 
@@ -136,6 +155,7 @@ def prepare(
     """
     arrays = check_arrays(q, k, v, layout)
     checked = check_options(arrays, mask, bias, scale, softcap, sinks, dropout)
+    same = check_invariance(invariance, checked.dropout)
     family, q, k, v, _ = arrays
     lowered = _lowered(checked)
     operands = Operands(q, k, v, lowered, checked.biases.dense, checked.biases.table, checked.sinks, checked.dropout)
@@ -149,6 +169,7 @@ def prepare(
         gradients=_wanted(family, operands, traced),
         return_lse=bool(return_lse),
         traced=traced,
+        invariance=same,
     )
     return Call(problem, operands)
 
@@ -163,6 +184,7 @@ def problem_of(
     gradients: frozenset[Gradient],
     return_lse: bool = False,
     traced: bool = False,
+    invariance: Invariance = "batch",
 ) -> AttentionProblem:
     """The question that validated operands ask."""
     q, k, v = operands.q, operands.k, operands.v
@@ -192,6 +214,7 @@ def problem_of(
         gradients=gradients,
         return_lse=return_lse,
         traced=traced,
+        invariance=invariance,
         model=model,
         architecture=architecture,
         deterministic=DETERMINISTIC,

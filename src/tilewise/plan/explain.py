@@ -68,6 +68,9 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     options = ", ".join(_options(problem))
     if options:
         yield "options", options
+    if problem.invariance == "row":
+        yield "invariance", "row: a prefill, its chunks and single queries sum in one order, and give the same bits"
+        yield "", "few queries run as many do, which takes longer than the order that suits them best"
     split = f", keys split every {plan.tiles.split}" if plan.tiles.split else ""
     yield "tiles", f"{plan.tiles.queries} queries x {plan.tiles.keys} keys{split}"
     if "tiles" in details:

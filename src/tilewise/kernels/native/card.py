@@ -54,7 +54,9 @@ def _describe(problem: AttentionProblem) -> tuple[int, int, int, int]:
     # Asked only about problems that this kernel can run, so the module is there.
     from ... import _native  # pyright: ignore[reportAttributeAccessIssue]
 
-    return _native.describe(DTYPE_CODES[problem.dtype], threads_of(problem), sizes_of(problem))
+    return _native.describe(
+        DTYPE_CODES[problem.dtype], threads_of(problem), sizes_of(problem), problem.invariance == "row"
+    )
 
 
 def _tiles(problem: AttentionProblem) -> Tiles:
@@ -77,6 +79,7 @@ CARD = KernelCard(
     gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
     backward_families=frozenset({"numpy", "torch", "jax"}),
     max_dense_biases=4,
+    row_invariant=True,
     further=_packing,
     rate=2e11,
     overhead=1e-5,
