@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tilewise as tw
-from tilewise.distributed import WHOLE, Layout, Schedule, all_gather, grid, head_shares, needs, ring, ulysses
+from tilewise.distributed import WHOLE, Layout, Schedule, all_gather, balanced, grid, head_shares, needs, ring, ulysses
 from tilewise.masks.lower import LoweredMask, lower
 from tilewise.masks.materialize import materialize
 from tilewise.masks.site import Site
@@ -203,6 +203,29 @@ def test_balance_survives_lengths_that_do_not_divide() -> None:
     mask = lower(tw.causal(), Site(1, 1, n, n))
     for kind in ("zigzag", "stripe"):
         assert ring(*[Layout(kind, n, 8)] * 2, mask).imbalance() < 1.03
+
+
+def test_a_layout_made_for_documents_has_equal_work() -> None:
+    lengths = _RNG.lognormal(3.5, 1.0, 100).astype(int) + 1
+    n = int(lengths.sum())
+    mask = lower(tw.causal() & tw.documents(np.repeat(np.arange(100), lengths)), Site(1, 1, n, n))
+    made, equal = balanced(mask, n, 8), Layout("contiguous", n, 8)
+    assert ring(equal, equal, mask).imbalance() > 1.4
+    # A rank's share cannot be cut finer than a row, which sees at most the longest document.
+    most = 1 + 8 * lengths.max() / (lengths * (lengths + 1) / 2).sum()
+    assert ring(made, made, mask).imbalance() <= most < 1.1
+    rows = balanced(mask, n, 8, each=1e9).lengths
+    assert rows is not None and max(rows) - min(rows) <= 1, "where rows cost all, rows are shared out"
+
+
+def test_a_balanced_layout_of_what_is_not_known_is_equal() -> None:
+    assert balanced(None, 10, 4) == Layout("contiguous", 10, 4)
+    assert balanced(lowered("nothing"), _S, 4) == Layout("contiguous", _S, 4)
+    assert balanced(lowered("causal"), _S, 100).ranks == 100
+    with pytest.raises(ValueError, match="^each: got -1"):
+        balanced(None, 10, 4, each=-1)
+    with pytest.raises(ValueError, match="^mask: made for 61"):
+        balanced(lowered("causal"), 10, 4)
 
 
 def test_documents_need_only_the_shards_that_they_reach_into() -> None:

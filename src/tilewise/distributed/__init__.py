@@ -1,5 +1,6 @@
 """Attention over a sequence spread over ranks: layouts, schedules and their cost, as integers, without a framework."""
 
+from .balance import balanced
 from .cost import Choice, Cost, choose_layout, choose_strategy
 from .explain import explain
 from .layout import Kind, Layout
@@ -19,6 +20,7 @@ __all__ = [
     "Schedule",
     "Step",
     "all_gather",
+    "balanced",
     "choose_layout",
     "choose_strategy",
     "explain",

@@ -121,10 +121,10 @@ class Choice:
         if cost.refused:
             return cost.refused
         if cost is self.best:
-            return "the least time"
+            return "chosen: of the least times (within 1 %), the one that holds and sends least"
         ratio = _total(cost, self.problem) / _total(self.best, self.problem)
         if ratio <= _EQUAL:
-            return "no faster than what a prediction can tell apart, and holds or sends as much or more"
+            return "as fast, but holds or sends as much or more"
         return f"{ratio:.3g} times the time of {self.best.name}"
 
     def __str__(self) -> str:

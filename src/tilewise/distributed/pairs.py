@@ -91,8 +91,7 @@ def _below_pieces(bounds: np.ndarray, keys: Layout) -> np.ndarray:
 
     A run [a, b) has min(x, b) - min(x, a) keys below x.
     """
-    runs = [run for rank in range(keys.ranks) for run in keys.runs(rank)]
-    begins, ends = np.array([(run.start, run.start + run.count) for run in runs], np.int64).reshape(-1, 2).T
+    begins, ends = keys.run_edges
     return capped_sums(bounds, ends) - capped_sums(bounds, begins)
 
 
@@ -110,8 +109,7 @@ def _below_stripes(bounds: np.ndarray, keys: Layout) -> np.ndarray:
     bounds = bounds.astype(np.int64)
     rest = np.bincount(bounds % keys.ranks, minlength=keys.ranks)
     beyond = rest[::-1].cumsum()[::-1] - rest
-    filled = sum(1 for rank in range(keys.ranks) if keys.local_length(rank))
-    return ((bounds // keys.ranks).sum() + beyond)[:filled]
+    return ((bounds // keys.ranks).sum() + beyond)[: keys.length]  # ranks beyond the last position hold no run
 
 
 def _common(q_labels: np.ndarray, k_labels: np.ndarray, rows: Sequence[Run], keys: Sequence[Run]) -> np.ndarray:

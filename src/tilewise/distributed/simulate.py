@@ -21,6 +21,8 @@ from .pairs import capped_sums
 from .schedule import head_shares
 from .timing import Load
 
+_ROWS = 1 << 16  # rows that are looked at in a whole mask
+
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
@@ -67,16 +69,16 @@ def drawn_documents(length: int, mean: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([[0], ends[ends < length]])
 
 
-def estimated_load(pattern: Pattern, layout: Layout, places: int = 128, rows: int = 64) -> Load:
+def estimated_load(pattern: Pattern, layout: Layout, places: int = 128) -> Load:
     """A ring's load for self-attention, from a sample: which shards are needed is exact, pairs are estimated.
 
     Args:
         layout: contiguous or zigzag, each rank with some rows.
         places: ranks looked at: half of them the busiest, half evenly spaced, the first and last among them.
-        rows: of each run that are looked at.
     """
     ranks, edges, owners = layout.ranks, np.array(layout.edges), _owners(layout)
     chosen = _chosen(pattern, layout, places)
+    rows = max(64, _ROWS // ranks)  # of each run
     table = np.zeros((len(chosen), ranks))
     for n, rank in enumerate(chosen):
         for run in layout.runs(int(rank)):
@@ -97,8 +99,8 @@ def estimated_load(pattern: Pattern, layout: Layout, places: int = 128, rows: in
 
 
 def visible_pairs(pattern: Pattern, length: int) -> float:
-    """Pairs of the whole mask, from 65,536 evenly spaced rows."""
-    inside = ((np.arange(1 << 16) + 0.5) / (1 << 16) * length).astype(np.int64)
+    """Pairs of the whole mask, estimated."""
+    inside = ((np.arange(_ROWS) + 0.5) / _ROWS * length).astype(np.int64)
     starts, stops = pattern.bounds(inside, length)
     return float((stops - starts).mean() * length)
 
