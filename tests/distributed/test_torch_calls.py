@@ -43,6 +43,11 @@ def test_shards_join_and_know_their_positions(ranks, sharding, lengths):
     assert sorted(place for places in found for place in places) == list(range(19))
 
 
+def test_rows_of_a_mesh_work_apart(ranks):
+    for got, exact in ranks(calls.on_a_mesh):
+        assert_accurate("out", got, exact)
+
+
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 def test_a_compiled_step_is_one_graph(ranks, strategy):
     for found in ranks(calls.compiled, strategy)[:2]:
@@ -75,6 +80,8 @@ def test_ranks_that_differ_are_told_so_on_every_rank(ranks, what):
         ("sharding", "ValueError: sharding: got 'round'"),
         ("number of lengths", "ValueError: lengths: got 2 of them"),
         ("own length", "ValueError: lengths: says 5 queries for this rank, which has 4"),
+        ("mesh", "ValueError: mesh: has 2 dimensions"),
+        ("kernel", "KernelRefused: kernel: 'triton' cannot run this problem"),
         ("dropout", "ValueError: dropout: got strides"),
         ("cu_seqlens", "ValueError: cu_seqlens: got 16 queries and 8 keys"),
     ],

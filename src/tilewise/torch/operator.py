@@ -142,9 +142,7 @@ def _attention_backward_shapes(operands: Tensors, *rest: Any) -> list[Tensor]:
     *_, options, wanted = rest
     told = parse(options)
     return [
-        empty_in_order(operands[n], told, operands[n].shape)
-        if n < 3
-        else operands[n].new_empty(operands[n].shape)
+        empty_in_order(operands[n], told, operands[n].shape) if n < 3 else operands[n].new_empty(operands[n].shape)
         for n in wanted
     ]
 

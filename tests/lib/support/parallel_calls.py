@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 import tilewise as tw
 from tilewise.torch.distributed import context_parallel_attention, positions, shard, unshard
@@ -108,6 +109,18 @@ def compiled(strategy: str) -> Any:
     return [(portable(a), portable(b)) for a, b in zip(*found, strict=True)]
 
 
+def on_a_mesh() -> Any:
+    """Two rows of a mesh, each with a sequence of its own: (got, exact) of this rank's rows."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+    row = mesh["data"].get_local_rank()
+    q, k, v = (some(10 * row + n, 1, 2, 9, 4) for n in range(3))
+    line = mesh["sequence"]
+    local = (shard(x, 2, mesh=line, sharding="zigzag") for x in (q, k, v))
+    out = context_parallel_attention(*local, mask=tw.causal(), mesh=line, sharding="zigzag")
+    exact = shard(tw.attention(q, k, v, mask=tw.causal()), 2, mesh=line, sharding="zigzag")
+    return portable(out), portable(exact)
+
+
 def differing(what: str) -> str:
     """The error's text where rank 1 makes another call than the others."""
     odd = dist.get_rank() == 1
@@ -173,11 +186,16 @@ def refused(what: str) -> str:
                 context_parallel_attention(q, q, q, lengths=(4, 4))
             case "own length":
                 context_parallel_attention(q, q, q, lengths=(5, 5, 5, 5))
+            case "mesh":
+                mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+                context_parallel_attention(q, q, q, mesh=mesh)
+            case "kernel":
+                context_parallel_attention(q, q, q, kernel="triton")
             case "dropout":
                 context_parallel_attention(q, q, q, dropout=tw.Dropout(0.1, strides=(1, 1, 1, 1)))
             case "cu_seqlens":
                 context_parallel_attention(q, q[:, :, :2], q[:, :, :2], cu_seqlens=[0, 3])
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, tw.KernelRefused) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 

@@ -81,6 +81,7 @@ def context_parallel_attention(
 
     Raises:
         ValueError, TypeError: an argument is wrong, or the ranks' calls differ; on every rank.
+        KernelRefused, QuadraticMemory: as of `tilewise.attention`.
         PeerLost: a rank is gone, or silent for as long as the group's timeout.
         NotImplementedError: forward mode, `torch.func` transforms or second derivatives, which one device has.
     """

@@ -60,7 +60,7 @@ class Facts:
         if isinstance(mask.lazy, OwnRows):  # nothing else is to be evaluated, so the array is read in place
             array = keys.of(own_rows.of(mask.lazy.four(mask.site), 2, mask.site.xp), 3, mask.site.xp)
             mask = replace(mask_part(replace(mask, lazy=None), rows, keys), dense=array)
-        else:
+        elif (rows.count, keys.count) != (self.q_len, self.k_len):
             mask = mask_part(mask, rows, keys)
         if dropout is not None:
             dropout = dropout_part(dropout, rows, keys, heads.whole, self.q_len, self.k_len, heads.first)
@@ -94,7 +94,8 @@ class Facts:
         return backward_of(plan.backward).backward(plan, operands, *(x.contiguous() for x in rows))
 
     def _plan(self, operands: Operands, gradients: frozenset[Gradient], rounded: bool) -> Plan:
-        problem = replace(self.told.problem(operands, self.scale, gradients), layout="bhsd", part=not rounded)
+        problem = self.told.problem(operands, self.scale, gradients)
+        problem = replace(problem, layout="bhsd", part=not rounded, return_lse=True)
         return choose(problem, self.told.kernel, self.told.allow_quadratic)
 
     def rows_in(self, bias: Tensor, block: Block) -> Run:

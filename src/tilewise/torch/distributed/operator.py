@@ -191,8 +191,8 @@ def _pull(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
     found = iter(context_parallel_backward(operands, out, lse, d_out, d_lse, facts, *ctx.rest, wanted))
     gradients = [next(found) if n in wanted else None for n in range(ctx.count)]
     # torch takes an empty list of integers for one of tensors, and wants as many gradients.
-    integers, scale, options, lengths, team = ([] if rest == [] else None for rest in ctx.rest)
-    return gradients, [None] * len(facts), integers, scale, options, lengths, team
+    nothing: list[Any] = [[] if rest == [] else None for rest in ctx.rest]
+    return gradients, [None] * len(facts), *nothing
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -61,8 +61,15 @@ def group_of(mesh: Any, group: Any) -> Any:
     """The process group of a one-dimensional mesh, or the group, or the default one.
 
     Raises:
-        ValueError: both are given, the mesh has several dimensions, or there is no group yet.
+        ValueError: both are given, the mesh has several dimensions, there is no group yet, or this rank is not in it.
     """
+    found = _group_of(mesh, group)
+    if dist.get_rank(found) < 0:
+        raise ValueError("group: this rank is none of its members, expected one that has it")
+    return found
+
+
+def _group_of(mesh: Any, group: Any) -> Any:
     if mesh is not None:
         if group is not None:
             raise ValueError("mesh: got a group too, expected one of both")

@@ -11,6 +11,8 @@ from ...distributed.cost import costs, pick
 from ...distributed.layout import Layout
 from ...distributed.machine import machine_of
 from ...distributed.schedule import Schedule, all_gather, grid, ring, ulysses
+from ...plan.choose import choose
+from ...problem import AttentionProblem
 from .facts import Facts, has_own_rows
 
 _WITH_OTHER_ROWS = ("ulysses", "grid")
@@ -24,6 +26,7 @@ def schedule_of(strategy: str, facts: Facts, operands: Sequence[Tensor], q: Layo
 
     Raises:
         ValueError: the strategy cannot run this call.
+        KernelRefused, QuadraticMemory: no kernel can, or not the one asked for.
     """
     heads, kv_heads, ranks = operands[0].shape[1], operands[1].shape[1], q.ranks
     own_rows = has_own_rows(facts)
@@ -32,33 +35,37 @@ def schedule_of(strategy: str, facts: Facts, operands: Sequence[Tensor], q: Layo
             f"strategy: {strategy!r} needs the rows of other ranks, but a mask or bias holds this rank's alone; "
             f"expected it whole, or strategy 'ring' or 'all_gather'"
         )
+    problem = _whole_problem(facts, operands, q, k)
     inner = _inner(q, heads, kv_heads) if strategy == "grid" and ranks > 1 else ranks
     if strategy == "auto":
-        strategy, inner = _cheapest(facts, operands, q, k, own_rows)
+        machine = machine_of(problem.device)
+        able = [
+            cost
+            for cost in costs(problem, facts.mask, q, k, machine)
+            if not (own_rows and cost.strategy in _WITH_OTHER_ROWS)
+        ]
+        choice = pick(problem, tuple(able), machine, ranks)
+        strategy, inner = choice.strategy, choice.inner
     if strategy == "ulysses" and ranks > 1:
-        return ulysses(q, k, facts.mask, heads, kv_heads)
-    if strategy == "grid" and ranks > 1:
-        return grid(q, k, facts.mask, heads, kv_heads, inner)
-    if strategy == "all_gather":
-        return all_gather(q, k, facts.mask)
-    return ring(q, k, facts.mask)
+        schedule = ulysses(q, k, facts.mask, heads, kv_heads)
+    elif strategy == "grid" and ranks > 1:
+        schedule = grid(q, k, facts.mask, heads, kv_heads, inner)
+    elif strategy == "all_gather":
+        schedule = all_gather(q, k, facts.mask)
+    else:
+        schedule = ring(q, k, facts.mask)
+    # Every rank learns here what no kernel can do, and not one of them in the middle of an exchange.
+    parts = replace(problem, part=schedule.rows.ranks > 1, gradients=frozenset())
+    choose(parts, facts.told.kernel, facts.told.allow_quadratic)
+    return schedule
 
 
-def _cheapest(facts: Facts, operands: Sequence[Tensor], q: Layout, k: Layout, own_rows: bool) -> tuple[str, int]:
-    """The strategy of the least predicted time, and the ranks that exchange heads in it."""
+def _whole_problem(facts: Facts, operands: Sequence[Tensor], q: Layout, k: Layout) -> AttentionProblem:
+    """The question that all ranks ask together."""
     given = facts.told.operands(operands, facts.mask)
     # With a backward pass whether or not one follows: it must find the strategy that the forward pass took.
-    problem = replace(
-        facts.told.problem(given, facts.scale, frozenset({"q", "k", "v"})), q_len=q.length, k_len=k.length
-    )
-    machine = machine_of(problem.device)
-    able = [
-        cost
-        for cost in costs(problem, facts.mask, q, k, machine)
-        if not (own_rows and cost.strategy in _WITH_OTHER_ROWS)
-    ]
-    choice = pick(problem, tuple(able), machine, q.ranks)
-    return choice.strategy, choice.inner
+    local = facts.told.problem(given, facts.scale, frozenset({"q", "k", "v"}))
+    return replace(local, q_len=q.length, k_len=k.length, dropout=facts.told.p)
 
 
 def _inner(q: Layout, heads: int, kv_heads: int) -> int:
