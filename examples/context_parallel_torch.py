@@ -93,7 +93,7 @@ def train(
 def main() -> int:
     """Train both ways; 0 if the curves agree."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     asked = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
