@@ -5,8 +5,9 @@
 In each round every rank times, one after the other and together with all others: products (one full block of its own
 shard), an exchange (a shard passed round the ring), a call of hardly any tokens (what a call costs beside its work),
 and the calls that are to be predicted. Of the ranks the slowest counts, since it is waited for; of the rounds the best,
-what the host does when it does nothing else. Processes have one thread each: give more cores
-than ranks, or products and exchanges take them from one another, which the model does not know.
+what the host does when it does nothing else. The clock means little on a busy host; the seconds that a rank's thread
+works, which hold no waiting, are compared beside it. Processes have one thread each: give more cores than ranks, or
+products and exchanges take them from one another, which the model does not know.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ def mask_of(name: str, tokens: int) -> tw.Mask | None:
     return {"full": None, "causal": tw.causal(), "window": tw.causal() & tw.window(tokens // 16, 0)}[name]
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Seconds of a call that all ranks begin together."""
+def timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of a call that all ranks begin together, by the clock and of this thread's work."""
     import torch.distributed as dist
 
     dist.barrier()
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.thread_time()
     call()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.thread_time() - worked
 
 
 def worker(rank: int, ranks: int, tokens: int, rounds: int, folder: str) -> None:
@@ -89,7 +90,7 @@ def worker(rank: int, ranks: int, tokens: int, rounds: int, folder: str) -> None
     }
     for name, sharding, strategy in CASES:
         calls[f"{name}, {sharding}, {strategy}"] = attend([q, k, v], mask_of(name, tokens), sharding, strategy)
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for n in range(rounds + 1):
         for name, call in calls.items():
             seconds = timed(call)
@@ -100,19 +101,26 @@ def worker(rank: int, ranks: int, tokens: int, rounds: int, folder: str) -> None
     dist.destroy_process_group()
 
 
-def measured(ranks: int, tokens: int, rounds: int) -> dict[str, float]:
-    """Seconds of each thing: in each round of the slowest rank, and of the rounds the least."""
+def measured(ranks: int, tokens: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of each thing, by the clock and worked: of the ranks the most, of the rounds the least."""
     import torch.multiprocessing as multiprocessing
 
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(worker, (ranks, tokens, rounds, folder), nprocs=ranks)
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
-    return {name: min(map(max, zip(*(times[name] for times in found), strict=True))) for name in found[0]}
+    clock, worked = (
+        {
+            name: min(max(pair[which] for pair in round_) for round_ in zip(*(t[name] for t in found), strict=True))
+            for name in found[0]
+        }
+        for which in (0, 1)
+    )
+    return clock, worked
 
 
 def compared(ranks: int, tokens: int, rounds: int) -> dict[str, Any]:
     """Rates, and for each case the seconds predicted and measured."""
-    seconds = measured(ranks, tokens, rounds)
+    seconds, worked = measured(ranks, tokens, rounds)
     own = tokens // ranks
     problem = AttentionProblem("torch", "cpu", "float32", 1, HEADS, HEADS, tokens, tokens, WIDTH, WIDTH)
     machine = Machine(
@@ -127,9 +135,13 @@ def compared(ranks: int, tokens: int, rounds: int) -> dict[str, Any]:
         layout = Layout(sharding, tokens, ranks)  # type: ignore[arg-type]
         lowered = lower(mask_of(name, tokens), Site(1, 1, tokens, tokens))
         cost = next(c for c in costs(problem, lowered, layout, layout, machine) if c.strategy == strategy)
-        took = seconds[f"{name}, {sharding}, {strategy}"]
-        rows.append({"mask": name, "sharding": sharding, "strategy": strategy, "predicted": cost.forward,
-                     "measured": took, "ratio": took / cost.forward})  # fmt: skip
+        case = f"{name}, {sharding}, {strategy}"
+        # Work alone: products at the speed of work, and what a call of hardly any tokens works.
+        work = cost.computing * worked["products"] / seconds["products"] + worked["tiny"]
+        rows.append({
+            "case": case, "predicted": cost.forward, "measured": seconds[case], "ratio": seconds[case] / cost.forward,
+            "work_predicted": work, "work_measured": worked[case], "work_ratio": worked[case] / work,
+        })  # fmt: skip
     rates = {"flops": machine.flops, "bandwidth": machine.bandwidth, "latency": machine.latency,
              "overhead": machine.overhead}  # fmt: skip
     return {"ranks": ranks, "tokens": tokens, "rates": rates, "rows": rows}
@@ -148,9 +160,9 @@ def main() -> None:
         rates = ", ".join(f"{name} {value:.3g}" for name, value in result["rates"].items())
         print(f"{result['ranks']} ranks on {os.cpu_count()} cores, {result['tokens']} tokens: {rates}")
         for row in result["rows"]:
-            what = f"{row['mask']}, {row['sharding']}, {row['strategy']}"
-            print(f"  {what:32} predicted {row['predicted']:.4f} s  measured {row['measured']:.4f} s"
-                  f"  ratio {row['ratio']:.2f}")  # fmt: skip
+            print(f"  {row['case']:32} predicted {row['predicted']:.4f} s  measured {row['measured']:.4f} s"
+                  f"  ratio {row['ratio']:.2f};  work {row['work_predicted']:.4f} s, {row['work_measured']:.4f} s,"
+                  f"  ratio {row['work_ratio']:.2f}")  # fmt: skip
     model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     about = {"cpu": model[1].strip() if model else "", "cores": os.cpu_count(), "heads": HEADS, "width": WIDTH,
              "load": os.getloadavg()[0], "dtype": "float32", "pass": "forward"}  # fmt: skip

@@ -12,9 +12,12 @@ template <class M> static void adjust_scores(const tw_problem &p, int64_t b, Row
             store(row.scores + j, cap * tanh_of_log2<A>(load(row.scores + j) * twice_inverse));
     }
     if (p.bias_count || p.table.data) {
-        add_biases<A>(p, b, row.h, row.i, key, n, 1, row.scores);
-        for (int j = 0; j < block_keys; j += W)
-            row.seen &= ~(lane_bits(load(row.scores + j) == -A(__builtin_inf())) << j);
+        A bias[block_keys] = {};
+        add_biases<A>(p, b, row.h, row.i, key, n, 1, bias);
+        for (int j = 0; j < block_keys; j += W) {
+            row.seen &= ~(lane_bits(load(bias + j) == -A(__builtin_inf())) << j);
+            store(row.scores + j, load(row.scores + j) + load(bias + j));
+        }
     }
     if (row.seen == ~uint64_t(0)) return;
     for (int j = 0; j < block_keys; j += W)

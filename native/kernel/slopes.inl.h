@@ -288,11 +288,7 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
     if (s.blocks[(key - s.first) / block_keys] == BLOCK_UNMET) s.meet(s, key, n);
     if (s.biased) {
         gather_bias(p, s.b, tile, key, n, s.bias);
-        for (int j = 0; j < n; ++j)
-            for (int z = 0; z < NZ; ++z) {
-                const uint64_t barred = lane_bits(load(s.bias + j * width + z * W) == -A(__builtin_inf()));
-                words[j] &= ~(barred << (z * W));
-            }
+        bar_by_bias<A>(s.bias, n, width, words);
     }
     if (p.dropout.enabled) draw_dropout(p, s.b, tile, key, n, keep);
     if constexpr (M::tiled) return slopes_in_tiles(s, tile, d_out, key, n, words, keep);

@@ -152,6 +152,19 @@ static void gather_bias(const tw_problem &p, int64_t b, const Tile<M> &tile, int
     if (p.table.data) add_table(p, b, tile, key, n, bias);
 }
 
+// A bias of -inf bars its pair as a mask does, whatever the key holds: takes such lanes out of the words of n keys, and
+// says whether there are any.
+template <class A> TW_INLINE bool bar_by_bias(const A *bias, int n, int width, uint64_t *words) {
+    uint64_t any = 0;
+    for (int j = 0; j < n; ++j)
+        for (int l = 0; l < width; l += lanes<A>) {
+            const uint64_t barred = lane_bits(load(bias + j * width + l) == -A(__builtin_inf())) << l;
+            any |= barred;
+            words[j] &= ~barred;
+        }
+    return any != 0;
+}
+
 // keep[key]: the lanes whose pair with that key survives dropout.
 template <class M>
 static void draw_dropout(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *keep) {

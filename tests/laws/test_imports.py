@@ -108,6 +108,13 @@ def test_validation_knows_no_plan_and_planning_no_validation():
             assert target[0] in NOUNS | {"plan", "kernels"}, f"{path} imports {'.'.join(target)}"
 
 
+@pytest.mark.parametrize("path", under("distributed/"), ids=str)
+def test_schedules_are_integers_and_know_no_framework(path):
+    explaining = {"validate", "plan"} if path.name == "explain.py" else set()
+    for target in targets(path):
+        assert target[0] in NOUNS | {"distributed"} | explaining, f"imports {'.'.join(target)}"
+
+
 def test_philox_is_a_noun_too():
     assert {target[0] for target in targets(Path("philox.py"))} <= NOUNS
 
