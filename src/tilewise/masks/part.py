@@ -97,16 +97,21 @@ def table_part(table: Array, rows: Run, keys: Run, q_len: int, xp: Any) -> Array
     Raises:
         ValueError: the runs have different steps, so that the bias is none over the part's own distances.
     """
-    return _distances(rows, keys, q_len).of(table, table.ndim - 1, xp)
+    return table_places(rows, keys, q_len).of(table, table.ndim - 1, xp)
 
 
 def table_slice(rows: Run, keys: Run, q_len: int) -> slice:
     """Where the part's table stands in the whole one: for sums of gradients."""
-    run = _distances(rows, keys, q_len)
+    run = table_places(rows, keys, q_len)
     return slice(run.start, run.start + run.step * run.count, run.step)
 
 
-def _distances(rows: Run, keys: Run, q_len: int) -> Run:
+def table_places(rows: Run, keys: Run, q_len: int) -> Run:
+    """The places of the part's table in the whole one.
+
+    Raises:
+        ValueError: as `table_part`.
+    """
     if rows.step != keys.step:
         raise ValueError(f"keys: step {keys.step}, expected the rows' {rows.step}")
     first = keys.start - rows.start + q_len - 1 - rows.step * (rows.count - 1)
