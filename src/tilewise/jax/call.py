@@ -46,7 +46,7 @@ def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
         else:
             native = False
     smooth = Smooth(operands.q, operands.k, operands.v, operands.dense, operands.table, operands.sinks)
-    return spread(partial(_run, plan.problem, tiles, native), smooth, Facts(mask, _seeded(operands.dropout), bits))
+    return spread(partial(_run, plan.problem, tiles, native), smooth, Facts(mask, seeded(operands.dropout), bits))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -60,7 +60,7 @@ def _run(problem: AttentionProblem, tiles: Tiles, native: bool, smooth: Smooth, 
     return out.astype(problem.result), lse
 
 
-def _seeded(dropout: Dropout | None) -> Dropout | None:
+def seeded(dropout: Dropout | None) -> Dropout | None:
     """The seed as an array of two words, so that a new seed is a new value and not a new program."""
     if dropout is None:
         return None

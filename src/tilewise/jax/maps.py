@@ -88,9 +88,11 @@ def _tangent(case: Case, cpu: bool, chosen: Flags, *operands: Array) -> list[Arr
 def _backward(case: Case, cpu: bool, chosen: Flags, *operands: Array) -> list[Array]:
     """Gradients of the chosen operands, in their shapes and the dtypes of `_like_chosen`."""
     d_out, d_lse, *rest = operands
-    like = [jax.ShapeDtypeStruct(*wanted) for wanted in _like_chosen(case, chosen, operands)]
+    wanted = (x for x, is_wanted in zip(rest, chosen, strict=False) if is_wanted)
+    dtypes = (dtype for _, dtype in _like_chosen(case, chosen, operands))
+    like = [x if x.dtype == dtype else jnp.zeros_like(x, dtype=dtype) for x, dtype in zip(wanted, dtypes, strict=True)]
     if not case.problem.scores:
-        return [jnp.zeros_like(d_out, shape=x.shape, dtype=x.dtype) for x in like]
+        return [jnp.zeros_like(x) for x in like]
     if case.native and cpu:
         *primal, out, lse = rest
         found = ffi.backward(case.problem, chosen, *case.parts(primal), out, lse, d_out, d_lse)

@@ -30,7 +30,7 @@ def spread(attention: Attention, smooth: Smooth, facts: Facts) -> tuple[Array, A
     for name, x in zip("qkv", smooth[:3], strict=True):
         where = _type(x) if isinstance(x, jax.core.Tracer) else x
         refuse_sequence(name, getattr(getattr(where, "sharding", None), "spec", PartitionSpec()))
-    smooth, facts = _varying_alike((smooth, facts))
+    smooth, facts = varying_alike((smooth, facts))
     sharding = getattr(_type(smooth.q), "sharding", None)
     if sharding is None or not _explicit(sharding.mesh):
         return attention(smooth, facts)
@@ -49,13 +49,17 @@ def _explicit(mesh: Any) -> bool:
     return bool(getattr(mesh, "explicit_axes", ()))
 
 
-def _varying_alike(operands: Any) -> Any:
-    """The operands as arrays that all vary over the mesh axes that any of them varies over."""
+def varying_alike(operands: Any, names: tuple[str, ...] = ()) -> Any:
+    """The operands as arrays that all vary over the mesh axes that any of them varies over, and over `names`.
+
+    Where types do not say what varies (`shard_map` with `check_vma=False`), nothing changes.
+    """
     leaves, tree = jax.tree.flatten(operands)
     varying = [_varies_over(x) for x in leaves]
     union = frozenset[str]().union(*varying)
     if not union:
         return operands
+    union |= frozenset(names)
     return jax.tree.unflatten(
         tree, [_vary(jnp.asarray(x), union - over) for x, over in zip(leaves, varying, strict=True)]
     )

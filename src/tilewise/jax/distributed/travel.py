@@ -103,7 +103,8 @@ class _Device:
             known = replace(facts.mask, dense=None if dense is None else piece(dense))
             at = smooth._replace(q=piece(smooth.q), dense=tuple(map(piece, smooth.dense)))
             rows.append((at, facts._replace(mask=known)))
-        return cls(work, course, jax.lax.axis_index(course.names), tuple(rows))
+        place = jax.lax.axis_index(course.names) if course.names else jnp.int32(0)
+        return cls(work, course, place, tuple(rows))
 
     def runs(self, i: int, visit: Visit, j: int) -> tuple[Run, Run]:
         return self.course.rows[i].at(self.place), visit.keys[j].at(self.place)
