@@ -41,6 +41,12 @@ def spread(attention: Attention, smooth: Smooth, facts: Facts) -> tuple[Array, A
     return jax.sharding.auto_axes(attention, out_sharding=results)(smooth, facts)
 
 
+def all_manual() -> bool:
+    """Whether an enclosing `shard_map` has taken every axis of the mesh, so that nothing is left to partition."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+
+
 def _type(x: Array) -> Any:
     return jax.typeof(x) if hasattr(jax, "typeof") else jax.core.get_aval(x)
 

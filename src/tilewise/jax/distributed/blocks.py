@@ -59,11 +59,13 @@ class Work:
         problem: of the whole sequence and this device's heads, as a part whose results are added up.
         kernel: asked for by name, or None.
         precision: `jax.default_matmul_precision` where attention is called.
+        local: whether arrays are one device's, so that nothing is left to partition.
     """
 
     problem: AttentionProblem
     kernel: str | None
     precision: str | None
+    local: bool
 
     def block(self, smooth: Smooth, facts: Facts, rows: Run, keys: Run) -> tuple[Case, list[Array]]:
         """The case and the flat operands of a block.

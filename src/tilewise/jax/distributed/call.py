@@ -84,7 +84,9 @@ def context_parallel_attention(
     if kernel is not None and kernel not in _KERNELS:
         raise ValueError(f"kernel: got {kernel!r}, expected {' or '.join(map(repr, _KERNELS))} or None")
     if layout == "thd":
-        raise ValueError("layout: got 'thd', expected 'bhsd' or 'bshd'; packed sequences are one batch row and a documents mask")
+        raise ValueError(
+            "layout: got 'thd', expected 'bhsd' or 'bshd'; packed sequences are one batch row and a documents mask"
+        )
     arrays = check_arrays(q, k, v, layout)
     if arrays.family != "jax":
         raise TypeError(f"q: is a {arrays.family} array, expected a jax array")

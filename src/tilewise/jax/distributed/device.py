@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ...distributed import Schedule
 from ...kernels.portable.jax_scan import Facts, Smooth
 from ...problem import AttentionProblem
-from ..meshes import varying_alike
+from ..meshes import all_manual, varying_alike
 from .blocks import Work, cut
 from .course import gather_course, pieces, ring_course
 from .heads import Group
@@ -70,7 +70,7 @@ def of_rows(settings: Settings, smooth: Smooth, facts: Facts) -> tuple[Array, Ar
         group = Group(inner, schedule.heads, schedule.q, schedule.k)
         smooth, facts = group.to_heads(smooth, facts)
     problem = replace(settings.problem, q_heads=smooth.q.shape[1], kv_heads=smooth.k.shape[1])
-    work = Work(problem, settings.kernel, settings.precision)
+    work = Work(problem, settings.kernel, settings.precision, all_manual())
     course = (gather_course if schedule.strategy == "all_gather" else ring_course)(schedule, names)
     out, lse = attend(work, course, smooth._replace(sinks=None), facts)
     if smooth.sinks is not None:

@@ -22,8 +22,8 @@ from ...masks.part import Run, table_places
 from ..case import Case
 from ..derivative import attention
 from ..maps import BACKWARD
-from .blocks import Work, cut, put
-from .course import Course, Pairs, Piece, Visit
+from .blocks import Work, put
+from .course import Course, Piece, Visit
 from .exchange import gathered, scattered, sent
 
 Array = Any
@@ -139,7 +139,7 @@ def _forward(device: _Device, smooth: Smooth) -> tuple[Array, Array]:
 
 def _absorb(device: _Device, i: int, visit: Visit, j: int, held: Held, state: tuple[Array, Array]) -> Any:
     case, leaves = device.block(i, visit, j, held)
-    return merge(*state, *attention(case, *case.parts(leaves)))
+    return merge(*state, *attention(case, *case.parts(leaves), local=device.work.local))
 
 
 def _nothing(work: Work, q: Array) -> tuple[Array, Array]:
@@ -194,7 +194,7 @@ def _add(
     out, lse, d_out, d_lse = rows
     table = (moving.table,) if sums.table is not None or case.problem.bias.table else ()
     chosen = (True, True, True, *moving.dense, *table)
-    found = iter(BACKWARD.bind(d_out, d_lse, *leaves, out, lse, case=case, chosen=chosen))
+    found = iter(BACKWARD.bind(d_out, d_lse, *leaves, out, lse, case=case, chosen=chosen, local=device.work.local))
     d_q, d_k, d_v = next(found), next(found), next(found)
     row_run, key_run = device.runs(i, visit, j)
     dense = tuple(x if x is None else put(key_run, x, next(found).astype(x.dtype), 3) for x in sums.dense)
