@@ -125,6 +125,8 @@ def test_mask_takes_two_lengths_and_writes_a_picture(tmp_path: Path):
         (["explain", "--framework", "numpy", "--device", "cuda"], "device:"),
         (["explain", "--kernel", "nonsense"], "kernel: got 'nonsense'"),
         (["explain", "--kernel", "reference"], "allow_quadratic:"),
+        (["explain", "--ranks", "4", "--machine", "abacus"], "machine: got 'abacus'"),
+        (["explain", "--ranks", "4", "--bandwidth", "0"], "bandwidth: got 0"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_status_two(arguments: list[str], word: str):
@@ -168,6 +170,16 @@ def test_explain_takes_sizes_and_masks_in_place_of_the_presets_own():
     assert result.exit_code == 0, result.stderr
     assert "queries 1, keys 8192" in result.output
     assert 'window(7, 0, "end")' in result.output and "softcap 30" in result.output
+
+
+def test_explain_compares_strategies_over_ranks():
+    result = run("explain", "--preset", "llama3-8b", "--ranks", "8", "--device", "cuda", "--bandwidth", "5e9")
+    assert result.exit_code == 0, result.stderr
+    assert "kernel" in result.output and "over 8 ranks" in result.output
+    assert "5 GB/s" in result.output and "ring, zigzag" in result.output and "ulysses, stripe" in result.output
+    assert result.output.count("chosen: ") == 1
+    one = run("explain", "--preset", "llama3-8b", "--ranks", "8", "--shards", "zigzag")
+    assert "contiguous" not in one.output and "backward" not in one.output
 
 
 def test_explain_lists_the_presets():

@@ -2,7 +2,7 @@
 
 from ._api import attention, explain
 from .contract import Dropout, Plan
-from .errors import KernelRefused, QuadraticMemory, TilewiseError
+from .errors import KernelRefused, PeerLost, QuadraticMemory, TilewiseError
 from .kernels.state import merge
 from .masks.algebra import Mask
 from .masks.biases import Bias, alibi, relative, t5
@@ -17,6 +17,7 @@ __all__ = [
     "Dropout",
     "KernelRefused",
     "Mask",
+    "PeerLost",
     "Plan",
     "QuadraticMemory",
     "TilewiseError",

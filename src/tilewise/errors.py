@@ -31,5 +31,9 @@ class KernelRefused(TilewiseError, RuntimeError):
         return (KernelRefused, (self.kernel, self.reasons))
 
 
+class PeerLost(TilewiseError, RuntimeError):
+    """A process that shares a call is gone, or did not answer in time. Its group is of no more use."""
+
+
 class QuadraticMemory(TilewiseError, RuntimeError):
     """The only kernel that can run the problem needs memory proportional to Sq * Sk, and `allow_quadratic` is False."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -47,7 +49,7 @@ def test_shards_are_those_of_their_definitions(length: int) -> None:
 def test_runs_of_a_rank_do_not_touch(layout: Layout) -> None:
     for rank in range(layout.ranks):
         runs = layout.runs(rank)
-        assert all(a.start + a.count < b.start for a, b in zip(runs, runs[1:], strict=False))
+        assert all(a.start + a.count < b.start for a, b in itertools.pairwise(runs))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..distributed.explain import over_ranks
+from ..distributed.explain import rows as rows_of_choice
+from ..distributed.machine import MACHINES, Machine, machine_of
 from ..plan.catalog import PRESETS, preset
 from ..plan.choose import choose
 from ..plan.explain import rows as rows_of
@@ -19,7 +22,7 @@ from ..plan.preset import Preset, Shape, outline
 from ..problem import AttentionProblem, Gradient
 from ..validate import prepare
 from .expression import parse
-from .output import reported, rows
+from .output import heading, reported, rows
 
 _SHAPE = Shape(1, 8, 8, 2048, 2048, 64, 64)
 PLAIN = Preset("plain", "no model in particular", _SHAPE, _SHAPE)
@@ -46,8 +49,16 @@ def explain(
     backward: Annotated[bool, typer.Option("--backward", help="Want the gradients, too.")] = False,
     kernel: Annotated[str | None, typer.Option(help="Ask for this kernel by name.")] = None,
     allow_quadratic: Annotated[bool, typer.Option("--allow-quadratic", help="Accept memory in Sq * Sk.")] = False,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Spread the sequence over this many ranks.")] = None,
+    shards: Annotated[
+        Literal["contiguous", "zigzag", "stripe"] | None, typer.Option(help="How it lies over them; else compared.")
+    ] = None,
+    machine: Annotated[str | None, typer.Option(help=f"Ranks and links: {', '.join(MACHINES)}.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Operations a second of a rank, in place of its own.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Bytes a second between nodes.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Seconds of a message between nodes.")] = None,
 ) -> None:
-    """Show which kernel would run a call, and why no other would.
+    """Show which kernel would run a call, and why no other would; with --ranks, which strategy over several devices.
 
     The call is a preset's or a plain one, with the sizes that are given in place of its own. Nothing is computed.
     """
@@ -73,7 +84,21 @@ def explain(
         if backward:
             problem = replace(problem, gradients=_gradients(problem), traced=framework == "jax")
         plan = with_details(choose(problem, kernel, allow_quadratic), lowered)
+        rates = {"flops": flops, "bandwidth": bandwidth, "latency": latency}
+        choice = over_ranks(problem, lowered, ranks, shards, _machine(problem, machine, rates)) if ranks else None
     rows(rows_of(plan))
+    if choice is not None:
+        heading(f"\nover {ranks} ranks")
+        rows(rows_of_choice(choice))
+
+
+def _machine(problem: AttentionProblem, name: str | None, rates: dict[str, float | None]) -> Machine:
+    """The machine of that name, or the device's own, with the rates that are given."""
+    if name is not None and name not in MACHINES:
+        raise ValueError(f"machine: got {name!r}, expected one of {', '.join(MACHINES)}")
+    known = MACHINES[name] if name else machine_of(problem.device)
+    given = {rate: value for rate, value in rates.items() if value is not None}
+    return replace(known, **given, name=known.name + (", changed" if given else ""))  # type: ignore[arg-type]
 
 
 def _problem(model: Preset, shape: Shape, options: dict[str, Any]) -> tuple[AttentionProblem, Any]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn.functional import linear
 
 from .. import attention, causal, dense
@@ -85,6 +84,7 @@ class FlashAttentionTwo(nn.Module):
 
         Raises:
             ValueError: an argument is wrong; the message begins with its name.
+            PeerLost: with `parallel`, a process is gone or does not answer.
         """
         _check_buckets(q_bucket_size, k_bucket_size)
         context = x if context is None else context
@@ -103,14 +103,16 @@ class FlashAttentionTwo(nn.Module):
 
     def _share_of_heads(self, x: Tensor, context: Tensor, mask: Any) -> Tensor:
         """The same output, each process computing some of the heads."""
+        from ..torch.distributed import copied, summed  # needed by few, and torch need not have been built for it
+
         count, rank = dist.get_world_size(), dist.get_rank()
         first, last = self.heads * rank // count, self.heads * (rank + 1) // count
         own = slice(first * self.dim_head, last * self.dim_head)
-        x, context = (Shared.apply(x), Shared.apply(context)) if x is not context else (Shared.apply(x),) * 2
-        to_q, to_kv, to_out = (Shared.apply(part.weight) for part in (self.to_q, self.to_kv, self.to_out))
+        x, context = (copied(x), copied(context)) if x is not context else (copied(x),) * 2
+        to_q, to_kv, to_out = (copied(part.weight) for part in (self.to_q, self.to_kv, self.to_out))
         to_k, to_v = to_kv.chunk(2, 0)
         q, k, v = linear(x, to_q[own]), linear(context, to_k[own]), linear(context, to_v[own])
-        return Summed.apply(linear(self._attend(q, k, v, last - first, mask), to_out[:, own]))
+        return summed(linear(self._attend(q, k, v, last - first, mask), to_out[:, own]))
 
     def _mask(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Any:
         """The mask of the attention, or None."""
@@ -141,32 +143,6 @@ class FlashAttentionTwo(nn.Module):
         return 1
 
     _told = False
-
-
-class Shared(Function):
-    """What all processes have: the same forward, and backward the sum of what each needs of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return Summed.apply(gradient)
-
-
-class Summed(Function):
-    """The sum over all processes, which all of them get; backward the same for each."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.contiguous().clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return Shared.apply(gradient)
 
 
 def _check_buckets(q_bucket_size: int | None, k_bucket_size: int | None) -> None:

@@ -68,6 +68,14 @@ class Layout:
         least, longer = divmod(self.length, pieces)
         return tuple(n * least + min(n, longer) for n in range(pieces + 1))
 
+    @cached_property
+    def run_edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the runs of rank 0, rank 1, … begin, and where they end (one past the last), twice (runs,) int64."""
+        runs = [run for rank in range(self.ranks) for run in self.runs(rank)]
+        edges = np.array([(run.start, run.start + run.step * (run.count - 1) + 1) for run in runs], np.int64)
+        begins, ends = edges.reshape(-1, 2).T
+        return begins, ends
+
     def runs(self, rank: int) -> tuple[Run, ...]:
         """The rank's local rows: these runs of global positions, one after another; none is empty.
 

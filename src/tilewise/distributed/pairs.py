@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -41,6 +42,40 @@ def fold(mask: LoweredMask | None) -> int:
     return max(1, mask.ranges.starts.shape[0] * mask.ranges.starts.shape[1])
 
 
+def by_rank(counts: np.ndarray, q: Layout, k: Layout) -> np.ndarray:
+    """(ranks, ranks): the answer of `pairs_between` for all runs of q, summed over the runs of each rank."""
+    rows, keys = ([rank for rank in range(side.ranks) for _ in side.runs(rank)] for side in (q, k))
+    table = np.zeros((q.ranks, k.ranks), np.int64)
+    np.add.at(table, np.ix_(rows, keys), counts)
+    return table
+
+
+@dataclass(frozen=True, eq=False)
+class Journey:
+    """How shards travel round a ring: at step t, rank r holds shard r - hops[t] (modulo the ranks).
+
+    Attributes:
+        hops: distances at which some rank reads a shard, ascending; the first is 0.
+        wanted: (steps, ranks) booleans: whether shard s is read at step t or later.
+    """
+
+    hops: tuple[int, ...]
+    wanted: np.ndarray
+
+
+def journey(needed: np.ndarray) -> Journey:
+    """The journey that serves all readers.
+
+    Args:
+        needed: (ranks, ranks) booleans: rank r reads shard s.
+    """
+    ranks = len(needed)
+    everyone = np.arange(ranks)
+    hops = (0, *(d for d in range(1, ranks) if needed[everyone, everyone - d].any()))
+    reads = np.stack([needed[(everyone + d) % ranks, everyone] for d in hops])
+    return Journey(hops, np.logical_or.accumulate(reads[::-1], axis=0)[::-1])
+
+
 def overlaps(starts: np.ndarray, stops: np.ndarray, keys: Layout) -> np.ndarray:
     """(key runs,) int64: how many keys of each run lie in the intervals, summed over the intervals.
 
@@ -54,18 +89,19 @@ def overlaps(starts: np.ndarray, stops: np.ndarray, keys: Layout) -> np.ndarray:
 def _below_pieces(bounds: np.ndarray, keys: Layout) -> np.ndarray:
     """(runs,): the keys of each run below each bound, summed over the bounds.
 
-    A run [a, b) has min(x, b) - min(x, a) keys below x; and sorted, the bounds below an edge e add their own sum and
-    the others e each.
+    A run [a, b) has min(x, b) - min(x, a) keys below x.
     """
-    runs = [run for rank in range(keys.ranks) for run in keys.runs(rank)]
+    begins, ends = keys.run_edges
+    return capped_sums(bounds, ends) - capped_sums(bounds, begins)
+
+
+def capped_sums(bounds: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """(edges,) int64: for each edge e the sum of min(bound, e): sorted, the bounds below e add their own sum, the
+    others e each."""
     bounds = np.sort(bounds).astype(np.int64)
     sums = np.concatenate([[0], np.cumsum(bounds)])
-
-    def capped(edges: list[int]) -> np.ndarray:
-        place = np.searchsorted(bounds, edges)
-        return sums[place] + (bounds.size - place) * np.asarray(edges, np.int64)
-
-    return capped([run.start + run.count for run in runs]) - capped([run.start for run in runs])
+    place = np.searchsorted(bounds, edges)
+    return sums[place] + (bounds.size - place) * edges
 
 
 def _below_stripes(bounds: np.ndarray, keys: Layout) -> np.ndarray:
@@ -73,8 +109,7 @@ def _below_stripes(bounds: np.ndarray, keys: Layout) -> np.ndarray:
     bounds = bounds.astype(np.int64)
     rest = np.bincount(bounds % keys.ranks, minlength=keys.ranks)
     beyond = rest[::-1].cumsum()[::-1] - rest
-    filled = sum(1 for rank in range(keys.ranks) if keys.local_length(rank))
-    return ((bounds // keys.ranks).sum() + beyond)[:filled]
+    return ((bounds // keys.ranks).sum() + beyond)[: keys.length]  # ranks beyond the last position hold no run
 
 
 def _common(q_labels: np.ndarray, k_labels: np.ndarray, rows: Sequence[Run], keys: Sequence[Run]) -> np.ndarray:

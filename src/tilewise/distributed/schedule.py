@@ -15,7 +15,7 @@ import numpy as np
 from ..masks.lower import LoweredMask
 from ..masks.part import Run
 from .layout import Layout
-from .pairs import fold, pairs_between
+from .pairs import by_rank, fold, journey, pairs_between
 
 WHOLE = -1  # as a step's source: all keys, put in global order
 
@@ -153,7 +153,9 @@ def needs(mask: LoweredMask | None, q: Layout, k: Layout) -> np.ndarray:
     Raises:
         ValueError: layouts over different numbers of ranks, or a mask of other lengths.
     """
-    return _by_rank(_blocks(mask, q, k), q.ranks)
+    _check(mask, q, k)
+    rows = [run for rank in range(q.ranks) for run in q.runs(rank)]
+    return by_rank(pairs_between(mask, rows, k), q, k)
 
 
 def ring(q: Layout, k: Layout, mask: LoweredMask | None = None) -> Schedule:
@@ -224,6 +226,8 @@ def head_shares(heads: int, kv_heads: int, ranks: int) -> tuple[HeadShare, ...]:
         ValueError: "heads: …" where ranks do not divide the query heads, or where a rank's query heads would read parts
             of several kv heads' groups.
     """
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"heads: got {heads} query heads and {kv_heads} kv heads, expected a multiple of 1 or more")
     if heads % ranks:
         raise ValueError(f"heads: got {heads} query heads, expected a multiple of {ranks} ranks to spread them over")
     if kv_heads % ranks and ranks % kv_heads:
@@ -243,13 +247,13 @@ def _spread(
 
 
 def _ring_steps(q: Layout, k: Layout, mask: LoweredMask | None) -> tuple[tuple[Step, ...], ...]:
-    ranks, blocks = q.ranks, _blocks(mask, q, k)
-    needed = _by_rank(blocks, ranks) > 0
-    everyone = np.arange(ranks)
-    hops = [0, *(d for d in range(1, ranks) if needed[everyone, everyone - d].any())]
-    # reads[t, s]: whether the shard of s is read at step t; wanted: then or later.
-    reads = np.stack([needed[(everyone + d) % ranks, everyone] for d in hops])
-    wanted = np.logical_or.accumulate(reads[::-1], axis=0)[::-1]
+    ranks = q.ranks
+    blocks = _blocks(mask, q, k)
+    needed = np.zeros((ranks, ranks), bool)
+    for pair in blocks:
+        needed[pair] = True
+    way = journey(needed)
+    hops, wanted = way.hops, way.wanted
     steps = []
     for rank in range(ranks):
         line = []
@@ -281,14 +285,6 @@ def _begins(runs: tuple[Run, ...]) -> list[tuple[int, Run]]:
     """Each run with where it begins in its shard."""
     begins = np.cumsum([0, *(run.count for run in runs)]).tolist()
     return list(zip(begins[:-1], runs, strict=True))
-
-
-def _by_rank(blocks: dict[tuple[int, int], tuple[Block, ...]], ranks: int) -> np.ndarray:
-    """(ranks, ranks) int64: the pairs of the blocks."""
-    table = np.zeros((ranks, ranks), np.int64)
-    for (rank, source), some in blocks.items():
-        table[rank, source] = sum(block.pairs for block in some)
-    return table
 
 
 def _check(mask: LoweredMask | None, q: Layout, k: Layout) -> None:

@@ -18,6 +18,7 @@ _HOMES = {
     "YarnScaling": ".positions.rotary",
     "attention_statistics": ".statistics",
     "attention_weights": ".statistics",
+    "context_parallel_attention": ".distributed",
     "install": "..compat.torch_sdpa",
     "nested_attention": ".ragged",
     "rotary": ".positions.rotary",

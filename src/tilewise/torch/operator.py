@@ -75,7 +75,7 @@ def compute_backward(
     found = backward_of(plan.backward).backward(plan, call, out, lse, d_out, d_lse)
     flat = [found.q, found.k, found.v, *found.dense]
     flat += [value for value, given in ((found.table, call.table), (found.sinks, call.sinks)) if given is not None]
-    return [_ordered(flat[n], told, n) for n in wanted]
+    return [ordered(flat[n], told, n) for n in wanted]
 
 
 _plans: dict[Hashable, tuple[LoweredMask, Plan]] = {}  # of calls without arrays in their masks, as in `quick.py`
@@ -113,8 +113,8 @@ def _tiled_sum(
     return done.run(replace(problem, mask=mask.facts), mask, told.dropout(facts, integers), inputs)
 
 
-def _ordered(gradient: Tensor, told: Options, n: int) -> Tensor:
-    """The gradient in the memory order that `_empty` promises."""
+def ordered(gradient: Tensor, told: Options, n: int) -> Tensor:
+    """The gradient in the memory order that `empty_in_order` promises."""
     if told.layout == "bshd" and n < 3:
         return gradient.transpose(1, 2).contiguous().transpose(1, 2)
     return gradient.contiguous()
@@ -133,8 +133,8 @@ def _attention_shapes(operands: Tensors, *rest: Any) -> tuple[Tensor, Tensor]:
     told = parse(rest[-1])
     q, v = operands[0], operands[2]
     accumulator = getattr(torch, ACCUMULATOR[str(q.dtype).removeprefix("torch.")])
-    out = _empty(q, told, (*q.shape[:3], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=accumulator)
+    out = empty_in_order(q, told, (*q.shape[:3], v.shape[3]))
+    return out, q.newempty_in_order(q.shape[:3], dtype=accumulator)
 
 
 @register_fake("tilewise::attention_backward", lib=LIBRARY)
@@ -142,7 +142,9 @@ def _attention_backward_shapes(operands: Tensors, *rest: Any) -> list[Tensor]:
     *_, options, wanted = rest
     told = parse(options)
     return [
-        _empty(operands[n], told, operands[n].shape) if n < 3 else operands[n].new_empty(operands[n].shape)
+        empty_in_order(operands[n], told, operands[n].shape)
+        if n < 3
+        else operands[n].newempty_in_order(operands[n].shape)
         for n in wanted
     ]
 
@@ -150,12 +152,12 @@ def _attention_backward_shapes(operands: Tensors, *rest: Any) -> list[Tensor]:
 @register_fake("tilewise::tiled_sum", lib=LIBRARY)
 def _tiled_sum_shapes(inputs: Tensors, *rest: Any) -> list[Tensor]:
     shapes = Program.parse(rest[-1]).shapes([tuple(x.shape) for x in inputs])
-    return [inputs[0].new_empty(shape) for shape in shapes]
+    return [inputs[0].newempty_in_order(shape) for shape in shapes]
 
 
-def _empty(like: Tensor, told: Options, shape: Sequence[int]) -> Tensor:
+def empty_in_order(like: Tensor, told: Options, shape: Sequence[int]) -> Tensor:
     """Memory for (B, H, S, D) in the order of the layout."""
     if told.layout == "bshd":
         batch, heads, length, width = shape
-        return like.new_empty((batch, length, heads, width)).transpose(1, 2)
-    return like.new_empty(shape)
+        return like.newempty_in_order((batch, length, heads, width)).transpose(1, 2)
+    return like.newempty_in_order(shape)
