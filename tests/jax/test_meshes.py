@@ -93,7 +93,7 @@ for kind in ("Auto", "Explicit"):
                 attend(*spread)
             except Exception as error:
                 assert f"{name}: its sequence is spread over the mesh axes s" in str(error), error
-                assert "tilewise.distributed" in str(error)
+                assert "tilewise.jax.context_parallel_attention" in str(error)
             else:
                 raise AssertionError("not refused")
 # A sequence that is spread afterwards is nobody's loss.

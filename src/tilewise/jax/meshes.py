@@ -28,11 +28,11 @@ def spread(attention: Attention, smooth: Smooth, facts: Facts) -> tuple[Array, A
             the partitioner refuses later, with the same words.
     """
     for name, x in zip("qkv", smooth[:3], strict=True):
-        where = _type(x) if isinstance(x, jax.core.Tracer) else x
+        where = type_of(x) if isinstance(x, jax.core.Tracer) else x
         refuse_sequence(name, getattr(getattr(where, "sharding", None), "spec", PartitionSpec()))
     smooth, facts = varying_alike((smooth, facts))
-    sharding = getattr(_type(smooth.q), "sharding", None)
-    if sharding is None or not _explicit(sharding.mesh):
+    sharding = getattr(type_of(smooth.q), "sharding", None)
+    if sharding is None or not explicit(sharding.mesh):
         return attention(smooth, facts)
     batch, heads = sharding.spec[:2]
     specs = PartitionSpec(batch, heads, None, None), PartitionSpec(batch, heads, None)
@@ -47,11 +47,13 @@ def all_manual() -> bool:
     return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
 
 
-def _type(x: Array) -> Any:
+def type_of(x: Array) -> Any:
+    """The type of an array, which knows its sharding."""
     return jax.typeof(x) if hasattr(jax, "typeof") else jax.core.get_aval(x)
 
 
-def _explicit(mesh: Any) -> bool:
+def explicit(mesh: Any) -> bool:
+    """Whether a mesh has axes over which types say how arrays are spread."""
     return bool(getattr(mesh, "explicit_axes", ()))
 
 
@@ -72,7 +74,7 @@ def varying_alike(operands: Any, names: tuple[str, ...] = ()) -> Any:
 
 
 def _varies_over(x: Array) -> frozenset[str]:
-    kind = _type(x)
+    kind = type_of(x)
     found = getattr(kind, "manual_axis_type", None)  # jax 0.10; "vma" in 0.7 to 0.9, nothing before
     return getattr(kind, "vma", frozenset()) if found is None else found.varying
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import jax
 
 from ...contract import Dropout
-from ...distributed import Kind, Layout, Schedule, all_gather, grid, ring, ulysses
+from ...distributed import Kind, Layout, Schedule, all_gather, choose_strategy, grid, ring, ulysses
+from ...distributed.cost import pick
 from ...masks.algebra import Mask
 from ...masks.biases import Bias
-from ...masks.lower import LoweredMask
 from ...validate import check_arrays, restore
 from .device import Settings, of_shards
 from .order import devices_of, equal_layout, names_of
 from .spread import devices_along, of_whole_arrays
-from .whole import whole_call
+from .whole import Whole, whole_call
 
 Array = Any
 Strategy = Literal["auto", "ring", "all_gather", "ulysses", "grid"]
@@ -93,10 +94,12 @@ def context_parallel_attention(
     ranks, inner = (devices_of(n) if mesh is None else devices_along(mesh, n) for n in (names, names[-1:]))
     batch, heads, q_len, k_len = arrays.sizes
     times = ranks if mesh is None else 1
-    layouts = tuple(equal_layout(n, sharding, times * size, ranks) for n, size in (("q", q_len), ("k", k_len)))
-    arrays = arrays._replace(sizes=(batch, heads, layouts[0].length, layouts[1].length))
+    rows, keys = (equal_layout(n, sharding, times * size, ranks) for n, size in (("q", q_len), ("k", k_len)))
+    arrays = arrays._replace(sizes=(batch, heads, rows.length, keys.length))
     whole = whole_call(arrays, q_len, mask, bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout)
-    schedule = _schedule(strategy, *layouts, whole.mask, heads, arrays.k.shape[1], inner)
+    if strategy == "auto":
+        strategy = _cheapest(whole, rows, keys, inner if len(names) > 1 else None)
+    schedule = _schedule(strategy, whole, rows, keys, inner)
     settings = Settings(whole.problem, kernel, jax.config.jax_default_matmul_precision, names, schedule)
     if mesh is None:
         out, lse = of_shards(settings, whole.smooth, whole.facts)
@@ -106,18 +109,23 @@ def context_parallel_attention(
     return (out, lse) if return_lse else out
 
 
-def _schedule(
-    strategy: Strategy, q: Layout, k: Layout, mask: LoweredMask, heads: int, kv_heads: int, inner: int
-) -> Schedule:
+def _cheapest(whole: Whole, q: Layout, k: Layout, inner: int | None) -> Any:
+    """The strategy of the least predicted time; `inner` is how many devices a grid could spread heads over here."""
+    problem = replace(whole.problem, part=False, gradients=frozenset({"q", "k", "v"}))
+    choice = choose_strategy(problem, whole.mask, q, k)
+    here = tuple(cost for cost in choice.costs if cost.strategy != "grid" or cost.inner == inner)
+    return pick(problem, here, choice.machine, q.ranks).strategy
+
+
+def _schedule(strategy: Strategy, whole: Whole, q: Layout, k: Layout, inner: int) -> Schedule:
+    heads = whole.problem.q_heads, whole.problem.kv_heads
     match strategy:
         case "ring":
-            return ring(q, k, mask)
+            return ring(q, k, whole.mask)
         case "all_gather":
-            return all_gather(q, k, mask)
+            return all_gather(q, k, whole.mask)
         case "ulysses":
-            return ulysses(q, k, mask, heads, kv_heads)
+            return ulysses(q, k, whole.mask, *heads)
         case "grid":
-            return grid(q, k, mask, heads, kv_heads, inner)
-        case "auto":
-            return ring(q, k, mask)
+            return grid(q, k, whole.mask, *heads, inner)
     raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, get_args(Strategy)))}")

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ...kernels.portable.jax_scan import Facts, Smooth
+from ..meshes import explicit, type_of
 from .device import Settings, of_rows
 
 Array = Any
@@ -43,18 +44,34 @@ def of_whole_arrays(settings: Settings, mesh: Any, smooth: Smooth, facts: Facts)
     )
     leaves, tree = jax.tree.flatten((smooth, facts))
     kinds = tuple(jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)))
-    return _program(settings, mesh, tree, kinds, rows)(*leaves)
+    results = None
+    if explicit(mesh):
+        batch, heads = type_of(smooth.q).sharding.spec[:2]
+        results = PartitionSpec(batch, heads, settings.names)
+    return _program(settings, mesh, tree, kinds, rows, results)(*leaves)
 
 
 @lru_cache(maxsize=256)
-def _program(settings: Settings, mesh: Any, tree: Any, specs: tuple, rows: PartitionSpec) -> Callable[..., Any]:
+def _program(
+    settings: Settings,
+    mesh: Any,
+    tree: Any,
+    specs: tuple[PartitionSpec, ...],
+    rows: PartitionSpec,
+    results: PartitionSpec | None,
+) -> Callable[..., Any]:
+    """The compiled call; `results` is how it is spread over a mesh with explicit axes."""
+
     def device(*leaves: Array) -> tuple[Array, Array]:
         return of_rows(settings, *jax.tree.unflatten(tree, leaves))
 
-    inside = jax.shard_map(
-        device, mesh=mesh, in_specs=specs, out_specs=(rows, rows), axis_names=frozenset(settings.names)
-    )
-    return jax.jit(inside)
+    names = frozenset(settings.names)
+    if results is None:
+        return jax.jit(jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=(rows, rows), axis_names=names))
+    # Inside, the axes are automatic: arrays that are not spread yet as the call wants them are sent there.
+    inside = jax.shard_map(device, in_specs=specs, out_specs=(rows, rows), axis_names=names)
+    shardings = NamedSharding(mesh, results), NamedSharding(mesh, results)
+    return jax.jit(jax.sharding.auto_axes(inside, out_sharding=shardings))
 
 
 def devices_along(mesh: Any, names: tuple[str, ...]) -> int:

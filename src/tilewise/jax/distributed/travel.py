@@ -211,7 +211,7 @@ def _come_home(device: _Device, visit: Visit, d_held: Held) -> Held:
     if not any(visit.stays):
         return arrived
     stays = jnp.asarray(visit.stays)[device.place]
-    return tuple(jnp.where(stays, x, y) for x, y in zip(d_held, arrived, strict=True))  # type: ignore[return-value]
+    return tuple(jnp.where(stays, x, y) for x, y in zip(d_held, arrived, strict=True))
 
 
 def _joined(bias: Array, parts: list[Array | None]) -> Array:
