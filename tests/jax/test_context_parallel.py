@@ -1,4 +1,4 @@
-"""Attention over sequences that are spread over host devices, in processes of their own: jax counts its devices once."""
+"""Attention over sequences that are spread over host devices, in other processes: jax counts its devices once."""
 
 from __future__ import annotations
 
@@ -153,7 +153,8 @@ def test_what_no_row_needs_is_not_computed():
 ERROR = """
 # In float32, over 1 to 8 devices: the error of many is at most twice that of one.
 qkv, values = operands("plain", "float32")
-exact = tw.attention(*(np.asarray(x, np.float64) for x in qkv), mask=tw.causal(), kernel="reference", allow_quadratic=True)
+wide = (np.asarray(x, np.float64) for x in qkv)
+exact = tw.attention(*wide, mask=tw.causal(), kernel="reference", allow_quadratic=True)
 errors = []
 for devices in (1, 2, 4, 8):
     out, _ = jax.jit(Way("ring", "contiguous", devices).function({"mask": tw.causal()}))(*qkv, {})
@@ -175,7 +176,8 @@ def temporary(devices, length):
         mesh=mesh, in_specs=rows, out_specs=rows,
     )
     x = [jax.ShapeDtypeStruct((1, 2, length, 16), jnp.float32, sharding=NamedSharding(mesh, rows))] * 3
-    return jax.jit(jax.grad(lambda *x: local(*x).sum(), (0, 1, 2))).lower(*x).compile().memory_analysis().temp_size_in_bytes
+    gradient = jax.jit(jax.grad(lambda *x: local(*x).sum(), (0, 1, 2)))
+    return gradient.lower(*x).compile().memory_analysis().temp_size_in_bytes
 
 # jax counts one device's temporary memory. Twice the devices hold twice the sequence in the same memory; and with the
 # devices given, memory is linear in the length.
@@ -205,7 +207,8 @@ def refused(error, start, *arrays, **options):
 refused(ValueError, "axis_name: sp is bound by no enclosing shard_map", q, k, v)
 refused(ValueError, "axis_name: the mesh has no axis rows", q, k, v, mesh=mesh, axis_name="rows")
 refused(ValueError, "q: has 62 positions, expected a multiple of 4", q[:, :, 2:], k, v, mesh=mesh)
-refused(ValueError, "k: has 60 positions, expected a multiple of 8", q, k[:, :, 4:], v[:, :, 4:], mesh=mesh, sharding="zigzag")
+k_short, v_short = k[:, :, 4:], v[:, :, 4:]
+refused(ValueError, "k: has 60 positions, expected a multiple of 8", q, k_short, v_short, mesh=mesh, sharding="zigzag")
 refused(ValueError, "strategy: got 'rings'", q, k, v, mesh=mesh, strategy="rings")
 refused(ValueError, "kernel: got 'reference'", q, k, v, mesh=mesh, kernel="reference")
 refused(ValueError, "layout: got 'thd'", q, k, v, mesh=mesh, layout="thd")
