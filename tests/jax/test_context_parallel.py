@@ -37,44 +37,37 @@ def run(program: str, devices: int) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+# (case, strategy, sharding, devices, inside, inner)
 AGREE = [
-    # (case, strategy, sharding, devices, inside, inner)
     ("everything", "ring", "contiguous", 4, True, 1),
     ("everything", "all_gather", "zigzag", 4, False, 1),
-    ("everything", "grid", "contiguous", 8, True, 2),
-    ("labels", "ring", "stripe", 4, True, 1),
-    ("documents", "ring", "zigzag", 4, False, 1),
     ("rows that see nothing", "ring", "contiguous", 4, False, 1),
-    ("predicate", "ring", "stripe", 4, True, 1),
 ]
 SWEEP = [
     (case, strategy, sharding, devices, inside, inner)
     for devices in (4, 8)
-    for case, inside in (("everything", True), ("window", False), ("labels", True), ("predicate", False))
+    for case, inside in (("everything", True), ("documents", False), ("labels", True), ("predicate", False))
     for strategy, inner in (("ring", 1), ("all_gather", 1), ("ulysses", 1), ("grid", 2))
     for sharding in ("contiguous", "zigzag", "stripe")
     if not (strategy == "grid" and sharding == "stripe")
 ]
 
 
-@pytest.mark.parametrize("devices", [4, 8])
-def test_results_and_gradients_are_the_oracles(devices):
+def test_results_and_gradients_are_the_oracles():
     """One process for all cases: it starts slower than it computes."""
-    cases = [(case, way) for case, *way in AGREE if way[2] == devices]
-    run(f"for case, way in {cases}: check(case, Way(*way))", devices)
+    run(f"for case, *way in {AGREE}: check(case, Way(*way))", 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses", "grid"])
 @pytest.mark.parametrize("devices", [4, 8])
 def test_every_strategy_and_order(devices, strategy):
-    cases = [(case, way) for case, *way in SWEEP if way[2] == devices and way[0] == strategy]
-    run(f"for case, way in {cases}: print(case, way); check(case, Way(*way), kv_heads=8)", devices)
+    cases = [case for case in SWEEP if case[3] == devices and case[1] == strategy]
+    run(f"for case, *way in {cases}: check(case, Way(*way), kv_heads=8)", devices)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["bfloat16", pytest.param("float32", marks=SLOW), pytest.param("float16", marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 def test_narrow_dtypes_are_as_accurate_as_promised(dtype):
     run(f"check('everything', Way('ring', 'contiguous', 4), {dtype!r})", 4)
 
@@ -97,9 +90,11 @@ assert "collective-permute" not in kinds and "all-to-all" in kinds, kinds
 """
 
 
-def test_heads_for_rows_give_the_bits_of_one_device():
-    cases = [(4, "contiguous", True), (2, "zigzag", False)]
-    run(f"for kv_heads, sharding, inside in {cases}:" + indented(ULYSSES), 4)
+@pytest.mark.parametrize(
+    ("kv_heads", "sharding", "inside"), [(2, "zigzag", False), pytest.param(4, "contiguous", True, marks=SLOW)]
+)
+def test_heads_for_rows_give_the_bits_of_one_device(kv_heads, sharding, inside):
+    run(f"kv_heads, sharding, inside = {kv_heads}, {sharding!r}, {inside}\n" + dedent(ULYSSES), 4)
 
 
 COUNTED = """
@@ -138,7 +133,7 @@ def counted(problem, smooth, facts):
 
 ffi.forward = counted
 qkv, values = operands("plain", "float32")
-for mask, expected in ((tw.causal(), 4 * 5 // 2), (tw.causal() & tw.documents(np.arange(S) // 16), 4), (None, 16)):
+for mask, expected in ((tw.causal(), 4 * 5 // 2), (tw.causal() & tw.documents(np.arange(S) // 16), 4)):
     del runs[:]
     jax.block_until_ready(jax.jit(Way("ring", "contiguous", 4).function({"mask": mask}))(*qkv, {}))
     jax.effects_barrier()
@@ -163,6 +158,7 @@ assert max(errors) <= 2 * errors[0], errors
 """
 
 
+@pytest.mark.slow
 def test_the_error_does_not_grow_with_the_devices():
     run(ERROR, 8)
 
@@ -187,6 +183,7 @@ assert temporary(2, 8192) < 4.2 * base
 """
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_what_a_device_holds():
     run(MEMORY, 4)
 
@@ -271,9 +268,17 @@ for kind in ("Auto", "Explicit"):
 """
 
 
+@pytest.mark.slow
 def test_other_axes_of_the_mesh_are_left_alone():
     run(OTHER_AXES, 4)
 
 
-def indented(program: str) -> str:
-    return "\n" + "\n".join("    " + line for line in program.strip().splitlines())
+@pytest.mark.slow
+def test_the_example_learns_alike_on_many_devices_and_on_one():
+    example = Path(__file__).parents[2] / "examples" / "context_parallel_jax.py"
+    options = ["--steps", "4", "--length", "64", "--sharding", "contiguous"]
+    environment = {**os.environ, "XLA_FLAGS": FLAGS}
+    done = subprocess.run(
+        [sys.executable, str(example), *options], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
