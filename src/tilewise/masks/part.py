@@ -57,7 +57,7 @@ def mask_part(lowered: LoweredMask, rows: Run, keys: Run) -> LoweredMask:
     if ranges is not None:
         # start + step * n lies in [a, b) iff n lies in [ceil((a - start) / step), ceil((b - start) / step)).
         sides = (rows.of(side, 2, xp) - keys.start for side in (ranges.starts, ranges.stops))
-        starts, stops = (-(-side // keys.step) for side in sides)
+        starts, stops = (side if keys.step == 1 else -(-side // keys.step) for side in sides)
         ranges = from_bounds(site, starts, stops)
         if site.concrete and bool(((ranges.stops - ranges.starts).sum(-1) == keys.count).all()):
             ranges = None
