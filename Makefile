@@ -13,7 +13,7 @@ NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.h')
 PYTEST := OMP_NUM_THREADS=1 TILEWISE_NUM_THREADS=2 $(BIN)/python -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint types format demo bench sanitize fuzz clean
+.PHONY: help venv test test-slow lint types format demo bench sanitize qemu fuzz clean
 
 # How long `make fuzz` searches.
 MINUTES ?= 30
@@ -40,16 +40,21 @@ types: venv  ## check types (mypy, strict for the public interface)
 format: venv  ## format everything and make the repairs that ruff can make by itself
 	$(BIN)/ruff check --fix --exit-zero --quiet .
 	$(BIN)/ruff format .
+	find native tools -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 demo: venv  ## run the main job on real input, with progress
 	$(BIN)/python examples/demo.py
 
-bench: venv  ## measure this machine: ours beside every installed peer; JSON and a picture under benchmarks/results
+bench: venv  ## measure this machine: ours beside every installed peer, speed and memory; JSON and pictures under benchmarks/results
 	$(BIN)/tilewise bench --out benchmarks/results
+	$(BIN)/python benchmarks/memory.py --out benchmarks/results
 
 sanitize: venv  ## run the native kernels' tests under AddressSanitizer with UBSan, then under ThreadSanitizer
 	sh tools/sanitize.sh address
 	sh tools/sanitize.sh thread
+
+qemu: venv  ## run the native kernels' tests on emulated processors: ARM with and without bfloat16, older x86
+	sh tools/qemu.sh
 
 fuzz: venv  ## hold random problems against the definition for MINUTES=30
 	TILEWISE_FUZZ_MINUTES=$(MINUTES) OMP_NUM_THREADS=1 TILEWISE_NUM_THREADS=2 $(BIN)/python -m pytest -q -m fuzz tests/fuzz

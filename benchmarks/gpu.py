@@ -1,8 +1,10 @@
-"""Time the Triton kernels against torch's own on one GPU: `PYTHONPATH=src python benchmarks/gpu.py --out results.json`.
+"""Time every kernel that runs on a GPU: `PYTHONPATH=src python benchmarks/gpu.py --out results.json --table h200.json`.
 
-Every configuration is first held against float64 with its outputs poisoned; one that fails is reported and not timed.
-Under ten minutes: it stops starting new configurations at `--seconds`. Without a GPU it runs to its end at toy sizes in
-Triton's interpreter, to show that it works; those times mean nothing.
+Ours, torch's operators through the kernel `aten`, and torch itself. Every kernel and every way of it is first held
+against float64 with its outputs poisoned, kind by kind; one that fails is reported and not timed. `--table` writes what
+was found right, and how fast it was, for the planner (`tilewise/plan/measured.py`). Under ten minutes: no configuration
+is started after `--seconds`. Without a GPU it runs to its end at toy sizes in Triton's interpreter, to show that it
+works; those times mean nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +31,23 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import tilewise  # noqa: E402
-from tilewise.contract import Plan, Tiles  # noqa: E402
-from tilewise.kernels.triton.backward import backward  # noqa: E402
-from tilewise.kernels.triton.forward import forward  # noqa: E402
+from tilewise.contract import KernelCard, Plan  # noqa: E402
+from tilewise.kernels import backward_of, cards, forward_of  # noqa: E402
+from tilewise.plan.measured import kind_of, read  # noqa: E402
 from tilewise.validate import prepare  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
+# torch's operator for CPUs is refused in half precision, for its lse.
+DTYPE = torch.bfloat16 if HAS_GPU else torch.float32
 LENGTHS, WIDTHS = ((1024, 4096, 16384), (64, 128, 256)) if HAS_GPU else ((64,), (16,))
+# The portable kernel is checked, and timed where that does not take most of the run.
+PORTABLE_LENGTH = 1024
 TOKENS = 16384 if HAS_GPU else 64
 KINDS = ("full", "causal", "window", "documents", "scattered", "alibi", "bias", "softcap", "sinks", "decode")
 SDPA = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
+TORCH = (*SDPA, "flex")
+# Largest error of a kernel that is timed, relative to the largest value.
+MOST_ERROR = 2e-2
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,8 @@ def options(shape: Shape) -> dict[str, Any]:
     }
     n = shape.sk
     document = torch.arange(n) * 8 // n
-    scattered = torch.randint(0, 64, (n // 64,), generator=torch.Generator().manual_seed(0)).repeat_interleave(64)
+    run = 64 if HAS_GPU else 8  # neighbours in one document
+    scattered = torch.randint(0, 64, (n // run,), generator=torch.Generator().manual_seed(0)).repeat_interleave(run)
     match shape.kind:
         case "causal" | "sinks":
             given["mask"] = tilewise.causal()
@@ -91,7 +103,7 @@ def options(shape: Shape) -> dict[str, Any]:
             given["mask"] = tilewise.causal()
             given["bias"] = tilewise.alibi(2.0 ** -torch.linspace(1, 8, shape.heads, device=DEVICE))
         case "bias":
-            given["bias"] = torch.randn(1, shape.heads, shape.sq, n, dtype=torch.bfloat16, device=DEVICE)
+            given["bias"] = torch.randn(shape.batch, shape.heads, shape.sq, n, dtype=DTYPE, device=DEVICE)
         case "softcap":
             given["mask"], given["softcap"] = tilewise.causal(), 30.0
     return given
@@ -106,7 +118,7 @@ class Problem:
     d_out: torch.Tensor
 
     @classmethod
-    def make(cls, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Problem:
+    def make(cls, shape: Shape, dtype: torch.dtype = DTYPE) -> Problem:
         torch.manual_seed(0)
         q = torch.randn(shape.batch, shape.heads, shape.sq, shape.d, dtype=dtype, device=DEVICE)
         k, v = (
@@ -118,13 +130,16 @@ class Problem:
             | ({"bias"} if shape.kind == "bias" else set())
             | ({"table"} if shape.kind == "alibi" else set())
         )
-        return cls(
-            shape, replace(call, problem=replace(call.problem, gradients=frozenset(wanted))), torch.randn_like(q)
-        )
+        # Kernels whose sums have no fixed order are timed too: the planner asks for them only where they are allowed.
+        problem = replace(call.problem, gradients=frozenset(wanted), deterministic=False)
+        return cls(shape, replace(call, problem=problem), torch.randn_like(q))
 
-    @property
-    def plan(self) -> Plan:
-        return Plan(self.call.problem, "triton", "triton", Tiles(0, 0), 0, {})
+    def runners(self) -> Iterator[Runner]:
+        """Every kernel that takes the problem, in each of its ways."""
+        for card in cards():
+            if card.name != "reference" and not card.refuse(self.call.problem):
+                ways = card.ways(self.call.problem) or ("",)
+                yield from (Runner(self, card, way) for way in ways)
 
     def pairs(self) -> int:
         """Visible (query, key) pairs over batch and heads."""
@@ -139,12 +154,54 @@ class Problem:
         return seen * shape.batch * shape.heads
 
 
+@dataclass(frozen=True, eq=False)
+class Runner:
+    """One kernel, in one of its ways, on a problem."""
+
+    problem: Problem
+    card: KernelCard
+    way: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.card.name}/{self.way}" if self.way else self.card.name
+
+    @property
+    def has_backward(self) -> bool:
+        problem = self.problem.call.problem
+        return not self.card.refuse_backward(problem) and self.way in (self.card.backward_ways(problem) or ("",))
+
+    @property
+    def plan(self) -> Plan:
+        problem, name = self.problem.call.problem, self.card.name
+        careful = "portable" if self.card.finite_only else None
+        return Plan(
+            problem, name, name, self.card.tiles(problem), 0, {}, way=self.way, backward_way=self.way, careful=careful
+        )
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward_of(self.card.name).forward(self.plan, self.problem.call.operands)
+
+    def backward(self, out: torch.Tensor, lse: torch.Tensor) -> Any:
+        step = backward_of(self.card.name).backward
+        return step(self.plan, self.problem.call.operands, out, lse, self.problem.d_out, None)
+
+    def steps(self) -> dict[str, Callable[[], Any]]:
+        """The passes to time."""
+        out, lse = self.forward()
+        passes: dict[str, Callable[[], Any]] = {"forward": self.forward}
+        return passes | ({"backward": lambda: self.backward(out, lse)} if self.has_backward else {})
+
+
 def _tensor(array: Any) -> torch.Tensor:
     return array.to(DEVICE) if isinstance(array, torch.Tensor) else torch.tensor(array, device=DEVICE)
 
 
-def error_of(problem: Problem) -> float:
-    """Largest error of out, d_q, d_k, d_v against float64, relative to the largest value; outputs start poisoned."""
+def errors_of(problem: Problem) -> dict[str, float]:
+    """By kernel: largest error of out, d_q, d_k, d_v against float64, relative to the largest value.
+
+    Outputs start poisoned. A kernel that raises has an infinite error.
+    """
     operands, given = problem.call.operands, problem.call.problem
     q, k, v = (array.double().requires_grad_() for array in (operands.q, operands.k, operands.v))
     group = problem.shape.heads // problem.shape.kv_heads
@@ -161,16 +218,35 @@ def error_of(problem: Problem) -> float:
         s = torch.cat([s, operands.sinks.double()[None, :, None, None].expand(*s.shape[:3], 1)], -1)
     exact = torch.softmax(s, -1)[..., : problem.shape.sk] @ v.repeat_interleave(group, 1)
     exact.backward(problem.d_out.double())
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    exact = exact.detach()
+    errors = {}
+    for runner in problem.runners():
+        try:
+            with _poisoned():
+                out, lse = runner.forward()
+                found = runner.backward(out, lse) if runner.has_backward else None
+        except Exception as error:
+            print(f"FAIL {runner.name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            errors[runner.name] = float("inf")
+            continue
+        couples = [(out, exact)]
+        couples += [(found.q, q.grad), (found.k, k.grad), (found.v, v.grad)] if found else []
+        sizes = [float((got.double() - want).abs().max() / want.abs().max().clamp(min=1)) for got, want in couples]
+        errors[runner.name] = max(size if size == size else float("inf") for size in sizes)
+    return errors
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that an element that nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        out, lse = forward(problem.plan, operands)
-        found = backward(problem.plan, operands, out, lse, problem.d_out, None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that some kernel has no fixed order
+            yield
     finally:
-        torch.use_deterministic_algorithms(before)
-    couples = ((out, exact.detach()), (found.q, q.grad), (found.k, k.grad), (found.v, v.grad))
-    errors = [float((got.double() - want).abs().max() / want.abs().max().clamp(min=1)) for got, want in couples]
-    return max(error if error == error else float("inf") for error in errors)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def milliseconds(run: Callable[[], Any], seconds: float = 0.15) -> float:
@@ -197,18 +273,8 @@ def milliseconds(run: Callable[[], Any], seconds: float = 0.15) -> float:
 def matmul_peak() -> float:
     """TFLOP/s that a large bfloat16 product reaches here: the ceiling that shares are taken of."""
     n = 8192 if HAS_GPU else 64
-    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    a, b = (torch.randn(n, n, dtype=DTYPE, device=DEVICE) for _ in range(2))
     return 2 * n**3 / milliseconds(lambda: a @ b, 0.5) / 1e9
-
-
-def ours(problem: Problem) -> dict[str, Callable[[], Any]]:
-    """Forward and backward of this library."""
-    operands, plan = problem.call.operands, problem.plan
-    out, lse = forward(plan, operands)
-    return {
-        "forward": lambda: forward(plan, operands),
-        "backward": lambda: backward(plan, operands, out, lse, problem.d_out, None),
-    }
 
 
 def sdpa(problem: Problem, backend: str) -> dict[str, Callable[[], Any]]:
@@ -257,10 +323,14 @@ def flex(problem: Problem) -> dict[str, Callable[[], Any]]:
     }
 
 
-def rows_of(shape: Shape, peak: float, with_flex: bool) -> Iterator[dict[str, Any]]:
-    """Times of everybody in one configuration."""
+def rows_of(shape: Shape, peak: float, with_flex: bool, right: set[str]) -> Iterator[dict[str, Any]]:
+    """Times in one configuration of the kernels that were found right, and of torch."""
     problem = Problem.make(shape)
-    runners: dict[str, Callable[[Problem], dict[str, Any]]] = {"tilewise": ours}
+    runners: dict[str, Callable[[Problem], dict[str, Any]]] = {
+        runner.name: lambda problem, runner=runner: runner.steps()
+        for runner in problem.runners()
+        if runner.name in right and (runner.card.name != "portable" or shape.sk <= PORTABLE_LENGTH)
+    }
     if HAS_GPU:
         runners |= {name: lambda problem, name=name: sdpa(problem, name) for name in SDPA}
         runners |= {"flex": flex} if with_flex else {}
@@ -278,6 +348,7 @@ def rows_of(shape: Shape, peak: float, with_flex: bool) -> Iterator[dict[str, An
             rate = flops * (2.5 if step == "backward" else 1.0) / ms / 1e9
             yield {
                 "shape": vars(shape),
+                "kind": kind_of(problem.call.problem),
                 "who": who,
                 "step": step,
                 "ms": ms,
@@ -294,11 +365,11 @@ def compile_ahead() -> None:
         list(pool.map(lambda job: subprocess.run([*command, job[0], str(job[1])], capture_output=True), jobs))
 
 
-def checked(kind: str, d: int) -> float:
-    """The error of a kind and width at the shortest length, on a few heads."""
+def checked(kind: str, d: int) -> dict[str, float]:
+    """The errors of all kernels on a kind and width at the shortest length, on a few heads."""
     shape = next(shape for shape in shapes() if shape.kind == kind and shape.d == d)
     few = min(2, shape.batch), (8 if kind == "decode" and HAS_GPU else min(4, shape.heads))
-    return error_of(
+    return errors_of(
         Problem.make(
             replace(shape, batch=few[0], heads=few[1], kv_heads=min(few[1], 2) if kind == "decode" else few[1])
         )
@@ -306,14 +377,15 @@ def checked(kind: str, d: int) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for each configuration and step: everybody's TFLOP/s, and ours over the best other's."""
+    """A line for each configuration and step: everybody's TFLOP/s, and our best over torch's best."""
     groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if "ms" in row:
             groups.setdefault((Shape(**row["shape"]).name, row["step"]), {})[row["who"]] = row
     for (name, step), by in groups.items():
-        others = [row["tflops"] for who, row in by.items() if who != "tilewise"]
-        ratio = f"  x{by['tilewise']['tflops'] / max(others):.2f}" if others and "tilewise" in by else ""
+        others = [row["tflops"] for who, row in by.items() if who in TORCH]
+        own = [row["tflops"] for who, row in by.items() if who not in TORCH]
+        ratio = f"  x{max(own) / max(others):.2f}" if others and own else ""
         rates = "  ".join(f"{who} {row['tflops']:7.1f} ({row['ms']:.3f} ms)" for who, row in by.items())
         yield f"{name:38} {step:8}  {rates}{ratio}"
 
@@ -344,11 +416,39 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def measured_table(rows: list[dict[str, Any]], device: str, architecture: str) -> dict[str, Any]:
+    """What the planner reads: for each class of problems the rate of each of our kernels and ways."""
+    classes: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        if "ms" in row and row["who"] not in TORCH:
+            key = row["kind"], row["shape"]["d"], row["shape"]["sk"], row["step"]
+            # Several configurations of a class, windows and documents say, count as the slowest.
+            rates = classes.setdefault(key, {})
+            rates[row["who"]] = min(row["tflops"], rates.get(row["who"], float("inf")))
+    return {
+        "device": device,
+        "architecture": architecture,
+        "torch": torch.__version__,
+        "rows": [
+            {
+                "kind": kind,
+                "dtype": str(DTYPE).removeprefix("torch."),
+                "width": width,
+                "length": length,
+                "step": step,
+                "tflops": rates,
+            }
+            for (kind, width, length, step), rates in classes.items()
+        ],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("gpu.json"), help="where the results go; the picture stands beside them"
     )
+    parser.add_argument("--table", type=Path, help="where the planner's table of this device goes")
     parser.add_argument("--seconds", type=float, default=480, help="no configuration is started after this time")
     parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
     parser.add_argument("--flex", action="store_true", help="time FlexAttention too (it compiles for long)")
@@ -364,17 +464,20 @@ def main() -> None:
         compile_ahead()
         print(f"compiled in {time.time() - start:.0f} s", flush=True)
     peak = matmul_peak()
-    errors, rows = {}, []
+    errors: dict[str, dict[str, float]] = {}
+    rows: list[dict[str, Any]] = []
     for shape in shapes():
         key = f"{shape.kind} {shape.d}"
         if shape.kind not in arguments.kinds or time.time() - start > arguments.seconds:
             continue
         try:
-            errors[key] = errors[key] if key in errors else checked(shape.kind, shape.d)
-            if errors[key] > 2e-2:
-                print(f"FAIL {key}: error {errors[key]:.3g}; not timed", flush=True)
-                continue
-            found = list(rows_of(shape, peak, arguments.flex))
+            if key not in errors:
+                errors[key] = checked(shape.kind, shape.d)
+                for name, error in errors[key].items():
+                    if error > MOST_ERROR:
+                        print(f"FAIL {key} {name}: error {error:.3g}; not timed", flush=True)
+            right = {name for name, error in errors[key].items() if error <= MOST_ERROR}
+            found = list(rows_of(shape, peak, arguments.flex, right))
         except Exception as error:
             print(f"FAIL {shape.name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
@@ -389,6 +492,10 @@ def main() -> None:
         )
     )
     picture(rows, arguments.out.with_suffix(".png"))
+    if arguments.table:
+        architecture = Problem.make(next(shapes())).call.problem.architecture
+        arguments.table.write_text(json.dumps(measured_table(rows, device, architecture), indent=1))
+        print(f"{len(read(arguments.table).rows)} classes of problems -> {arguments.table}")
     print(f"{len(rows)} rows in {time.time() - start:.0f} s, matmul {peak:.0f} TFLOP/s -> {arguments.out}")
 
 

@@ -45,7 +45,7 @@ def test_every_case_is_right_in_every_peer(case, peer):
     try:
         run, values = PEERS[peer][1](small, data, "float32")
     except Exception as refusal:
-        assert peer == "onnxruntime" and type(refusal).__name__ == "Refused"
+        assert peer in ("onnxruntime", "openvino", "zentorch") and type(refusal).__name__ == "Refused"
         return
     assert measure.worst_error(small, data, values(run())) < 1e-5
 

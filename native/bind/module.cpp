@@ -61,6 +61,8 @@ tw_problem problem_of(int dtype, int threads, nb::tuple sizes, nb::tuple rows, n
     p.v = tensor_of(v);
     p.out = tensor_of(out);
     p.lse = reinterpret_cast<void *>(lse);
+    p.lse_stride_h = p.q_len;
+    p.lse_stride_b = p.q_heads * p.q_len;
     p.scale = scale;
     p.softcap = softcap;
     return p;
@@ -72,7 +74,7 @@ struct Facts {
     nb::tuple biases;
     nb::object table;
     uintptr_t sinks;
-    nb::object dropout;
+    nb::object dropout, pages, sequences;
 };
 
 void read_facts(const Facts &facts, tw_problem &p) {
@@ -127,35 +129,71 @@ void read_facts(const Facts &facts, tw_problem &p) {
         for (uint64_t *field : {&p.dropout.first, &p.dropout.stride_b, &p.dropout.stride_h, &p.dropout.stride_i, &p.dropout.stride_j})
             *field = f.next_unsigned();
     }
+    if (!facts.pages.is_none()) {
+        Fields f(facts.pages);
+        p.pages.table = f.pointer<const int32_t *>();
+        p.pages.stride_b = f.next();
+        p.pages.size = f.next();
+    }
+    if (!facts.sequences.is_none()) {
+        Fields f(facts.sequences);
+        tw_sequences &s = p.sequences;
+        for (const int64_t **array : {&s.q_begin, &s.q_len, &s.k_begin, &s.k_len, &s.table_begin}) *array = f.pointer<const int64_t *>();
+        p.lse_stride_b = f.next();
+        p.lse_stride_h = f.next();
+    }
 }
 
-// Runs with the GIL released and raises what goes wrong.
+// Whether a signal's handler raised, Ctrl-C's above all; the error stays set. Handlers run on Python's main thread alone:
+// any other learns so when it asks first, and does not disturb the GIL again.
+bool signal_raised(void *asks) {
+    if (!*static_cast<bool *>(asks)) return false;
+    nb::gil_scoped_acquire locked;
+    try { // the kernels that ask let no exception through
+        const nb::module_ threading = nb::module_::import_("threading");
+        const nb::object main = threading.attr("main_thread")().attr("ident");
+        *static_cast<bool *>(asks) = threading.attr("get_ident")().equal(main);
+    } catch (nb::python_error &error) {
+        error.restore();
+        return true;
+    }
+    return PyErr_CheckSignals() != 0;
+}
+
+// Runs with the GIL released and raises what goes wrong, or what a signal's handler raises meanwhile.
 template <class Run> void unlocked(Run run) {
     const char *message = nullptr;
     int status;
+    bool interrupted, asks = true;
     {
         nb::gil_scoped_release released;
+        tilewise::Interruptible interruptible(signal_raised, &asks);
         status = run(&message);
+        interrupted = interruptible.given_up();
     }
+    if (interrupted) throw nb::python_error();
     if (status != TW_OK) raise(status, message);
 }
 
 void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
              uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
-             nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part) {
+             nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part,
+             nb::object pages, nb::object sequences, bool row_invariant) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
     p.part = part;
-    read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout}, p);
+    p.row_invariant = row_invariant;
+    read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, pages, sequences}, p);
     unlocked([&p](const char **message) { return tw_forward(&p, message); });
 }
 
 void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
               uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
-              nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part, nb::tuple d_out,
+              nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part,
+              nb::object pages, nb::object sequences, nb::tuple d_out,
               uintptr_t d_lse, nb::tuple d_q, nb::tuple d_k, nb::tuple d_v, nb::tuple gather, bool diagonal, uintptr_t d_sinks) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
     p.part = part;
-    read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout}, p);
+    read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, pages, sequences}, p);
     tw_gradients g = {};
     g.d_out = tensor_of(d_out);
     g.d_lse = reinterpret_cast<const void *>(d_lse);
@@ -174,11 +212,21 @@ void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple
     unlocked([&](const char **message) { return tw_backward(&p, &g, message); });
 }
 
+const tw_kernel_table *found(const tw_kernel_table *table, const char *message) {
+    if (!table) throw std::runtime_error(message);
+    return table;
+}
+
 const tw_kernel_table *page() {
     const char *message = nullptr;
     const tw_kernel_table *table = tilewise::page_in_use(&message);
-    if (!table) throw std::runtime_error(message);
-    return table;
+    return found(table, message);
+}
+
+const tw_kernel_table *page_of(int dtype) {
+    const char *message = nullptr;
+    const tw_kernel_table *table = tilewise::page_for(dtype, &message);
+    return found(table, message);
 }
 
 uint32_t philox_word(uint64_t seed, uint64_t stream, uint64_t index) {
@@ -187,9 +235,10 @@ uint32_t philox_word(uint64_t seed, uint64_t stream, uint64_t index) {
     return word;
 }
 
-nb::tuple describe(int dtype, int threads, nb::tuple sizes) {
+nb::tuple describe(int dtype, int threads, nb::tuple sizes, bool row_invariant) {
     const nb::tuple nowhere = nb::make_tuple(0, 0, 0, 0);
-    const tw_problem p = problem_of(dtype, threads, sizes, nb::make_tuple(0, sizes[3]), nowhere, nowhere, nowhere, nowhere, 0, 1, 0);
+    tw_problem p = problem_of(dtype, threads, sizes, nb::make_tuple(0, sizes[3]), nowhere, nowhere, nowhere, nowhere, 0, 1, 0);
+    p.row_invariant = row_invariant;
     tw_description found;
     const char *message = nullptr;
     const int status = tw_describe(&p, &found, &message);
@@ -199,11 +248,13 @@ nb::tuple describe(int dtype, int threads, nb::tuple sizes) {
 
 nb::dict build_info() {
     nb::list compiled, supported;
+    nb::dict refused;
     int count;
     const tilewise::Page *list = tilewise::pages(&count);
     for (int i = 0; i < count; ++i) {
         compiled.append(list[i].table->name);
         if (list[i].host_runs) supported.append(list[i].table->name);
+        if (list[i].refusal) refused[list[i].table->name] = list[i].refusal;
     }
     nb::dict info;
 #if defined(__clang__)
@@ -213,6 +264,7 @@ nb::dict build_info() {
 #endif
     info["pages"] = nb::tuple(compiled);
     info["supported_pages"] = nb::tuple(supported);
+    info["refused_pages"] = refused;
     info["xla_ffi_version"] = nb::make_tuple(0, 1);
     return info;
 }
@@ -224,7 +276,7 @@ double peak_gflops(int threads, double seconds, int dtype) {
         double (*run)(int64_t steps, float *twelve);
         double seconds;
         std::vector<double> rates;
-    } probe{page()->peak_probes[dtype], seconds, {}};
+    } probe{page_of(dtype)->peak_probes[dtype], seconds, {}};
     if (threads <= 0) threads = tilewise::default_threads();
     probe.rates.assign(size_t(threads), 0.0);
     nb::gil_scoped_release unlocked;
@@ -258,18 +310,19 @@ NB_MODULE(_native, m) {
     m.doc() = "The compiled kernels of tilewise. Internal: call tilewise.attention.";
     m.def("forward", &forward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
-          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a,
+          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "pages"_a = nb::none(),
+          "sequences"_a = nb::none(), "row_invariant"_a = false,
           "One forward pass. Tuples of addresses and strides in elements, in the order of native/core/problem.h; "
           "None (0 for sinks): absent. The GIL is released.");
     m.def("backward", &backward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
-          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a,
-          "d_v"_a, "gather"_a, "diagonal"_a, "d_sinks"_a,
+          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "pages"_a = nb::none(),
+          "sequences"_a = nb::none(), "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a, "gather"_a, "diagonal"_a, "d_sinks"_a,
           "One backward pass, after the same keywords: tw_gradients of native/core/problem.h, address 0: not wanted.");
     m.def("isa", [] { return std::string(page()->name); }, "Name of the kernel page in use (TILEWISE_ISA chooses).");
-    m.def("describe", &describe, "dtype"_a, "threads"_a, "sizes"_a,
+    m.def("describe", &describe, "dtype"_a, "threads"_a, "sizes"_a, "row_invariant"_a,
           "(query rows of a tile, keys of a chunk, keys of a split or 0, bytes of workspace) of a forward pass.");
-    m.def("build_info", &build_info, "compiler, pages (compiled in, best first), supported_pages, xla_ffi_version.");
+    m.def("build_info", &build_info, "compiler, pages (compiled in, best first), supported_pages, refused_pages (name: why), xla_ffi_version.");
     m.def("num_threads", &tilewise::default_threads, "Threads a call uses where it does not say.");
     m.def("set_num_threads", &set_num_threads, "threads"_a, "Set that number for the process; 0 returns to the default.");
     m.def("peak_gflops", &peak_gflops, "threads"_a = 0, "seconds"_a = 0.05, "dtype"_a = 0,

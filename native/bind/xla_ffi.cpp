@@ -15,8 +15,9 @@
 //   64      seed              (4,) u32: the seed as (low, high), the number of the first pair as (low, high)
 // Attributes, all required: present, bias_count, layout, bits_q_offset, dropout_threshold, dropout_stream,
 //   dropout_stride_{b,h,i,j}, threads, part (i64); scale, softcap, dropout_inverse_keep (f64).
-// Results of forward: out as q with Dv for D (the accumulator's type where `part` is 1, as d_q then); lse (B,Hq,Sq), accumulator's type.
-// Backward takes the same, then out, lse, d_out (as out) and d_lse (as lse), and one more attribute, wanted (i64). Its
+// Forward has one more attribute, row_invariant (i64). Its results: out as q with Dv for D (the accumulator's type where
+// `part` is 1, as d_q then); lse (B,Hq,Sq), accumulator's type.
+// Backward takes what both take, then out, lse, d_out (as out) and d_lse (as lse), and one more attribute, wanted (i64). Its
 // results are those whose bit of `wanted` is 1, in this order; all but the first in the accumulator's type:
 //   1 d_q as q   2 d_k as k   4 d_v as v   16 d_table (B,Hq,Sq+Sk-1)   32 d_sinks (Hq,)
 //   256 << n     gradient of bias n, (b',h',i',j'), summed over the axes of size 1
@@ -287,6 +288,8 @@ int64_t read_problem(Reader &r, tw_problem &p) {
     p.batch = q->dims[0];
     p.q_heads = q->dims[heads];
     p.q_len = p.row_end = q->dims[positions];
+    p.lse_stride_h = p.q_len;
+    p.lse_stride_b = p.q_heads * p.q_len;
     p.head_dim = q->dims[3];
     p.kv_heads = k->dims[heads];
     p.k_len = k->dims[positions];
@@ -329,6 +332,7 @@ void read_forward(Reader &r, tw_problem &p) {
     const char *out = "out: expected q's dtype or, in a part, the accumulator's, (B, Hq, Sq, Dv)", *lse = "lse: expected the accumulator's type, (B, Hq, Sq)";
     const int64_t layout = read_problem(r, p);
     if (r.complaint) return;
+    p.row_invariant = r.integer("row_invariant") != 0;
     const int dtype = p.part ? accumulator_of(p) : xla_of(p.dtype);
     p.out = read_tensor(r, r.result(4, out), layout, dtype, p, p.q_heads, p.q_len, p.value_dim, out);
     p.lse = read_rows(r, r.result(3, lse), p, lse);

@@ -6,10 +6,13 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <thread>
+#include <vector>
 
 #include "core/problem_check.h"
 #include "core/scratch.h"
+#include "core/sequences.h"
 #include "core/threads.h"
 
 namespace tilewise {
@@ -134,12 +137,66 @@ int run_backward(const tw_problem &p, const tw_gradients &g, const char **messag
     return TW_OK;
 }
 
+// Sequences one by one with all threads where they are long or add to the same sums; the others, each on one thread.
+struct Sequences {
+    const tw_problem *problem;
+    const tw_gradients *gradients;
+    const int64_t *numbers; // those that run on a thread each, the longest first
+    std::atomic<int> *status;
+    std::atomic<const char *> *message;
+};
+
+int run_sequence(const tw_problem &p, const tw_gradients &g, int64_t n, int threads, const char **message) {
+    tw_problem own;
+    problem_of(p, n, own);
+    own.threads = threads;
+    return run_backward(own, gradients_of(p, g, n), message);
+}
+
+void run_alone(void *context, int64_t index, int) {
+    const Sequences &s = *static_cast<const Sequences *>(context);
+    const char *message = "";
+    const int status = run_sequence(*s.problem, *s.gradients, s.numbers[index], 1, &message);
+    if (status == TW_OK) return;
+    s.message->store(message);
+    s.status->store(status);
+}
+
+int run_sequences(const tw_problem &p, const tw_gradients &g, const char **message) {
+    const int threads = p.threads > 0 ? p.threads : default_threads();
+    const bool shared = g.sinks || g.gather_count;
+    const auto pairs = [&p](int64_t n) { return double(p.sequences.q_len[n]) * double(p.sequences.k_len[n]); };
+    double all = 0;
+    for (int64_t n = 0; n < p.batch; ++n) all += pairs(n);
+    std::vector<int64_t> small;
+    for (int64_t n = 0; n < p.batch; ++n) {
+        if (!shared && threads > 1 && pairs(n) * 4 * threads < all) {
+            small.push_back(n);
+            continue;
+        }
+        const int status = run_sequence(p, g, n, threads, message);
+        if (status != TW_OK) return status;
+    }
+    std::stable_sort(small.begin(), small.end(), [&](int64_t a, int64_t b) { return pairs(a) > pairs(b); });
+    std::atomic<int> status(TW_OK);
+    std::atomic<const char *> found(*message);
+    Sequences context{&p, &g, small.data(), &status, &found};
+    parallel_for(int64_t(small.size()), threads, run_alone, &context);
+    *message = found;
+    return status;
+}
+
 } // namespace
 } // namespace tilewise
 
 int tw_backward(const tw_problem *problem, const tw_gradients *gradients, const char **message) {
     *message = "";
     try {
+        if (problem->pages.table) {
+            *message = "pages: have no backward pass";
+            return TW_UNSUPPORTED;
+        }
+        if (problem->sequences.q_len) return tilewise::run_sequences(*problem, *gradients, message);
         return tilewise::run_backward(*problem, *gradients, message);
     } catch (...) { // only allocation can fail here
         *message = "workspace: out of memory";

@@ -2,7 +2,7 @@
 //
 // An item is up to 16 tiles of query rows of one (batch, kv head). Neither the cut nor the order changes a row's bits.
 // Where a kv head has few rows (decode), its keys are cut too, at fixed places that depend on the sizes of the problem
-// alone, and the pieces are merged in key order.
+// alone, and the pieces are merged in key order. Where rows must not depend on their number, every item sums so.
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -10,12 +10,12 @@
 
 #include "core/problem_check.h"
 #include "core/scratch.h"
+#include "core/sequences.h"
 #include "core/threads.h"
 
 namespace tilewise {
 namespace {
 
-constexpr int64_t split_keys = 1024;      // keys of a split: a multiple of the kernels' chunk
 constexpr int64_t split_rows_at_most = 64; // more rows than this fill the threads without splits
 
 // Bytes for the tiles of an item, whose state should stay in a second-level cache beside a chunk of keys. How many tiles
@@ -34,9 +34,9 @@ size_t tiles_bytes() {
 struct Call {
     const tw_problem *problem;
     const tw_kernels *kernels;
-    tw_item *items;
-    int64_t tiles, splits;
-    size_t scratch_bytes; // of a worker
+    tw_item *items, *merges; // merges: the first split of each (batch, kv head) whose keys are split
+    int64_t tiles;           // of an item at most
+    size_t scratch_bytes;    // of a worker
     char *scratch;
 };
 
@@ -54,40 +54,54 @@ int64_t keys_of_row(const tw_problem &p, int64_t b, int64_t h, int64_t i) {
 
 void run_item(void *context, int64_t index, int worker) {
     const Call &call = *static_cast<const Call *>(context);
-    call.kernels->forward(call.problem, call.items + index, call.tiles, call.scratch + size_t(worker) * call.scratch_bytes);
+    const tw_item &item = call.items[index];
+    tw_problem own;
+    call.kernels->forward(&problem_of(*call.problem, item.number, own), &item, call.tiles,
+                          call.scratch + size_t(worker) * call.scratch_bytes);
 }
 
 void merge_item(void *context, int64_t index, int) {
     const Call &call = *static_cast<const Call *>(context);
-    const tw_item *first = call.items + index * call.splits;
-    call.kernels->merge(call.problem, first, first->partial, call.splits);
+    const tw_item &first = call.merges[index];
+    tw_problem own;
+    call.kernels->merge(&problem_of(*call.problem, first.number, own), &first, first.partial, first.splits);
 }
 
-// How a call is cut, and the memory that takes.
+// Tiles that hold all query rows of all problems.
+int64_t tiles_of(const tw_problem &p, const tw_kernels &kernels) {
+    if (!p.q_heads || !p.kv_heads) return 0;
+    int64_t tiles = 0;
+    tw_problem own;
+    for (int64_t n = 0; n < problems_in(p); ++n) {
+        const tw_problem &one = problem_of(p, n, own);
+        const int64_t rows = one.q_heads / one.kv_heads * (one.row_end - one.row_begin);
+        tiles += one.batch * one.kv_heads * ((rows + kernels.tile_rows - 1) / kernels.tile_rows);
+    }
+    return tiles;
+}
+
+// How a problem is cut. The cut into splits depends on its own sizes alone; that into items changes no bit.
 struct Cut {
     int64_t rows = 0, heads = 0, group = 1, tiles = 0, splits = 1, rows_per_item = 0, cuts = 0, count = 0;
-    int threads = 1;
-    size_t items_bytes = 0, scratch_bytes = 0, partial_bytes = 0; // of all items; of a worker; of one split
-    bool empty() const { return count == 0; }
-    size_t bytes() const {
-        return items_bytes + scratch_bytes * size_t(threads) + partial_bytes * size_t(heads * splits);
-    }
+    double operations = 0;
+    size_t partial_bytes = 0; // of one split
+    bool split() const { return splits > 1; }
 };
 
-Cut cut_of(const tw_problem &p, const tw_kernels &kernels) {
+// `tiles_in_call`: those of all problems of the call, which `threads` threads share.
+Cut cut_of(const tw_problem &p, const tw_kernels &kernels, int64_t tiles_in_call, int threads) {
     Cut c;
     const int64_t per_head = p.row_end - p.row_begin;
     c.heads = p.batch * p.kv_heads;
     if (!c.heads || !p.q_heads || !per_head) return c;
     c.group = p.q_heads / p.kv_heads;
     c.rows = c.group * per_head;
-    c.threads = p.threads > 0 ? p.threads : default_threads();
 
     // As many tiles as fit the cache, fewer where that leaves threads without work.
     const int64_t tiles_in_all = (c.rows + kernels.tile_rows - 1) / kernels.tile_rows;
     const size_t tile_bytes = std::max<size_t>(1, kernels.scratch_bytes(&p, 2) - kernels.scratch_bytes(&p, 1));
     c.tiles = std::clamp<int64_t>(int64_t(tiles_bytes() / tile_bytes), 1, most_tiles_of_item);
-    c.tiles = std::min(c.tiles, std::max<int64_t>(1, c.heads * tiles_in_all / (4 * int64_t(c.threads))));
+    c.tiles = std::min(c.tiles, std::max<int64_t>(1, tiles_in_call / (4 * int64_t(threads))));
     c.tiles = std::min(c.tiles, tiles_in_all);
 
     const bool split = c.group * p.q_len <= split_rows_at_most && p.k_len > split_keys;
@@ -100,14 +114,58 @@ Cut cut_of(const tw_problem &p, const tw_kernels &kernels) {
     c.count = c.heads * c.cuts * c.splits;
 
     const double pairs = double(c.heads) * double(c.rows) * double(p.k_len);
-    const double operations = 2.0 * pairs * double(p.head_dim + p.value_dim);
-    if (operations < serial_operations) c.threads = 1;
-    c.threads = int(std::min<int64_t>(c.threads, c.count));
-
-    c.items_bytes = (size_t(c.count) * sizeof(tw_item) + 63) / 64 * 64;
-    c.scratch_bytes = (kernels.scratch_bytes(&p, c.tiles) + 127) / 128 * 128;
+    c.operations = 2.0 * pairs * double(p.head_dim + p.value_dim);
     c.partial_bytes = split ? size_t(c.rows) * size_t(p.value_dim + 3) * (p.dtype == TW_FLOAT64 ? 8 : 4) : 0;
     return c;
+}
+
+// The cuts of all problems of a call together, and the memory they take.
+struct Whole {
+    int64_t tiles_in_call = 0, tiles = 0, count = 0, merges = 0;
+    int threads_asked = 1, threads = 1;
+    size_t scratch_bytes = 0, partials = 0; // of a worker; of all splits
+    size_t items_bytes() const { return (size_t(count + merges) * sizeof(tw_item) + 63) / 64 * 64; }
+    size_t bytes() const { return items_bytes() + scratch_bytes * size_t(threads) + partials; }
+};
+
+Whole whole_of(const tw_problem &p, const tw_kernels &kernels) {
+    Whole w;
+    w.threads_asked = p.threads > 0 ? p.threads : default_threads();
+    w.tiles_in_call = tiles_of(p, kernels);
+    double operations = 0;
+    tw_problem own;
+    for (int64_t n = 0; n < problems_in(p); ++n) {
+        const Cut c = cut_of(problem_of(p, n, own), kernels, w.tiles_in_call, w.threads_asked);
+        w.tiles = std::max(w.tiles, c.tiles);
+        w.count += c.count;
+        w.merges += c.split() ? c.heads : 0;
+        w.partials += c.partial_bytes * size_t(c.heads * c.splits);
+        operations += c.operations;
+    }
+    for (int64_t n = 0; n < problems_in(p) && w.tiles; ++n) // for the tiles of any item, with the sizes of each
+        w.scratch_bytes = std::max(w.scratch_bytes, (kernels.scratch_bytes(&problem_of(p, n, own), w.tiles) + 127) / 128 * 128);
+    w.threads = operations < serial_operations ? 1 : int(std::min<int64_t>(w.threads_asked, w.count));
+    return w;
+}
+
+// Appends the items of problem number n to `item` and what has to be merged to `merge`; partial states lie at `partial`.
+void add_items(const tw_problem &p, const Cut &cut, int64_t n, tw_item *&item, tw_item *&merge, char *&partial) {
+    const int64_t per_head = p.row_end - p.row_begin;
+    for (int64_t head = 0; head < cut.heads; ++head)
+        for (int64_t c = 0; c < cut.cuts; ++c)
+            for (int64_t s = 0; s < cut.splits; ++s, ++item) {
+                const int64_t b = head / p.kv_heads, kv_head = head % p.kv_heads;
+                const int64_t begin = c * cut.rows_per_item, end = std::min(cut.rows, begin + cut.rows_per_item);
+                const int64_t h = kv_head * cut.group + begin / per_head;
+                const int64_t key_end = cut.split() ? std::min(p.k_len, (s + 1) * split_keys) : p.k_len;
+                *item = {b, kv_head, begin, end, s * split_keys, key_end, 0, cut.split() ? partial : nullptr, n, cut.splits};
+                partial += cut.partial_bytes;
+                const int64_t last = kv_head * cut.group + (end - 1) / per_head;
+                item->cost = double(end - begin) *
+                             double(std::min(key_end - item->key_begin, keys_of_row(p, b, h, p.row_begin + begin % per_head)) +
+                                    std::min(key_end - item->key_begin, keys_of_row(p, b, last, p.row_begin + (end - 1) % per_head)));
+                if (cut.split() && s == 0) *merge++ = *item;
+            }
 }
 
 } // namespace
@@ -116,40 +174,30 @@ int run_forward(const tw_problem &p, const char **message) {
     int status;
     const tw_kernels *kernels = kernels_for(p, &status, message);
     if (!kernels) return status;
-    const Cut cut = cut_of(p, *kernels);
-    if (cut.empty()) return TW_OK;
-    Scratch memory(cut.bytes());
+    const Whole whole = whole_of(p, *kernels);
+    if (!whole.count) return TW_OK;
+    Scratch memory(whole.bytes());
     if (!memory.memory()) {
         *message = "workspace: out of memory";
         return TW_OUT_OF_MEMORY;
     }
-    Call call{&p, kernels, static_cast<tw_item *>(memory.memory()), cut.tiles, cut.splits, cut.scratch_bytes,
-              static_cast<char *>(memory.memory()) + cut.items_bytes};
-    char *partial = call.scratch + cut.scratch_bytes * size_t(cut.threads);
-    const bool split = cut.splits > 1;
-    const int64_t per_head = p.row_end - p.row_begin;
+    tw_item *items = static_cast<tw_item *>(memory.memory());
+    char *scratch = static_cast<char *>(memory.memory()) + whole.items_bytes();
+    Call call{&p, kernels, items, items + whole.count, whole.tiles, whole.scratch_bytes, scratch};
 
-    tw_item *item = call.items;
-    for (int64_t head = 0; head < cut.heads; ++head)
-        for (int64_t c = 0; c < cut.cuts; ++c)
-            for (int64_t s = 0; s < cut.splits; ++s, ++item) {
-                const int64_t b = head / p.kv_heads, kv_head = head % p.kv_heads;
-                const int64_t begin = c * cut.rows_per_item, end = std::min(cut.rows, begin + cut.rows_per_item);
-                const int64_t h = kv_head * cut.group + begin / per_head;
-                const int64_t key_end = split ? std::min(p.k_len, (s + 1) * split_keys) : p.k_len;
-                *item = {b, kv_head, begin, end, s * split_keys, key_end, 0,
-                         split ? partial + size_t(item - call.items) * cut.partial_bytes : nullptr};
-                const int64_t last = kv_head * cut.group + (end - 1) / per_head;
-                item->cost = double(end - begin) *
-                             double(keys_of_row(p, b, h, p.row_begin + begin % per_head) +
-                                    keys_of_row(p, b, last, p.row_begin + (end - 1) % per_head));
-            }
-    // The longest first, so that no thread is left with a long one at the end. Splits stay in key order.
-    if (p.ranges.count && !split && cut.threads > 1)
+    tw_item *item = call.items, *merge = call.merges;
+    char *partial = scratch + whole.scratch_bytes * size_t(whole.threads);
+    tw_problem own;
+    for (int64_t n = 0; n < problems_in(p); ++n) {
+        const tw_problem &one = problem_of(p, n, own);
+        add_items(one, cut_of(one, *kernels, whole.tiles_in_call, whole.threads_asked), n, item, merge, partial);
+    }
+    // The longest first, so that no thread is left with a long one at the end.
+    if ((p.ranges.count || p.sequences.q_len) && whole.threads > 1)
         std::stable_sort(call.items, item, [](const tw_item &a, const tw_item &b) { return a.cost > b.cost; });
 
-    parallel_for(cut.count, cut.threads, run_item, &call);
-    if (split) parallel_for(cut.heads, cut.threads, merge_item, &call);
+    parallel_for(whole.count, whole.threads, run_item, &call);
+    if (whole.merges) parallel_for(whole.merges, whole.threads, merge_item, &call);
     return TW_OK;
 }
 
@@ -170,8 +218,8 @@ int tw_describe(const tw_problem *problem, tw_description *description, const ch
     int status;
     const tw_kernels *kernels = tilewise::kernels_for(*problem, &status, message);
     if (!kernels) return status;
-    const tilewise::Cut cut = tilewise::cut_of(*problem, *kernels);
-    const int64_t split_keys = cut.splits > 1 ? tilewise::split_keys : 0;
-    *description = {kernels->tile_rows, kernels->chunk_keys, split_keys, int64_t(cut.bytes())};
+    const tilewise::Whole whole = tilewise::whole_of(*problem, *kernels);
+    const bool split = whole.merges || (problem->row_invariant && problem->k_len > split_keys);
+    *description = {kernels->tile_rows, kernels->chunk_keys, split ? split_keys : 0, int64_t(whole.count ? whole.bytes() : 0)};
     return TW_OK;
 }

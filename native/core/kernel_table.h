@@ -5,7 +5,8 @@
 
 extern "C" {
 
-enum { most_tiles_of_item = 16 };
+// split_keys: keys of a split, whose states are joined in key order; a multiple of the kernels' chunk.
+enum { most_tiles_of_item = 16, split_keys = 1024 };
 
 // A piece of work: query rows [row_begin, row_end) of one (batch, kv head), against keys [key_begin, key_end).
 // Rows count through the kv head's whole group of query heads: row = g * (problem rows) + (i - problem.row_begin).
@@ -15,6 +16,8 @@ struct tw_item {
     // Where not NULL, the unnormalised state goes here instead of to out and lse: for each row, accumulator's type,
     // value_dim sums, then the reference exponent (log2), the denominator, and whether any key was seen (0 or 1).
     void *partial;
+    // For the caller alone: which of its problems this belongs to, and how many splits of the keys there are.
+    int64_t number, splits;
 };
 
 // A segment of the keys of one (batch, kv head), for the backward pass: all its tiles in order, against these keys.
@@ -26,7 +29,11 @@ struct tw_segment {
     void (*rest)(int tries); // called while waiting for a segment before this one
 };
 
-// The kernels of one element type.
+// Whether the call that this thread works for was given up: then a kernel leaves off, and what it wrote is of no use.
+// Kernels that may run for a tenth of a second ask it now and then; most often it costs reading a clock.
+int tw_given_up(void);
+
+// The kernels of one element type; none, where a page leaves it to the next one.
 struct tw_kernels {
     int64_t tile_rows, chunk_keys; // query rows of one tile, and keys that all tiles of an item use before the next
     size_t (*scratch_bytes)(const tw_problem *, int64_t tiles);
@@ -53,5 +60,6 @@ struct tw_kernel_table {
     void (*philox)(uint64_t seed, uint64_t stream, const uint64_t *index, int count, uint32_t *words);
 };
 
-extern const tw_kernel_table tw_page_scalar, tw_page_avx2, tw_page_avx512, tw_page_avx512_bf16;
+extern const tw_kernel_table tw_page_scalar, tw_page_avx2, tw_page_avx512, tw_page_avx512_bf16, tw_page_amx_bf16;
+extern const tw_kernel_table tw_page_neon, tw_page_neon_bf16;
 }

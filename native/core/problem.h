@@ -1,7 +1,7 @@
 // One attention call as plain data: what every kernel page reads, and nothing of Python.
 //
 // Shapes: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), out (B, Hq, Sq, Dv), lse (B, Hq, Sq).
-// Strides are in elements; the last axis of q, k, v and out has stride 1, lse is contiguous.
+// Strides are in elements; the last axis of q, k, v and out has stride 1, as has that of lse.
 // "Accumulator" is float, or double where the elements are double.
 #pragma once
 
@@ -74,6 +74,23 @@ struct tw_dropout {
     uint64_t first, stride_b, stride_h, stride_i, stride_j;
 };
 
+// Keys and values in pages of `size` rows: key j of batch row b is row j % size of page table[b * stride_b + j / size], and
+// stride_b of k and v is that of pages. Entries beyond a row's keys are not read. table = NULL: k and v are plain arrays.
+struct tw_pages {
+    const int32_t *table;
+    int64_t stride_b, size;
+};
+
+// Batch rows of different lengths, in arrays that hold them one after another. Batch row n is the problem of q_len[n]
+// queries and k_len[n] keys that begin q_begin[n] and k_begin[n] rows into theirs (so do out, lse, ranges and
+// gradients), whose table begins at its element table_begin[n], and whose dropout has the stream n * 2^32 further on.
+// Other facts stand at n times their stride_b, in the row's own coordinates. The problem's q_len and k_len are at least
+// the longest, row_begin and row_end say nothing, and there are no tile bits. (batch,) each; q_len = NULL: none;
+// k_begin, table_begin = NULL: zeros.
+struct tw_sequences {
+    const int64_t *q_begin, *q_len, *k_begin, *k_len, *table_begin;
+};
+
 // A pair is visible iff ranges, labels, dense mask and tile bits all say so and no bias is -inf there.
 struct tw_problem {
     int32_t dtype, threads; // tw_dtype; threads <= 0: the default
@@ -81,7 +98,8 @@ struct tw_problem {
     int64_t batch, q_heads, kv_heads, q_len, k_len, head_dim, value_dim;
     int64_t row_begin, row_end; // only these query rows are computed and written; 0 and q_len: all
     tw_tensor q, k, v, out;
-    void *lse; // (B, Hq, Sq) in the accumulator's type
+    void *lse; // (B, Hq, Sq) in the accumulator's type, with these strides over B and Hq
+    int64_t lse_stride_b, lse_stride_h;
     double scale, softcap; // softcap 0: none
     tw_ranges ranges;
     tw_labels labels;
@@ -92,6 +110,11 @@ struct tw_problem {
     tw_table table;
     const void *sinks; // (Hq,) in the accumulator's type, or NULL
     tw_dropout dropout;
+    tw_pages pages; // forward only
+    tw_sequences sequences;
+    // Whether a row of out and lse has the same bits however many rows are computed together: the forward pass then sums
+    // in one order for any number of rows, slower where they are few.
+    int32_t row_invariant;
 };
 
 // Computes out and lse. Returns a tw_status; on failure *message points to static text that begins with the argument.
@@ -117,9 +140,9 @@ struct tw_gradients {
 };
 int tw_backward(const tw_problem *problem, const tw_gradients *gradients, const char **message);
 
-// How tw_forward would run a problem, of which it reads sizes, dtype and threads alone.
+// How tw_forward would run a problem, of which it reads sizes, dtype, threads and row_invariant alone.
 struct tw_description {
-    int64_t tile_rows, chunk_keys, split_keys; // keys of a split; 0: the keys are not split
+    int64_t tile_rows, chunk_keys, split_keys; // keys that are summed apart, then joined; 0: all are summed together
     int64_t workspace;                         // bytes
 };
 int tw_describe(const tw_problem *problem, tw_description *description, const char **message);

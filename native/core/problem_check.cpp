@@ -19,6 +19,8 @@ const char *fault(const tw_problem &p) {
         if (p.bias[t].dtype < 0 || p.bias[t].dtype >= TW_DTYPES) return "bias: unknown dtype code";
     if (p.bits.index && (p.bits.q_offset % TW_BIT_TILE || p.bits.q_offset > p.row_begin))
         return "bits: q_offset must be a multiple of 64 at or before row_begin";
+    if (p.pages.table && p.pages.size < 1) return "pages: a page must hold at least 1 row";
+    if (p.sequences.q_len && p.bits.index) return "bits: unknown to sequences";
     return nullptr;
 }
 
@@ -28,7 +30,7 @@ const tw_kernels *kernels_for(const tw_problem &p, int *status, const char **mes
     *status = TW_INVALID;
     if ((*message = fault(p))) return nullptr;
     *status = TW_UNSUPPORTED;
-    const tw_kernel_table *table = page_in_use(message);
+    const tw_kernel_table *table = page_for(p.dtype, message);
     return table ? &table->kernels[p.dtype] : nullptr;
 }
 

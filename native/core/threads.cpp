@@ -1,5 +1,7 @@
 #include "core/threads.h"
 
+#include "core/kernel_table.h"
+
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
@@ -22,6 +24,10 @@ namespace {
 
 constexpr int spins = 2000; // about 20 microseconds: longer than the gap between two calls of one layer
 constexpr int most_workers = 1023;
+constexpr std::chrono::milliseconds between_questions(100);
+
+thread_local Interruptible *interruptible = nullptr; // whose work this thread does
+thread_local bool owns_region = false;               // has the pool; what it starts meanwhile runs on it alone
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -63,9 +69,11 @@ struct Pool {
     int workers = 0, invited = 0;
     Task task = nullptr;
     void *context = nullptr;
+    Interruptible *caller = nullptr;
 
     void run(int worker) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i, worker);
+        for (int64_t i; !tw_given_up() && (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+            task(context, i, worker);
     }
 
     void work(int number) {
@@ -79,7 +87,11 @@ struct Pool {
             }
             seen = epoch.load(std::memory_order_acquire);
             inside.fetch_add(1); // before asking whether the region is open: the caller closes it, then counts
-            if (open.load() && number <= invited) run(number);
+            if (open.load() && number <= invited) {
+                interruptible = caller;
+                run(number);
+                interruptible = nullptr;
+            }
             inside.fetch_sub(1);
         }
     }
@@ -159,11 +171,11 @@ int processors() {
 
 void parallel_for(int64_t count, int threads, Task task, void *context) {
     DefaultMode mode;
-    Pool *shared = threads > 1 && count > 1 ? pool() : nullptr;
+    Pool *shared = threads > 1 && count > 1 && !owns_region ? pool() : nullptr;
     std::unique_lock<std::mutex> lock;
     if (shared) lock = std::unique_lock<std::mutex>(shared->owner, std::try_to_lock);
     if (!lock.owns_lock()) {
-        for (int64_t i = 0; i < count; ++i) task(context, i, 0);
+        for (int64_t i = 0; i < count && !tw_given_up(); ++i) task(context, i, 0);
         return;
     }
     int64_t helpers = threads - 1 < count - 1 ? threads - 1 : count - 1;
@@ -171,9 +183,11 @@ void parallel_for(int64_t count, int threads, Task task, void *context) {
     shared->task = task;
     shared->context = context;
     shared->count = count;
+    shared->caller = interruptible;
     shared->invited = int(helpers);
     shared->next.store(0, std::memory_order_relaxed);
     shared->open.store(true);
+    owns_region = true;
     {
         std::lock_guard<std::mutex> sleepers(shared->sleep);
         shared->epoch.fetch_add(1, std::memory_order_release);
@@ -181,7 +195,27 @@ void parallel_for(int64_t count, int threads, Task task, void *context) {
     shared->wake.notify_all();
     shared->run(0);
     shared->open.store(false);
-    for (int i = 0; shared->inside.load() != 0; ++i) i < spins ? pause_briefly() : std::this_thread::yield();
+    for (int i = 0; shared->inside.load() != 0; ++i) {
+        i < spins ? pause_briefly() : std::this_thread::yield();
+        tw_given_up(); // the workers' last tasks may be long ones
+    }
+    owns_region = false;
+}
+
+Interruptible::Interruptible(Wanted wanted, void *context)
+    : wanted_(wanted), context_(context), before_(interruptible), owner_(std::this_thread::get_id()),
+      next_(std::chrono::steady_clock::now() + between_questions) {
+    interruptible = this;
+}
+
+Interruptible::~Interruptible() { interruptible = before_; }
+
+bool Interruptible::given_up() {
+    if (given_up_.load(std::memory_order_relaxed)) return true;
+    if (std::this_thread::get_id() != owner_ || std::chrono::steady_clock::now() < next_) return false;
+    if (wanted_(context_)) given_up_.store(true, std::memory_order_relaxed);
+    next_ = std::chrono::steady_clock::now() + between_questions;
+    return given_up_.load(std::memory_order_relaxed);
 }
 
 int default_threads() {
@@ -195,3 +229,5 @@ int default_threads() {
 void set_default_threads(int threads) { chosen_threads.store(threads); }
 
 } // namespace tilewise
+
+int tw_given_up() { return tilewise::interruptible && tilewise::interruptible->given_up(); }

@@ -3,13 +3,38 @@
 
 #include <stdint.h>
 
+#include <atomic>
+#include <chrono>
+#include <thread>
+
 namespace tilewise {
 
 // Runs task(context, index, worker) for every index in [0, count) on at most `threads` threads, the caller among them;
 // worker is in [0, threads). Indices are taken in order, each by whoever is free. Where another caller holds the pool,
-// or threads is 1, all run here. Tasks must not throw.
+// or threads is 1, all run here. Tasks must not throw. Once the call is given up (Interruptible), no index is taken.
 using Task = void (*)(void *context, int64_t index, int worker);
 void parallel_for(int64_t count, int threads, Task task, void *context);
+
+// While this lives, the work of the thread that made it can be given up. That thread asks `wanted` every tenth of a second
+// or so while it works or waits; from the first true on, parallel_for takes no index more, and tw_given_up
+// (kernel_table.h), which long tasks ask, is true on every thread of the work. What was computed by then is of no use.
+class Interruptible {
+  public:
+    using Wanted = bool (*)(void *context); // may itself start work, with an Interruptible of its own
+    Interruptible(Wanted wanted, void *context);
+    ~Interruptible();
+    Interruptible(const Interruptible &) = delete;
+    Interruptible &operator=(const Interruptible &) = delete;
+    bool given_up(); // asks, where it is time and the thread its own
+
+  private:
+    const Wanted wanted_;
+    void *const context_;
+    Interruptible *const before_; // of the same thread
+    const std::thread::id owner_;
+    std::chrono::steady_clock::time_point next_;
+    std::atomic<bool> given_up_{false};
+};
 
 // set_num_threads, else TILEWISE_NUM_THREADS, else OMP_NUM_THREADS, else the processors this process may use
 // (affinity and cgroup quota).

@@ -3,7 +3,7 @@
 
 // Units and accumulators of a record, which take the same space.
 template <class M> TW_INLINE size_t record_numbers(const tw_problem &p) {
-    return size_t(units_of<M>(p.head_dim) + units_of<M>(p.value_dim) + p.head_dim) * size_t(tile_rows<sum_of<M>>);
+    return size_t(unit_rows<M>(p.head_dim) + unit_rows<M>(p.value_dim) + sum_rows<M>(p.head_dim)) * size_t(tile_rows<sum_of<M>>);
 }
 template <class M> static size_t record_bytes(const tw_problem *p) {
     return rounded(sizeof(Tile<M>)) + rounded(record_numbers<M>(*p) * sizeof(sum_of<M>));
@@ -11,7 +11,7 @@ template <class M> static size_t record_bytes(const tw_problem *p) {
 
 // The gradients of the output in a record.
 template <class M> TW_INLINE unit_of<M> *d_out_of(const tw_problem &p, const Tile<M> &tile) {
-    return tile.query + units_of<M>(p.head_dim) * tile_rows<sum_of<M>>;
+    return tile.query + unit_rows<M>(p.head_dim) * tile_rows<sum_of<M>>;
 }
 
 template <class T, class M>
@@ -23,14 +23,14 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
     Tile<M> &tile = *static_cast<Tile<M> *>(record);
     tile.query = reinterpret_cast<unit_of<M> *>(static_cast<char *>(record) + rounded(sizeof(Tile<M>)));
     unit_of<M> *d_out = d_out_of(p, tile);
-    tile.out = reinterpret_cast<A *>(d_out + units_of<M>(p.value_dim) * tile_rows<A>);
+    tile.out = reinterpret_cast<A *>(d_out + unit_rows<M>(p.value_dim) * tile_rows<A>);
     const int64_t row = number * tile_rows<A>, left = rows_in_call(p) - row;
     const tw_item item = {b, kv_head, 0, 0, 0, p.k_len, 0, nullptr};
     fill_tile<T>(p, item, row, left < tile_rows<A> ? left : tile_rows<A>, tile);
-    __builtin_memset(tile.out, 0, size_t(p.head_dim * tile.width) * sizeof(A));
+    __builtin_memset(tile.out, 0, size_t(sum_rows<M>(p.head_dim) * tile.width) * sizeof(A));
     const T *rows[most_lanes];
     for (int l = 0; l < tile.width; ++l) {
-        const int64_t h = tile.h[l], i = tile.i[l], at = (b * p.q_heads + h) * p.q_len + i;
+        const int64_t h = tile.h[l], i = tile.i[l], at = lse_at(p, b, h, i);
         const T *own = rows[l] = tensor_row<const T>(gradients->d_out, b, h, i);
         const T *out = tensor_row<const T>(p.out, b, h, i);
         vec<A> products = {};
@@ -77,6 +77,9 @@ template <class M> static void close_sinks(const tw_problem *problem, const tw_g
     for (int l = 0; l < tile.rows; ++l) to[tile.h[l]] += terms[l];
 }
 
+// Where a segment is longer than this, a tile asks on its way through it too whether the call was given up.
+constexpr int64_t asking_keys = 4096;
+
 // Places for the scores of a block of keys with a tile, spare ones included.
 template <class M> constexpr int64_t score_places = int64_t(block_keys + TW_GROUP_KEYS) * tile_rows<sum_of<M>>;
 
@@ -116,6 +119,7 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
     const tw_gradients &g = *gradients;
     using A = sum_of<M>;
     using U = unit_of<M>;
+    const Registers<M> registers;
     Slopes<M> s;
     s.problem = problem;
     s.gradients = gradients;
@@ -173,10 +177,17 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
         const U *d_out = d_out_of(p, tile);
         // What a tile gathers, its segments add in the order of keys.
         const uint64_t before = (uint64_t(1) << segment->number) - 1;
-        for (int tries = 0; (__atomic_load_n(segment->done + t, __ATOMIC_ACQUIRE) & before) != before; ++tries)
+        for (int tries = 0;; ++tries) {
+            if (tw_given_up()) return; // and so did, perhaps, the segment that this one waits for
+            if ((__atomic_load_n(segment->done + t, __ATOMIC_ACQUIRE) & before) == before) break;
             segment->rest(tries);
+        }
         int64_t key = next_key(tile, s.first, s.last + 1);
-        if (key <= s.last)
+        if (key <= s.last) {
+            if (M::tiled && tile.rows < tile_rows<A>) { // rows that do not exist are multiplied too
+                __builtin_memset(s.q_rows, 0, size_t(units_of<M>(tile_rows<A>) * s.head_width) * sizeof(U));
+                __builtin_memset(s.d_out_rows, 0, size_t(units_of<M>(tile_rows<A>) * s.value_width) * sizeof(U));
+            }
             for (int l = 0; l < tile.rows; l += M::numbers) {
                 const T *q[M::numbers] = {}, *d_out_row[M::numbers] = {};
                 for (int n = 0; n < M::numbers && l + n < tile.rows; ++n) {
@@ -186,9 +197,11 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
                 write_across<M>(q, p.head_dim, s.q_rows + l / M::numbers * s.head_width);
                 write_across<M>(d_out_row, p.value_dim, s.d_out_rows + l / M::numbers * s.value_width);
             }
+        }
         while (key <= s.last) {
+            if (key % asking_keys == 0 && tw_given_up()) return;
             const int64_t stop = key + block_keys <= s.last ? key + block_keys : s.last + 1;
-            if (tile.width == lanes<A>)
+            if (!M::tiled && tile.width == lanes<A>)
                 slope_block<M, 1>(s, tile, d_out, key, int(stop - key));
             else
                 slope_block<M, TW_TILE_VECTORS>(s, tile, d_out, key, int(stop - key));

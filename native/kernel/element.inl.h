@@ -23,6 +23,8 @@ TW_INLINE vec<float> widen(const half *p) {
     return (vf)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
 #elif defined(__F16C__)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#elif defined(__ARM_NEON)
+    return (vf)vcvt_f32_f16((float16x4_t)vld1_u16(reinterpret_cast<const uint16_t *>(p)));
 #else
     // The exponent is rebased by a multiplication, which also makes denormals right.
     const vu32 bits = __builtin_convertvector(*reinterpret_cast<const vu16 *>(p), vu32);
@@ -48,6 +50,8 @@ TW_INLINE void narrow(half *p, vec<float> x) {
                         _mm512_maskz_cvtps_ph(0xFFFF, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON)
+    vst1_u16(reinterpret_cast<uint16_t *>(p), (uint16x4_t)vcvt_f16_f32((float32x4_t)x));
 #else
     const vu32 sign = (vu32)x >> 16 & 0x8000u, size = (vu32)x & 0x7FFFFFFFu;
     const vu32 rebased = size - 0x38000000u;
@@ -92,10 +96,11 @@ template <class T, class A> TW_INLINE void widen_row(const T *from, int64_t n, A
     if (d < n) store(to + d, widen_first(from + d, int(n - d)));
 }
 
-// n numbers times `factor`, rounded once, as a row at `to`.
+// n numbers times `factor`, rounded once, as a row at `to`. Both here and in lanes_to_rows 0 is added: a sum that was
+// rescaled to -0 becomes 0 or stays -0 as unseen keys are multiplied or skipped, which no row's bits may depend on.
 template <class T, class A> TW_INLINE void narrow_row(const A *from, A factor, int64_t n, T *to) {
     constexpr int W = lanes<A>;
     int64_t d = 0;
-    for (; d + W <= n; d += W) narrow(to + d, load(from + d) * factor);
-    if (d < n) narrow_first(to + d, widen_first(from + d, int(n - d)) * factor, int(n - d));
+    for (; d + W <= n; d += W) narrow(to + d, load(from + d) * factor + A(0));
+    if (d < n) narrow_first(to + d, widen_first(from + d, int(n - d)) * factor + A(0), int(n - d));
 }

@@ -26,24 +26,40 @@ template <class T, class M> TW_INLINE void enter_chunk(Sweep<M> &s, int64_t key)
     s.chunk = key;
     s.fetched = 0;
     if constexpr (sizeof(T) == sizeof(unit_of<M>)) {
+        if (s.fetch) return;
         s.keys = tensor_row<const T>(p.k, s.batch, s.kv_head, key);
         s.values = tensor_row<const T>(p.v, s.batch, s.kv_head, key);
     }
 }
 
+// Rows of keys or values as units across the keys, in the order that products over keys want.
+template <class M, class T>
+TW_INLINE void keys_across_units(Rows<T> from, int64_t count, int64_t n, unit_of<M> *to, int64_t to_stride) {
+    if constexpr (M::tiled)
+        columns_to_tiles(from, count, n, to);
+    else
+        rows_across_units<M>(from, count, n, to, to_stride);
+}
+
 template <class T, class M> static void fetch_block(Sweep<M> &s, int64_t key, int n) {
     const tw_problem &p = *s.problem;
     const int64_t first = key - s.chunk;
-    const T *k = tensor_row<const T>(p.k, s.batch, s.kv_head, key), *v = tensor_row<const T>(p.v, s.batch, s.kv_head, key);
-    rows_in_units<M>(k, p.k.stride_s, n, p.head_dim, s.fetched_keys + first * s.key_stride, s.key_stride);
-    rows_across_units<M>(v, p.v.stride_s, n, p.value_dim, s.fetched_values + first / M::numbers * s.value_stride,
-                         s.value_stride);
+    const T *each[block_keys];
+    rows_in_units<M>(key_rows(p, p.k, s.batch, s.kv_head, key, n, each), n, p.head_dim,
+                     s.fetched_keys + first * s.key_stride, s.key_stride);
+    keys_across_units<M>(key_rows(p, p.v, s.batch, s.kv_head, key, n, each), n, p.value_dim,
+                         s.fetched_values + first / M::numbers * s.value_stride, s.value_stride);
     s.fetched |= 1u << first / block_keys;
+}
+
+// Whether rows have to be copied: their elements are no units, or a chunk of them may lie in several pages.
+template <class T, class M> TW_INLINE bool copies(const tw_problem &p) {
+    return sizeof(T) != sizeof(unit_of<M>) || p.pages.table;
 }
 
 // Units of a chunk's copy.
 template <class T, class M> TW_INLINE int64_t fetched_units(const tw_problem &p) {
-    if (sizeof(T) == sizeof(unit_of<M>)) return 0;
+    if (!copies<T, M>(p)) return 0;
     return chunk_keys * padded_units<M>(p.head_dim) + chunk_keys / M::numbers * padded<sum_of<M>>(p.value_dim);
 }
 
@@ -53,7 +69,7 @@ template <class T, class M> TW_INLINE void choose_source(Sweep<M> &s, unit_of<M>
     s.fetch = nullptr;
     s.key_stride = p.k.stride_s;
     s.value_stride = p.v.stride_s;
-    if constexpr (sizeof(T) != sizeof(unit_of<M>)) {
+    if (copies<T, M>(p)) {
         s.fetch = fetch_block<T, M>;
         s.key_stride = padded_units<M>(p.head_dim);
         s.value_stride = padded<sum_of<M>>(p.value_dim);

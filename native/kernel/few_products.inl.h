@@ -58,17 +58,21 @@ template <class M> TW_INLINE void weights_to_units(const sum_of<M> *scores, unit
     }
 }
 
-// The numbers of a unit of keys, from `row` on, as units across them: NC vectors, of which `left` numbers exist. Bits
-// say which of the keys are read; the others are zeros. Pairs stand in the order in which they are interleaved: of 32
+// The numbers of a unit of keys, from column d of rows[j] on, as units across them: NC vectors, of which `left` numbers
+// exist. Bits say which of the keys are read; the others are zeros. Pairs stand in the order in which they are interleaved: of 32
 // columns, the first half of each eight, then the second.
 template <class M, int NC, class T>
-TW_INLINE void values_across(const T *row, int64_t stride, int64_t left, uint64_t bits, vec<unit_of<M>> (&value)[NC]) {
+TW_INLINE void values_across(Rows<T> rows, int j, int64_t d, int64_t left, uint64_t bits, vec<unit_of<M>> (&value)[NC]) {
     constexpr int W = lanes<sum_of<M>>;
-    if constexpr (M::numbers == 1)
+    const T *row = rows[j] + d;
+    if constexpr (M::numbers == 1) {
         TW_UNROLL for (int c = 0; c < NC; ++c)
             value[c] = left >= (c + 1) * W ? widen(row + c * W) : widen_first(row + c * W, int(left - c * W));
-    else
-        TW_UNROLL for (int c = 0; c < NC; c += 2) interleave(row + c * W, stride, left - c * W, bits, value[c], value[c + 1]);
+    } else {
+        const T *next = bits & 2 ? rows[j + 1] + d : row; // no row stands behind the last
+        TW_UNROLL for (int c = 0; c < NC; c += 2)
+            interleave(row + c * W, next + c * W, left - c * W, bits, value[c], value[c + 1]);
+    }
 }
 
 // Memory is the bound here, and its own prefetchers start too late: asks for a row of n numbers.
@@ -76,17 +80,16 @@ template <class T> TW_INLINE void ask_for(const T *row, int64_t n) {
     for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
 }
 
-// Rows to ask for, one for each key: the next block's.
+// Rows of n numbers to ask for, one for each key: the next block's.
 template <class T> struct Ahead {
-    const T *rows; // NULL: none
-    int64_t stride, n;
+    Rows<T> rows; // first = NULL: none
+    int64_t n;
 };
 
 // The columns from d of add_weighted, in NC vectors of COUNT rows; `left` of them exist. Keys that `some` leaves out are
 // not read.
 template <class M, int COUNT, int NC, class T>
-TW_INLINE void weighted_columns(Row<M> *const *rows, const T *values, int64_t stride, int64_t left, int64_t d, uint64_t some,
-                               Ahead<T> next) {
+TW_INLINE void weighted_columns(Row<M> *const *rows, Rows<T> values, int64_t left, int64_t d, uint64_t some, Ahead<T> next) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
     vec<A> out[COUNT][NC];
@@ -95,12 +98,12 @@ TW_INLINE void weighted_columns(Row<M> *const *rows, const T *values, int64_t st
     for (uint64_t rest = some; rest;) {
         const int unit = __builtin_ctzll(rest) / M::numbers, j = unit * M::numbers;
         vec<unit_of<M>> value[NC];
-        values_across<M>(values + j * stride + d, stride, left, rest >> j, value);
+        values_across<M>(values, j, d, left, rest >> j, value);
         rest &= rest - 1;
         if constexpr (M::numbers > 1) rest &= ~(uint64_t(2) << j);
-        if (next.rows && d < next.n)
+        if (next.rows.first && d < next.n)
             TW_UNROLL for (int i = 0; i < M::numbers; ++i)
-                ask_for(next.rows + (j + i) * next.stride + d, next.n - d < NC * W ? next.n - d : NC * W);
+                ask_for(next.rows[j + i] + d, next.n - d < NC * W ? next.n - d : NC * W);
         TW_UNROLL for (int r = 0; r < COUNT; ++r) {
             const vec<unit_of<M>> weight = splat(rows[r]->weights[unit]);
             TW_UNROLL for (int c = 0; c < NC; ++c) out[r][c] = add_product(out[r][c], value[c], weight);
@@ -112,11 +115,10 @@ TW_INLINE void weighted_columns(Row<M> *const *rows, const T *values, int64_t st
 
 // out += weights * values, for the keys of the block that `some` names.
 template <class M, int COUNT, class T>
-TW_INLINE void add_weighted(Row<M> *const *rows, const T *values, int64_t stride, int64_t value_dim, uint64_t some,
-                            Ahead<T> next) {
+TW_INLINE void add_weighted(Row<M> *const *rows, Rows<T> values, int64_t value_dim, uint64_t some, Ahead<T> next) {
     constexpr int W = lanes<sum_of<M>>, N = M::numbers;
     int64_t d = 0;
     for (; d + 4 * W <= value_dim; d += 4 * W)
-        weighted_columns<M, COUNT, 4>(rows, values, stride, 4 * W, d, some, next);
-    for (; d < value_dim; d += N * W) weighted_columns<M, COUNT, N>(rows, values, stride, value_dim - d, d, some, next);
+        weighted_columns<M, COUNT, 4>(rows, values, 4 * W, d, some, next);
+    for (; d < value_dim; d += N * W) weighted_columns<M, COUNT, N>(rows, values, value_dim - d, d, some, next);
 }

@@ -12,9 +12,12 @@ template <class M> static void adjust_scores(const tw_problem &p, int64_t b, Row
             store(row.scores + j, cap * tanh_of_log2<A>(load(row.scores + j) * twice_inverse));
     }
     if (p.bias_count || p.table.data) {
-        add_biases<A>(p, b, row.h, row.i, key, n, 1, row.scores);
-        for (int j = 0; j < block_keys; j += W)
-            row.seen &= ~(lane_bits(load(row.scores + j) == -A(__builtin_inf())) << j);
+        A bias[block_keys] = {};
+        add_biases<A>(p, b, row.h, row.i, key, n, 1, bias);
+        for (int j = 0; j < block_keys; j += W) {
+            row.seen &= ~(lane_bits(load(bias + j) == -A(__builtin_inf())) << j);
+            store(row.scores + j, load(row.scores + j) + load(bias + j));
+        }
     }
     if (row.seen == ~uint64_t(0)) return;
     for (int j = 0; j < block_keys; j += W)
@@ -76,19 +79,20 @@ template <class T, class M>
 static void sweep_rows(const tw_problem &p, const tw_item &item, Row<M> *const *rows, int64_t count, bool careful) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
-    const T *keys = tensor_row<const T>(p.k, item.b, item.kv_head, 0), *values = tensor_row<const T>(p.v, item.b, item.kv_head, 0);
+    const T *each_key[block_keys], *each_value[block_keys], *each_next[block_keys]; // where rows lie in pages
     const A factor = M::numbers > 1 ? A(p.scale * 1.4426950408889634074) : A(1); // else the queries have it
     for (int64_t key = item.key_begin; key < item.key_end; key += block_keys) {
         const int n = int(item.key_end - key < block_keys ? item.key_end - key : int64_t(block_keys));
         const uint64_t some = look_by_row(p, item.b, rows, count, key, n);
         if (!some) continue;
-        const T *block = values + key * p.v.stride_s;
+        const Rows<T> keys = key_rows(p, p.k, item.b, item.kv_head, key, n, each_key);
+        const Rows<T> values = key_rows(p, p.v, item.b, item.kv_head, key, n, each_value);
         for (int j = 0; j < n; j += W) {
             const T *own[W]; // a ragged end repeats the last key; no row sees the repetitions
-            TW_UNROLL for (int l = 0; l < W; ++l) own[l] = keys + (key + (j + l < n ? j + l : n - 1)) * p.k.stride_s;
+            TW_UNROLL for (int l = 0; l < W; ++l) own[l] = keys[j + l < n ? j + l : n - 1];
             for (int64_t r = 0; r < count; ++r) {
                 for (int64_t l = j + r * W / count; l < j + (r + 1) * W / count && l < n; ++l)
-                    ask_for(block + l * p.v.stride_s, p.value_dim);
+                    ask_for(values[l], p.value_dim);
                 store(rows[r]->scores + j, dot_products<M>(own, rows[r]->query, p.head_dim) * factor);
             }
         }
@@ -98,12 +102,13 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, Row<M> *const *
             weigh(p, item.b, *rows[r], key);
         }
         int64_t r = 0;
-        const Ahead<T> next = {key + 2 * block_keys <= item.key_end ? keys + (key + block_keys) * p.k.stride_s : nullptr,
-                               p.k.stride_s, p.head_dim};
+        Ahead<T> next = {{nullptr, 0, nullptr}, p.head_dim};
+        if (key + 2 * block_keys <= item.key_end)
+            next.rows = key_rows(p, p.k, item.b, item.kv_head, key + block_keys, block_keys, each_next);
         if (!careful)
-            for (; r + 4 <= count; r += 4) add_weighted<M, 4>(rows + r, block, p.v.stride_s, p.value_dim, some, r ? Ahead<T>{} : next);
+            for (; r + 4 <= count; r += 4) add_weighted<M, 4>(rows + r, values, p.value_dim, some, r ? Ahead<T>{} : next);
         for (; r < count; ++r)
-            add_weighted<M, 1>(rows + r, block, p.v.stride_s, p.value_dim, careful ? rows[r]->seen : some, r ? Ahead<T>{} : next);
+            add_weighted<M, 1>(rows + r, values, p.value_dim, careful ? rows[r]->seen : some, r ? Ahead<T>{} : next);
     }
 }
 

@@ -1,4 +1,4 @@
-// From the state of a row to out and lse, and the merge of states over disjoint keys.
+// From the state of a row to out and lse.
 
 TW_INLINE float logarithm(float x) { return __builtin_logf(x); }
 TW_INLINE double logarithm(double x) { return __builtin_log(x); }
@@ -29,7 +29,7 @@ template <class T, class A> static void write_row(const tw_problem &p, int64_t b
         narrow_row(from, end.factor, p.value_dim, tensor_row<A>(p.out, b, h, i));
     else
         narrow_row(from, end.factor, p.value_dim, tensor_row<T>(p.out, b, h, i));
-    static_cast<A *>(p.lse)[(b * p.q_heads + h) * p.q_len + i] = end.lse;
+    static_cast<A *>(p.lse)[lse_at(p, b, h, i)] = end.lse;
 }
 
 // A row has seen a key once its limit has left -inf, or its sum is NaN.
@@ -54,7 +54,7 @@ template <class T, class M> static void finish(const tw_problem &p, const tw_ite
         const int64_t h = tile.h[l], i = tile.i[l];
         const Ending<A> end = ending_of<A>(p, h, tile.shift[l], tile.sum[l], has_seen(tile, l));
         factors[l] = end.factor;
-        static_cast<A *>(p.lse)[(item.b * p.q_heads + h) * p.q_len + i] = end.lse;
+        static_cast<A *>(p.lse)[lse_at(p, item.b, h, i)] = end.lse;
     }
     if (p.part)
         tile_to_rows<A>(p.out, item.b, tile, factors, p.value_dim);
@@ -76,31 +76,4 @@ static void finish_partial(const tw_problem &p, const tw_item &item, const Tile<
     A *to = static_cast<A *>(item.partial) + row * (p.value_dim + 3);
     for (int l = 0; l < tile.rows; ++l, to += p.value_dim + 3)
         write_partial(p, to, tile.out + l, tile.width, tile.shift[l], tile.sum[l], has_seen(tile, l));
-}
-
-// Rows stand together in each split; the splits follow each other in key order. The first split is summed into.
-template <class T, class A> static void merge(const tw_problem *problem, const tw_item *item, void *partials, int64_t splits) {
-    const tw_problem &p = *problem;
-    const int64_t rows = item->row_end - item->row_begin, state = p.value_dim + 3;
-    const int64_t group = p.q_heads / p.kv_heads, per_head = p.row_end - p.row_begin;
-    for (int64_t r = 0; r < rows; ++r) {
-        A *first = static_cast<A *>(partials) + r * state;
-        A top = -A(__builtin_inf());
-        bool seen = false;
-        for (int64_t s = 0; s < splits; ++s) {
-            const A *own = first + s * rows * state + p.value_dim;
-            if (own[2] == 0) continue;
-            seen = true;
-            top = own[0] > top ? own[0] : top;
-        }
-        A sum = 0;
-        for (int64_t s = 0; s < splits; ++s) {
-            const A *own = first + s * rows * state;
-            const A factor = own[p.value_dim + 2] != 0 ? power_of_two_of(own[p.value_dim] - top) : A(0);
-            sum += own[p.value_dim + 1] * factor;
-            for (int64_t d = 0; d < p.value_dim; ++d) first[d] = (s ? first[d] : A(0)) + own[d] * factor;
-        }
-        const int64_t at = item->row_begin + r, h = item->kv_head * group + at / per_head;
-        write_row<T, A>(p, item->b, h, p.row_begin + at % per_head, first, ending_of<A>(p, h, top, sum, seen));
-    }
 }

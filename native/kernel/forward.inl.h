@@ -2,21 +2,29 @@
 // values stay in cache while every tile uses them), and finished.
 
 // Vectors of a tile of `rows` rows: few rows take narrow tiles. A row's bits do not depend on it.
-template <class A> TW_INLINE int vectors_for(int64_t rows) { return rows <= lanes<A> ? 1 : TW_TILE_VECTORS; }
+template <class M> TW_INLINE int vectors_for(int64_t rows) {
+    return !M::tiled && rows <= lanes<sum_of<M>> ? 1 : TW_TILE_VECTORS;
+}
 template <class A> constexpr int64_t tile_rows = TW_TILE_VECTORS * lanes<A>;
 
 // Query rows of a kv head in the whole problem. It decides between the two orientations, which sum in different orders;
-// a slab of rows must not.
+// a slab of rows must not, and nothing may where rows must not depend on their number.
 TW_INLINE int64_t rows_in_call(const tw_problem &p) { return p.q_heads / p.kv_heads * (p.row_end - p.row_begin); }
 TW_INLINE int64_t rows_of(const tw_problem &p) { return p.q_heads / p.kv_heads * p.q_len; }
+template <class A> TW_INLINE bool takes_few_rows(const tw_problem &p) { return !p.row_invariant && rows_of(p) <= few_rows<A>; }
+
+// Whether an item sums split by split: where rows must not depend on their number, so that few rows can be split among
+// threads and many need not be.
+TW_INLINE bool joins_splits(const tw_problem &p) { return p.row_invariant && p.k_len > split_keys; }
 
 template <class T, class M> static size_t scratch_bytes(const tw_problem *p, int64_t tiles) {
     using A = sum_of<M>;
     const size_t width = size_t(tile_rows<A>) * sizeof(A);
-    if (rows_of(*p) <= few_rows<A>) return few_rows_bytes<M>(p, few_rows<A>);
+    if (takes_few_rows<A>(*p)) return few_rows_bytes<M>(p, few_rows<A>);
     const int64_t scores = (chunk_keys + TW_GROUP_KEYS) / M::numbers + block_keys + TW_GROUP_KEYS; // and their biases
-    return size_t(tiles) * (rounded(sizeof(Tile<M>)) + size_t(units_of<M>(p->head_dim) + p->value_dim) * width) +
-           size_t(scores) * width + size_t(fetched_units<T, M>(*p)) * sizeof(A);
+    const size_t state = rounded(sizeof(Tile<M>)) + size_t(unit_rows<M>(p->head_dim) + sum_rows<M>(p->value_dim)) * width;
+    const size_t earlier = joins_splits(*p) ? rounded(sizeof(Earlier<A>)) + size_t(sum_rows<M>(p->value_dim)) * width : 0;
+    return size_t(tiles) * (state + earlier) + size_t(scores) * width + size_t(fetched_units<T, M>(*p)) * sizeof(A);
 }
 
 template <class T, class M>
@@ -25,7 +33,7 @@ static void fill_tile(const tw_problem &p, const tw_item &item, int64_t row, int
     const int64_t group = p.q_heads / p.kv_heads, per_head = p.row_end - p.row_begin;
     const A factor = A(p.scale * 1.4426950408889634074);
     tile.rows = int(rows);
-    tile.width = vectors_for<A>(rows) * lanes<A>;
+    tile.width = vectors_for<M>(rows) * lanes<A>;
     tile.label_low = INT32_MAX;
     tile.label_high = INT32_MIN;
     const T *q[most_lanes];
@@ -50,21 +58,24 @@ static void fill_tile(const tw_problem &p, const tw_item &item, int64_t row, int
 }
 
 template <class M> TW_INLINE void sweep(Sweep<M> &s, Tile<M> &tile, int64_t begin, int64_t end) {
-    if (tile.width == lanes<sum_of<M>>)
+    if constexpr (M::tiled)
+        sweep_chunk_in_tiles(s, tile, begin, end);
+    else if (tile.width == lanes<sum_of<M>>)
         sweep_chunk<M, 1>(s, tile, begin, end);
     else
         sweep_chunk<M, TW_TILE_VECTORS>(s, tile, begin, end);
 }
 
-// Sweeps all `count` tiles over the item's keys.
-template <class T, class M> static void sweep_all(Sweep<M> &s, Tile<M> *const *tiles, int64_t count, int64_t end) {
-    for (int64_t key = 0;;) {
+// Sweeps all `count` tiles over the keys [begin, end) of the item.
+template <class T, class M>
+static void sweep_all(Sweep<M> &s, Tile<M> *const *tiles, int64_t count, int64_t begin, int64_t end) {
+    for (int64_t key = begin;;) {
         int64_t next = end;
         for (int64_t t = 0; t < count; ++t) {
             const int64_t own = next_key(*tiles[t], key, end);
             next = own < next ? own : next;
         }
-        if (next >= end) return;
+        if (next >= end || tw_given_up()) return;
         next -= next % chunk_keys;
         key = next + chunk_keys < end ? next + chunk_keys : end;
         enter_chunk<T>(s, next);
@@ -84,14 +95,24 @@ template <class M> static bool needs_care(const Tile<M> &tile, int64_t value_dim
     return lane_bits(doubt != doubt) != 0;
 }
 
+// Sweeps a tile anew over the keys [begin, end), values barred lane by lane.
+template <class T, class M> static void sweep_with_care(Sweep<M> &s, Tile<M> &tile, int64_t begin, int64_t end) {
+    reset(tile, s.value_dim);
+    s.careful = true;
+    Tile<M> *const alone[] = {&tile};
+    sweep_all<T>(s, alone, 1, begin, end);
+    s.careful = false;
+}
+
 template <class T, class M>
 static void forward(const tw_problem *problem, const tw_item *item, int64_t most_tiles, void *scratch) {
     using A = sum_of<M>;
     using U = unit_of<M>;
     const tw_problem &p = *problem;
-    if (rows_of(p) <= few_rows<A>) return forward_few_rows<T, M>(problem, item, scratch);
+    if (takes_few_rows<A>(p)) return forward_few_rows<T, M>(problem, item, scratch);
     const int64_t count = (item->row_end - item->row_begin + tile_rows<A> - 1) / tile_rows<A>;
     constexpr int64_t width = tile_rows<A>;
+    const Registers<M> registers;
     char *tile_memory = static_cast<char *>(scratch);
     char *memory = tile_memory + size_t(most_tiles) * rounded(sizeof(Tile<M>));
     // Units and accumulators take the same space.
@@ -101,8 +122,8 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     s.problem = problem;
     s.batch = item->b;
     s.kv_head = item->kv_head;
-    s.head_units = units_of<M>(p.head_dim);
-    s.value_dim = p.value_dim;
+    s.head_units = unit_rows<M>(p.head_dim);
+    s.value_dim = sum_rows<M>(p.value_dim);
     s.general = p.softcap > 0 || p.bias_count || p.table.data || p.dropout.enabled;
     s.factor = A(p.scale * 1.4426950408889634074);
     s.probabilities = reinterpret_cast<U *>(take((chunk_keys + TW_GROUP_KEYS) / M::numbers * width));
@@ -114,25 +135,30 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     for (int64_t t = 0; t < count; ++t) {
         tiles[t] = reinterpret_cast<Tile<M> *>(tile_memory + size_t(t) * rounded(sizeof(Tile<M>)));
         tiles[t]->query = reinterpret_cast<U *>(take(s.head_units * width));
-        tiles[t]->out = reinterpret_cast<A *>(take(p.value_dim * width));
+        tiles[t]->out = reinterpret_cast<A *>(take(s.value_dim * width));
         const int64_t row = item->row_begin + t * width, left = item->row_end - row;
         fill_tile<T>(p, *item, row, left < width ? left : width, *tiles[t]);
-        reset(*tiles[t], p.value_dim);
     }
-    sweep_all<T>(s, tiles, count, item->key_end);
-    for (int64_t t = 0; t < count; ++t) {
-        if (needs_care(*tiles[t], p.value_dim)) {
-            reset(*tiles[t], p.value_dim);
-            s.careful = true;
-            for (int64_t key = 0; (key = next_key(*tiles[t], key, item->key_end)) < item->key_end;) {
-                key -= key % chunk_keys;
-                const int64_t end = key + chunk_keys < item->key_end ? key + chunk_keys : item->key_end;
-                enter_chunk<T>(s, key);
-                sweep(s, *tiles[t], key, end);
-                key = end;
-            }
-            s.careful = false;
+    const bool joins = joins_splits(p) && !item->partial;
+    Earlier<A> *earlier[most_tiles_of_item] = {};
+    for (int64_t t = 0; joins && t < count; ++t) {
+        earlier[t] = reinterpret_cast<Earlier<A> *>(take(int64_t(rounded(sizeof(Earlier<A>)) / sizeof(A))));
+        earlier[t]->out = reinterpret_cast<A *>(take(s.value_dim * width));
+    }
+    for (int64_t key = item->key_begin, end;; key = end) {
+        end = joins && item->key_end - key > split_keys ? key + split_keys : item->key_end;
+        for (int64_t t = 0; t < count; ++t) {
+            if (key > item->key_begin) keep_state(*tiles[t], *earlier[t]);
+            reset(*tiles[t], s.value_dim);
         }
+        sweep_all<T>(s, tiles, count, key, end);
+        for (int64_t t = 0; t < count; ++t) {
+            if (needs_care(*tiles[t], p.value_dim)) sweep_with_care<T>(s, *tiles[t], key, end);
+            if (key > item->key_begin) join(*earlier[t], *tiles[t], p.value_dim);
+        }
+        if (end == item->key_end) break;
+    }
+    for (int64_t t = 0; t < count; ++t) {
         if (item->partial)
             finish_partial(p, *item, *tiles[t], t * width);
         else

@@ -4,6 +4,8 @@
 #include <stdint.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "core/kernel_table.h"
@@ -13,6 +15,8 @@ namespace {
 #include "kernel/vector.inl.h"
 #include "kernel/reduce.inl.h"
 #include "kernel/element.inl.h"
+#include "kernel/rows.inl.h"
+#include "kernel/pairs_neon.inl.h"
 #include "kernel/product.inl.h"
 #include "kernel/transpose.inl.h"
 #include "kernel/exp.inl.h"
@@ -20,13 +24,24 @@ namespace {
 #include "kernel/tile.inl.h"
 #include "kernel/tile_mask.inl.h"
 #include "kernel/tile_bias.inl.h"
+#if defined(__AMX_BF16__)
+#include "kernel/amx_tiles.inl.h"
+#include "kernel/amx_values.inl.h"
+#endif
 #include "kernel/fetch.inl.h"
 #include "kernel/sweep.inl.h"
+#if defined(__AMX_BF16__)
+#include "kernel/amx_sweep.inl.h"
+#endif
 #include "kernel/finish.inl.h"
+#include "kernel/join.inl.h"
 #include "kernel/few_products.inl.h"
 #include "kernel/few_rows.inl.h"
 #include "kernel/forward.inl.h"
 #include "kernel/slopes.inl.h"
+#if defined(__AMX_BF16__)
+#include "kernel/amx_slopes.inl.h"
+#endif
 #include "kernel/backward.inl.h"
 #include "kernel/probe.inl.h"
 // clang-format on
@@ -38,7 +53,9 @@ template <class T, class M> constexpr tw_kernels kernels_of() {
             close_sinks<M>};
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+using bfloat_products = Tiles;
+#elif defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 using bfloat_products = Pairs;
 #else
 using bfloat_products = Singles<float>;
@@ -53,8 +70,13 @@ extern "C" {
 extern const tw_kernel_table TW_PAGE;
 const tw_kernel_table TW_PAGE = {
     TW_PAGE_NAME,
+#if defined(TW_BFLOAT_ALONE)
+    {{}, {}, {}, kernels_of<bfloat, bfloat_products>()},
+    {nullptr, nullptr, nullptr, peak_probe<bfloat_products>},
+#else
     {kernels_of<float, Singles<float>>(), kernels_of<double, Singles<double>>(), kernels_of<half, Singles<float>>(),
      kernels_of<bfloat, bfloat_products>()},
     {peak_probe<Singles<float>>, peak_probe<Singles<double>>, peak_probe<Singles<float>>, peak_probe<bfloat_products>},
+#endif
     philox};
 }

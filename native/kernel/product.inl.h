@@ -1,12 +1,14 @@
 // How products are summed. A kernel is compiled for one of these ways, M:
 //   M::sum      the accumulators' type        M::unit   what a lane of an operand holds
 //   M::numbers  how many numbers that is: they stand beside each other on the axis that is summed over
+//   M::tiled    whether prefill and the backward pass multiply in tile registers
 
 // One number times one number, in the accumulator's own type.
 template <class A> struct Singles {
     using sum = A;
     using unit = A;
     static constexpr int numbers = 1;
+    static constexpr bool tiled = false;
 };
 
 template <class M> using unit_of = typename M::unit;
@@ -15,6 +17,15 @@ template <class M> using sum_of = typename M::sum;
 // Units that hold n numbers (the last is filled up with zeros), and the same in whole vectors.
 template <class M> TW_INLINE int64_t units_of(int64_t n) { return (n + M::numbers - 1) / M::numbers; }
 template <class M> TW_INLINE int64_t padded_units(int64_t n) { return padded<sum_of<M>>(units_of<M>(n)); }
+
+// Rows of units, and of sums, that a tile of queries keeps for n numbers: whole registers where they are tiles.
+template <class M> TW_INLINE int64_t unit_rows(int64_t n) { return M::tiled ? padded_units<M>(n) : units_of<M>(n); }
+template <class M> TW_INLINE int64_t sum_rows(int64_t n) { return M::tiled ? padded<sum_of<M>>(n) : n; }
+
+// What a kernel holds while it runs: nothing, but for tile registers (amx_tiles.inl.h).
+template <class M> struct Registers {
+    Registers() {}
+};
 
 // A weight that stands for "does not see this key" where values may be anything; real ones are never negative.
 template <class A> constexpr A unseen = A(-1);
@@ -33,6 +44,7 @@ struct Pairs {
     using sum = float;
     using unit = int32_t; // the first number in the low half
     static constexpr int numbers = 2;
+    static constexpr bool tiled = false;
 };
 
 TW_INLINE vf add_product(vf sum, vi32 a, vi32 b) {
@@ -71,10 +83,10 @@ TW_INLINE void store_row(int32_t *out, const vf (&x)[2]) { store(out, narrow_bes
 
 // The first numbers of two rows, `left` of them, at most 32, beside each other; of each eight the first four go to `low`.
 // Rows that bits 0 and 1 do not name are zeros and not read.
-TW_INLINE void interleave(const bfloat *row, int64_t stride, int64_t left, uint64_t bits, vi32 &low, vi32 &high) {
+TW_INLINE void interleave(const bfloat *row, const bfloat *next, int64_t left, uint64_t bits, vi32 &low, vi32 &high) {
     const __mmask32 exist = __mmask32(left < 32 ? first_bits(left) : ~0u);
     const __m512i first = _mm512_maskz_loadu_epi16(bits & 1 ? exist : 0, row);
-    const __m512i second = _mm512_maskz_loadu_epi16(bits & 2 ? exist : 0, row + stride);
+    const __m512i second = _mm512_maskz_loadu_epi16(bits & 2 ? exist : 0, next);
     low = (vi32)_mm512_unpacklo_epi16(first, second);
     high = (vi32)_mm512_unpackhi_epi16(first, second);
 }
@@ -114,12 +126,12 @@ template <class M, class T> TW_INLINE vec<unit_of<M>> load_units(const T *p) {
 
 // `count` rows of n numbers, as units along the rows: to [count][n in units].
 template <class M, class T>
-TW_INLINE void rows_in_units(const T *from, int64_t stride, int64_t count, int64_t n, unit_of<M> *to, int64_t to_stride) {
-    for (int64_t r = 0; r < count; ++r, from += stride, to += to_stride) {
+TW_INLINE void rows_in_units(Rows<T> from, int64_t count, int64_t n, unit_of<M> *to, int64_t to_stride) {
+    for (int64_t r = 0; r < count; ++r, to += to_stride) {
         if constexpr (M::numbers == 1)
-            widen_row(from, n, to);
+            widen_row(from[r], n, to);
         else
-            copy_row(from, n, to);
+            copy_row(from[r], n, to);
     }
 }
 
@@ -134,10 +146,10 @@ TW_INLINE void write_across(const T *const (&rows)[M::numbers], int64_t n, unit_
 
 // `count` rows of n numbers, as units across the rows: to [count in units][n].
 template <class M, class T>
-TW_INLINE void rows_across_units(const T *from, int64_t stride, int64_t count, int64_t n, unit_of<M> *to, int64_t to_stride) {
-    for (int64_t r = 0; r < count; r += M::numbers, from += M::numbers * stride, to += to_stride) {
+TW_INLINE void rows_across_units(Rows<T> from, int64_t count, int64_t n, unit_of<M> *to, int64_t to_stride) {
+    for (int64_t r = 0; r < count; r += M::numbers, to += to_stride) {
         const T *rows[M::numbers] = {};
-        for (int i = 0; i < M::numbers && r + i < count; ++i) rows[i] = from + i * stride;
+        for (int i = 0; i < M::numbers && r + i < count; ++i) rows[i] = from[r + i];
         write_across<M>(rows, n, to);
     }
 }

@@ -55,15 +55,21 @@ static bool finite_rows(const int32_t *numbers, int64_t stride, int64_t rows, in
 }
 #endif
 
+#if defined(__AMX_BF16__)
+static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *d_out, int64_t key, int n, uint64_t *words,
+                            const uint64_t *keep);
+#endif
+
 template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, int n) {
     const tw_problem &p = *s.problem;
     const int64_t at = key - s.first;
     if constexpr (sizeof(T) != sizeof(unit_of<M>)) {
-        const T *k = tensor_row<const T>(p.k, s.b, s.kv_head, key), *v = tensor_row<const T>(p.v, s.b, s.kv_head, key);
-        rows_in_units<M>(k, p.k.stride_s, n, p.head_dim, s.copy_k + at * s.k_stride, s.k_stride);
-        rows_in_units<M>(v, p.v.stride_s, n, p.value_dim, s.copy_v + at * s.v_stride, s.v_stride);
+        const Rows<T> k = {tensor_row<const T>(p.k, s.b, s.kv_head, key), p.k.stride_s, nullptr};
+        const Rows<T> v = {tensor_row<const T>(p.v, s.b, s.kv_head, key), p.v.stride_s, nullptr};
+        rows_in_units<M>(k, n, p.head_dim, s.copy_k + at * s.k_stride, s.k_stride);
+        rows_in_units<M>(v, n, p.value_dim, s.copy_v + at * s.v_stride, s.v_stride);
         if constexpr (M::numbers > 1)
-            rows_across_units<M>(k, p.k.stride_s, n, p.head_dim, s.copy_across + at / M::numbers * s.across_stride,
+            keys_across_units<M>(k, n, p.head_dim, s.copy_across + at / M::numbers * s.across_stride,
                                  s.across_stride);
     }
     const bool finite = finite_rows(s.k + at * s.k_stride, s.k_stride, n, units_of<M>(p.head_dim)) &&
@@ -220,6 +226,21 @@ TW_RARE void add_keys_carefully(const unit_of<M> *weights, int width, const unit
         }
 }
 
+// Adds ds [keys][tile.width], of the keys from `key`, to what gathers them.
+template <class M>
+TW_INLINE void gather_slopes(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int64_t keys, const sum_of<M> *ds) {
+    using A = sum_of<M>;
+    const tw_gradients &g = *s.gradients;
+    for (int t = 0; t < g.gather_count; ++t) {
+        const tw_gather &own = g.gather[t];
+        for (int l = 0; l < tile.rows; ++l) {
+            A *to = static_cast<A *>(own.data) + s.b * own.stride_b + tile.h[l] * own.stride_h +
+                    tile.i[l] * own.stride_i + key * own.stride_j;
+            for (int64_t j = 0; j < keys; ++j) to[j * own.stride_j] += ds[j * tile.width + l];
+        }
+    }
+}
+
 // Sums the places [begin, end) of the block at `key`, of which n keys exist. end is a whole group.
 template <class M, int NZ>
 static void add_run(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int n, int begin, int end,
@@ -250,14 +271,7 @@ static void add_run(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int n,
         if (g.d_k.data) add_rows<M>(raw, row_units, s.q_rows, rows, groups, s.head_width, d_k);
         if (g.d_v.data) add_rows<M>(weights, row_units, s.d_out_rows, rows, groups, s.value_width, d_v);
     }
-    for (int t = 0; t < g.gather_count; ++t) {
-        const tw_gather &own = g.gather[t];
-        for (int l = 0; l < tile.rows; ++l) {
-            A *to = static_cast<A *>(own.data) + s.b * own.stride_b + tile.h[l] * own.stride_h +
-                    tile.i[l] * own.stride_i + (key + begin) * own.stride_j;
-            for (int64_t j = 0; j < keys; ++j) to[j * own.stride_j] += ds[j * width + l];
-        }
-    }
+    gather_slopes(s, tile, key + begin, keys, ds);
 }
 
 // One block of 64 keys (n <= 64 of them exist).
@@ -274,13 +288,10 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
     if (s.blocks[(key - s.first) / block_keys] == BLOCK_UNMET) s.meet(s, key, n);
     if (s.biased) {
         gather_bias(p, s.b, tile, key, n, s.bias);
-        for (int j = 0; j < n; ++j)
-            for (int z = 0; z < NZ; ++z) {
-                const uint64_t barred = lane_bits(load(s.bias + j * width + z * W) == -A(__builtin_inf()));
-                words[j] &= ~(barred << (z * W));
-            }
+        bar_by_bias<A>(s.bias, n, width, words);
     }
     if (p.dropout.enabled) draw_dropout(p, s.b, tile, key, n, keep);
+    if constexpr (M::tiled) return slopes_in_tiles(s, tile, d_out, key, n, words, keep);
     int run = 0;
     for (int g = 0; g < n; g += NK) {
         uint64_t some = 0, all = every_lane;

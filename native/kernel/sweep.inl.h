@@ -42,10 +42,13 @@ add_values(const unit_of<M> *p, const unit_of<M> *v, int64_t stride, int64_t cou
 template <class M, int NZ> TW_INLINE void flush(Sweep<M> &s, Tile<M> &tile, int64_t end, int64_t next) {
     using U = unit_of<M>;
     const int64_t count = units_of<M>(end - s.run_begin), first = (s.run_begin - s.chunk) / M::numbers;
-    const U *p = s.probabilities + first * NZ * lanes<sum_of<M>>, *v = s.values + first * s.value_stride;
+    U *p = s.probabilities + first * NZ * lanes<sum_of<M>>;
+    const U *v = s.values + first * s.value_stride;
     s.run_begin = next;
     if (count <= 0) return;
-    if (s.careful)
+    if constexpr (M::tiled)
+        add_values_of_run(p, v, count, s.value_dim, s.careful, tile.out);
+    else if (s.careful)
         add_values<M, NZ, true>(p, v, s.value_stride, count, s.value_dim, tile.out);
     else
         add_values<M, NZ, false>(p, v, s.value_stride, count, s.value_dim, tile.out);
@@ -167,7 +170,12 @@ template <class M, int NZ> static void sweep_block(Sweep<M> &s, Tile<M> &tile, i
     }
     if (sight == SEES_SOME || s.general) tile.masked = true;
     const bool biased = p.bias_count || p.table.data;
-    if (biased) gather_bias(p, s.batch, tile, key, n, s.bias);
+    if (biased) {
+        gather_bias(p, s.batch, tile, key, n, s.bias);
+        if (sight == SEES_ALL)
+            for (int j = 0; j < block_keys; ++j) words[j] = j < n ? every_lane : 0;
+        if (bar_by_bias(s.bias, n, width, words)) sight = SEES_SOME;
+    }
     if (p.dropout.enabled) draw_dropout(p, s.batch, tile, key, n, keep);
 
     for (int g = 0; g < n; g += NK) {

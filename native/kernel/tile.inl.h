@@ -28,9 +28,9 @@ TW_INLINE int64_t read_range(const tw_ranges &ranges, const void *side, int64_t 
     return ranges.wide ? static_cast<const int64_t *>(side)[at] : static_cast<const int32_t *>(side)[at];
 }
 
-// Row (b, h, i) of an array.
-template <class T> TW_INLINE T *tensor_row(const tw_tensor &x, int64_t b, int64_t h, int64_t i) {
-    return static_cast<T *>(x.data) + b * x.stride_b + h * x.stride_h + i * x.stride_s;
+// The element of row (b, h, i) in lse.
+TW_INLINE int64_t lse_at(const tw_problem &p, int64_t b, int64_t h, int64_t i) {
+    return b * p.lse_stride_b + h * p.lse_stride_h + i;
 }
 
 TW_INLINE int64_t range_row(const tw_ranges &r, int64_t b, int64_t h, int64_t i) {

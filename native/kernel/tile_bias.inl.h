@@ -56,11 +56,113 @@ TW_INLINE void add_biases(const tw_problem &p, int64_t b, int64_t h, int64_t i, 
     }
 }
 
+// Adds W rows' biases for n keys to W lanes of bias[key][width], where each row's keys stand beside each other: W by W
+// numbers at a time, through a transposition in registers.
+template <class A, class T> static void add_rows(const T *const *rows, int n, int width, A *bias) {
+    constexpr int W = lanes<A>;
+    for (int j = 0; j < n; j += W) {
+        vec<A> x[W];
+        TW_UNROLL for (int l = 0; l < W; ++l) x[l] = j + W <= n ? widen(rows[l] + j) : widen_first(rows[l] + j, n - j);
+        transpose<A>(x);
+        TW_UNROLL for (int i = 0; i < W; ++i)
+            if (j + i < n) {
+                A *const to = bias + (j + i) * width;
+                store(to, load(to) + x[i] * A(1.4426950408889634074));
+            }
+    }
+}
+
+// The same where the lanes stand beside each other, `stride` numbers from key to key.
+template <class A, class T> static void add_keys(const T *row, int64_t stride, int n, int width, A *bias) {
+    for (int j = 0; j < n; ++j, row += stride, bias += width)
+        store(bias, load(bias) + widen(row) * A(1.4426950408889634074));
+}
+
+// Adds one bias, of type T, to all lanes.
+template <class T, class M>
+static void add_bias(const tw_bias &own, int64_t b, const Tile<M> &tile, int64_t key, int n, sum_of<M> *bias) {
+    using A = sum_of<M>;
+    constexpr int W = lanes<A>;
+    for (int first = 0; first < tile.width; first += W) {
+        const T *rows[W];
+        bool beside = true; // whether the lanes' rows stand beside each other
+        for (int l = 0; l < W; ++l) {
+            const int64_t h = tile.h[first + l], i = tile.i[first + l];
+            rows[l] = static_cast<const T *>(own.data) + b * own.stride_b + h * own.stride_h + i * own.stride_i + key * own.stride_j;
+            beside = beside && rows[l] == rows[0] + l;
+        }
+        if (own.stride_j == 1)
+            add_rows<A>(rows, n, tile.width, bias + first);
+        else if (beside)
+            add_keys<A>(rows[0], own.stride_j, n, tile.width, bias + first);
+        else
+            for (int l = 0; l < W; ++l) add_bias_row(rows[l], own.dtype, 0, own.stride_j, n, tile.width, bias + first + l);
+    }
+}
+
+// Adds the table: lanes of consecutive queries read consecutive numbers of it, the last query first.
+template <class M>
+static void add_table(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, sum_of<M> *bias) {
+    using A = sum_of<M>;
+    constexpr int W = lanes<A>;
+    for (int first = 0; first < tile.width; first += W) {
+        const A *rows[W];
+        bool beside = true;
+        for (int l = 0; l < W; ++l) {
+            const int64_t h = tile.h[first + l], i = tile.i[first + l];
+            rows[l] = static_cast<const A *>(p.table.data) + b * p.table.stride_b + h * p.table.stride_h + key - i + p.q_len - 1;
+            beside = beside && rows[l] == rows[0] - l;
+        }
+        if (!beside) {
+            add_rows<A>(rows, n, tile.width, bias + first);
+            continue;
+        }
+        for (int j = 0; j < n; ++j) {
+            A *const to = bias + first + j * tile.width;
+            store(to, load(to) + reversed<A>(load(rows[W - 1] + j), first_indices<W>{}) * A(1.4426950408889634074));
+        }
+    }
+}
+
 template <class M>
 static void gather_bias(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, sum_of<M> *bias) {
     using A = sum_of<M>;
     __builtin_memset(bias, 0, size_t(n) * size_t(tile.width) * sizeof(A));
-    for (int l = 0; l < tile.width; ++l) add_biases<A>(p, b, tile.h[l], tile.i[l], key, n, tile.width, bias + l);
+    for (int t = 0; t < p.bias_count; ++t) {
+        const tw_bias &own = p.bias[t];
+        if (own.dtype == (sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64)) {
+            add_bias<A>(own, b, tile, key, n, bias);
+            continue;
+        }
+        if constexpr (sizeof(A) == 4) {
+            if (own.dtype == TW_BFLOAT16) {
+                add_bias<bfloat>(own, b, tile, key, n, bias);
+                continue;
+            }
+            if (own.dtype == TW_FLOAT16) {
+                add_bias<half>(own, b, tile, key, n, bias);
+                continue;
+            }
+        }
+        for (int l = 0; l < tile.width; ++l) {
+            const int64_t row = b * own.stride_b + tile.h[l] * own.stride_h + tile.i[l] * own.stride_i + key * own.stride_j;
+            add_bias_row(own.data, own.dtype, row, own.stride_j, n, tile.width, bias + l);
+        }
+    }
+    if (p.table.data) add_table(p, b, tile, key, n, bias);
+}
+
+// A bias of -inf bars its pair as a mask does, whatever the key holds: takes such lanes out of the words of n keys, and
+// says whether there are any.
+template <class A> TW_INLINE bool bar_by_bias(const A *bias, int n, int width, uint64_t *words) {
+    uint64_t any = 0;
+    for (int j = 0; j < n; ++j)
+        for (int l = 0; l < width; l += lanes<A>) {
+            const uint64_t barred = lane_bits(load(bias + j * width + l) == -A(__builtin_inf())) << l;
+            any |= barred;
+            words[j] &= ~barred;
+        }
+    return any != 0;
 }
 
 // keep[key]: the lanes whose pair with that key survives dropout.

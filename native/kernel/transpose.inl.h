@@ -8,6 +8,11 @@ template <class U, int SIZE, int... P> TW_INLINE void exchange(vec<U> &a, vec<U>
     b = __builtin_shufflevector(first, second, (P & SIZE ? W + P : P + SIZE)...);
 }
 
+// The lanes in the opposite order.
+template <class A, int... P> TW_INLINE vec<A> reversed(vec<A> x, indices<P...>) {
+    return __builtin_shufflevector(x, x, (lanes<A> - 1 - P)...);
+}
+
 template <class U, int SIZE = 1> TW_INLINE void transpose(vec<U> (&x)[TW_VECTOR_BYTES / sizeof(U)]) {
     constexpr int W = int(TW_VECTOR_BYTES / sizeof(U));
     TW_UNROLL for (int i = 0; i < W; ++i)
@@ -25,12 +30,12 @@ template <class M, class T> TW_INLINE vec<unit_of<M>> row_units(const T *row, in
         return first_numbers(row + 2 * d, n - 2 * d);
 }
 
-// W rows of n numbers down the lanes of a tile `width` lanes wide: to [n in units][width].
+// W rows of n numbers down the lanes of a tile `width` lanes wide: to [unit_rows of n][width].
 template <class M, class T>
 static void rows_to_lanes(const T *const *rows, int64_t n, sum_of<M> factor, unit_of<M> *to, int64_t width) {
     using U = unit_of<M>;
     constexpr int W = lanes<sum_of<M>>;
-    const int64_t units = units_of<M>(n);
+    const int64_t units = unit_rows<M>(n);
     for (int64_t d = 0; d < units; d += W) {
         vec<U> x[W];
         TW_UNROLL for (int l = 0; l < W; ++l) x[l] = row_units<M>(rows[l], d, n, factor);
@@ -51,9 +56,9 @@ static void lanes_to_rows(const A *from, int64_t width, const A *factors, int64_
         TW_UNROLL for (int l = 0; l < W; ++l) {
             if (l >= count) break;
             if (d + W <= n)
-                narrow(rows[l] + d, x[l] * factors[l]);
+                narrow(rows[l] + d, x[l] * factors[l] + A(0));
             else
-                narrow_first(rows[l] + d, x[l] * factors[l], int(n - d));
+                narrow_first(rows[l] + d, x[l] * factors[l] + A(0), int(n - d));
         }
     }
 }

@@ -43,6 +43,8 @@ TW_INLINE uint64_t lane_bits(vi32 truth) {
     return _mm512_movepi32_mask((__m512i)truth);
 #elif defined(__AVX2__)
     return uint64_t(uint32_t(_mm256_movemask_ps((__m256)truth)));
+#elif defined(__ARM_NEON)
+    return vaddvq_u32((uint32x4_t)(truth & vi32{1, 2, 4, 8}));
 #else
     uint64_t bits = 0;
     for (int l = 0; l < lanes<float>; ++l) bits |= uint64_t(truth[l] & 1) << l;
@@ -55,6 +57,8 @@ TW_INLINE uint64_t lane_bits(vi64 truth) {
     return _mm512_movepi64_mask((__m512i)truth);
 #elif defined(__AVX2__)
     return uint64_t(uint32_t(_mm256_movemask_pd((__m256d)truth)));
+#elif defined(__ARM_NEON)
+    return vaddvq_u64((uint64x2_t)(truth & vi64{1, 2}));
 #else
     uint64_t bits = 0;
     for (int l = 0; l < lanes<double>; ++l) bits |= uint64_t(truth[l] & 1) << l;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from ._arrays import Array, family_of
 from .contract import Dropout, Plan
@@ -29,6 +29,7 @@ def attention(
     return_lse: bool = False,
     kernel: str | None = None,
     allow_quadratic: bool = False,
+    invariance: Literal["batch", "row"] = "batch",
 ) -> Any:
     """Exact scaled dot-product attention (Vaswani et al., 2017) in memory linear in Sq + Sk.
 
@@ -51,6 +52,10 @@ def attention(
         return_lse: also return the log of each row's denominator, before dropout.
         kernel: run this kernel or raise; None lets the planner choose (see `explain`).
         allow_quadratic: accept a kernel whose memory grows with Sq * Sk.
+        invariance: "batch": a row's bits do not depend on what else is computed, where the kernel promises that. "row":
+            nor on how many queries are: a row has the same bits in a prefill, in any chunk of one, and alone, for one
+            page of instructions, as long as the keys it sees stand at the same places of the key axis; whatever else
+            Sq and Sk are. It costs speed where queries are few, and excludes dropout (see `explain`).
 
     Returns:
         out (B, Hq, Sq, Dv), q's dtype, in the layout asked for; with `return_lse` the pair (out, lse), lse (B, Hq, Sq)
@@ -67,11 +72,11 @@ def attention(
 
         return torch_attention(
             q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout,
-            layout=layout, return_lse=return_lse, kernel=kernel, allow_quadratic=allow_quadratic,
+            layout=layout, return_lse=return_lse, kernel=kernel, allow_quadratic=allow_quadratic, invariance=invariance,
         )  # fmt: skip
     call = prepare(
         q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks,
-        dropout=dropout, layout=layout, return_lse=return_lse,
+        dropout=dropout, layout=layout, return_lse=return_lse, invariance=invariance,
     )  # fmt: skip
     plan = choose(call.problem, kernel, bool(allow_quadratic))
     if family == "jax":
@@ -97,12 +102,13 @@ def explain(
     return_lse: bool = False,
     kernel: str | None = None,
     allow_quadratic: bool = False,
+    invariance: Literal["batch", "row"] = "batch",
 ) -> Plan:
     """The plan of the same call to `attention`, without running it: print it to read which kernel would run and why.
 
     Args:
-        q, k, v, mask, bias, scale, softcap, sinks, dropout, layout, return_lse, kernel, allow_quadratic: as for
-            `attention`, shapes (B, H, S, D); torch fake tensors and jax tracers will do.
+        q, k, v, mask, bias, scale, softcap, sinks, dropout, layout, return_lse, kernel, allow_quadratic, invariance: as
+            for `attention`, shapes (B, H, S, D); torch fake tensors and jax tracers will do.
 
     Returns:
         A `Plan`; `str(plan)` is a table with the kernel, the share of tiles skipped, operations, bytes, workspace, and
@@ -113,6 +119,6 @@ def explain(
     """
     call = prepare(
         q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks,
-        dropout=dropout, layout=layout, return_lse=return_lse,
+        dropout=dropout, layout=layout, return_lse=return_lse, invariance=invariance,
     )  # fmt: skip
     return with_details(choose(call.problem, kernel, bool(allow_quadratic)), call.operands.mask)

@@ -69,6 +69,34 @@ def device_kind(array: Array) -> str:
     return "cpu"
 
 
+def gpu_is_here() -> bool:
+    """Whether torch, if it is loaded at all, sees a GPU."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_available())
+
+
+def device_model(array: Array) -> tuple[str, str]:
+    """(name, architecture) of the GPU a torch tensor lives on: ("NVIDIA H200", "sm_90"), ("…", "gfx942").
+
+    Empty strings for everything else, and for a GPU that is not here, where a fake tensor may live.
+    """
+    if family_of(array) != "torch" or device_kind(array) != "cuda":
+        return "", ""
+    return _torch_device_model(array.device)
+
+
+@lru_cache(maxsize=64)
+def _torch_device_model(device: Any) -> tuple[str, str]:
+    torch = sys.modules["torch"]
+    if not torch.cuda.is_available():
+        return "", ""
+    name = str(torch.cuda.get_device_name(device))
+    if torch.version.hip:
+        return name, torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return name, f"sm_{major}{minor}"
+
+
 def _jax_device_kind(array: Array) -> str:
     jax = sys.modules["jax"]
     if isinstance(array, jax.core.Tracer):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ._arrays import gpu_is_here
 from .problem import AttentionProblem, Gradient
 
 if TYPE_CHECKING:
@@ -126,6 +127,10 @@ def _whole(problem: AttentionProblem) -> Tiles:
     return Tiles(problem.q_len, problem.k_len)
 
 
+def _nothing(problem: AttentionProblem) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class KernelCard:
     """A kernel's limits as plain data.
@@ -137,11 +142,19 @@ class KernelCard:
         gradients: operands its own backward differentiates; empty when it has no backward.
         backward_families: frameworks whose derivatives use its backward; None is all in `families`.
         max_dense_biases, max_key_length: largest counts it takes; None is unbounded.
-        further: limits that are no plain set, as a function from the problem to reasons.
+        further: limits that are no plain set, as a function from the problem to reasons; further_backward: likewise,
+            of the backward pass alone.
+        ways, backward_ways: of a kernel that has several ways to run, those that fit the problem, best first as far as
+            is known without a measured table.
         linear_memory: whether its memory is linear in Sq + Sk.
-        automatic: whether the planner may choose it unasked.
+        row_invariant: whether it can give a row the same bits however many rows it computes together.
+        automatic: devices on which the planner may choose it unasked; "*" is any.
+        needs_table: whether it may be chosen unasked only where the device's measured table holds it.
+        finite_only: whether its results are right only where they are finite, so that it hands a call that gave another
+            result to the plan's `careful` kernel.
         rate: a rough number of operations per second, for ranking only; overhead: seconds per call, likewise.
-        available: asked late, answers None when the kernel can run in this process.
+        available: asked late, answers None when the kernel can run in this process. A problem on a GPU that is not here
+            is planned for a machine that has one, and this is not asked.
         tiles: the tile sizes for a problem.
         workspace: bytes needed beyond inputs and outputs for a problem and its tiles.
     """
@@ -156,9 +169,15 @@ class KernelCard:
     backward_families: frozenset[str] | None = None
     max_dense_biases: int | None = None
     max_key_length: int | None = None
-    further: Callable[[AttentionProblem], tuple[str, ...]] = field(default=lambda problem: (), compare=False)
+    further: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
+    further_backward: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
+    ways: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
+    backward_ways: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
     linear_memory: bool = True
-    automatic: bool = True
+    row_invariant: bool = False
+    automatic: frozenset[str] = frozenset({"*"})
+    needs_table: bool = False
+    finite_only: bool = False
     rate: float = 1e9
     overhead: float = 0.0
     available: Callable[[], Unavailable | None] = field(default=lambda: None, compare=False)
@@ -170,7 +189,7 @@ class KernelCard:
         return tuple(reason for reason in self._reasons(problem) if reason)
 
     def _reasons(self, problem: AttentionProblem) -> list[str | None]:
-        missing = self.available()
+        missing = self.available() if problem.device != "cuda" or gpu_is_here() else None
         biases = len(problem.bias.dense)
         return [
             f"{missing.reason} ({missing.cure})" if missing else None,
@@ -184,6 +203,9 @@ class KernelCard:
             f"it takes at most {self.max_key_length} keys and there are {problem.k_len}"
             if self.max_key_length is not None and problem.k_len > self.max_key_length
             else None,
+            "with it, a row's bits depend on how many rows are computed together"
+            if problem.invariance == "row" and not self.row_invariant
+            else None,
             *self.further(problem),
         ]
 
@@ -194,7 +216,11 @@ class KernelCard:
         missing = [f"it has no gradient to {name}" for name in sorted(problem.gradients - self.gradients)]
         if self.backward_families is not None and problem.family not in self.backward_families:
             missing.append(f"derivatives of {problem.family} arrays do not use its backward")
-        return (*self.refuse(problem), *missing)
+        return (*self.refuse(problem), *missing, *self.further_backward(problem))
+
+    def unasked(self, device: str) -> bool:
+        """Whether the planner may choose it on a device without being asked, as far as the card alone says."""
+        return "*" in self.automatic or device in self.automatic
 
     def cost(self, problem: AttentionProblem) -> float:
         """Estimated seconds, for ranking kernels against each other; not a promise."""
@@ -213,6 +239,9 @@ class Plan:
         problem: the question.
         kernel: name of the kernel of the forward pass.
         backward: name of the kernel of the backward pass, or None when no gradient is wanted.
+        way, backward_way: which of a kernel's several ways each pass runs; "" where it has but one.
+        careful: the kernel that computes a call again whose results are not finite; None where none is needed. It is
+            handed this same plan, whose `tiles` and `way` are not its own.
         tiles: tile sizes of the forward kernel.
         workspace: bytes promised beyond inputs and outputs, forward.
         refusals: for every other kernel, its reasons.
@@ -228,6 +257,9 @@ class Plan:
     refusals: Mapping[str, tuple[str, ...]]
     forced: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
+    way: str = ""
+    backward_way: str = ""
+    careful: str | None = None
 
     def __str__(self) -> str:
         from .plan.explain import table  # printing is asked for rarely; planning should not pay for it

@@ -14,6 +14,7 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 Bits = Literal["dense", "lazy"]
 Gradient = Literal["q", "k", "v", "bias", "table", "sinks"]
+Invariance = Literal["batch", "row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class MaskFacts:
         heads: whether any fact differs between heads.
         batch: whether any fact differs between batch rows.
         known: whether the operands' values could be looked at when the mask was lowered.
+        diagonal: c where the mask is exactly "key j is seen by query i iff j <= i + c"; else None.
     """
 
     text: str = "none"
@@ -37,14 +39,26 @@ class MaskFacts:
     heads: bool = False
     batch: bool = False
     known: bool = True
+    diagonal: int | None = None
+
+    @property
+    def trivial(self) -> bool:
+        """Whether every query sees every key."""
+        return not (self.ranges or self.labels or self.bits)
 
 
 @dataclass(frozen=True, slots=True)
 class BiasFacts:
-    """What the biases lowered to: the broadcast shapes (B', H', Sq', Sk') of dense ones; whether there is a table."""
+    """What the biases lowered to.
+
+    Attributes:
+        dense: the broadcast shapes (B', H', Sq', Sk') of dense ones; dtypes: theirs, in the same order.
+        table: whether there is a table over j - i.
+    """
 
     dense: tuple[tuple[int, int, int, int], ...] = ()
     table: bool = False
+    dtypes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +67,17 @@ class AttentionProblem:
 
     Attributes:
         family: "numpy", "torch" or "jax"; device: "cpu", "cuda", "tpu", …
+        model: what the device is called ("NVIDIA H200"), "" where that is not known or does not matter.
+        architecture: "sm_90", "gfx942", … of a GPU, "" where it is not known.
         dtype: of q, k, v and the output; `accumulator` is that of sums, lse and gradients' partial sums.
         layout: "bhsd" or "bshd", the order of axes in the caller's memory.
         scale: factor of the scores; softcap: cap c of c * tanh(s / c), or None.
         dropout: probability to drop, 0.0 for none.
         gradients: operands whose gradient is wanted.
-        return_lse: whether the caller reads the log-sum-exp.
+        return_lse: whether the caller reads the log-sum-exp, or in a backward pass gives its gradient.
         traced: whether the arrays are tracers or fake tensors.
+        invariance: "row" where a row of out and lse must have the same bits however many rows are computed together.
+        deterministic: whether equal inputs must give equal bits, for any number of threads.
         part: whether this is a part of a larger call, whose results are to be added up: out and the gradients to q, k
             and v are then in the accumulator's dtype.
     """
@@ -84,6 +102,10 @@ class AttentionProblem:
     gradients: frozenset[Gradient] = frozenset()
     return_lse: bool = False
     traced: bool = False
+    invariance: Invariance = "batch"
+    model: str = ""
+    architecture: str = ""
+    deterministic: bool = True
     part: bool = False
 
     @property

@@ -6,24 +6,28 @@ Everything is checked before any work is done, and nothing the caller owns is ch
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import Array, Family, device_kind, dtype_name, family_of, is_abstract, namespace
+from ._arrays import Array, Family, device_kind, device_model, dtype_name, family_of, is_abstract, namespace
 from .contract import Dropout, Operands
 from .masks.algebra import Mask
 from .masks.biases import Bias, LoweredBias, as_bias, lower_bias
 from .masks.lower import LoweredMask, lower
 from .masks.primitives import Predicate, dense
 from .masks.site import site_for
-from .problem import ACCUMULATOR, AttentionProblem, BiasFacts, Gradient
+from .problem import ACCUMULATOR, AttentionProblem, BiasFacts, Gradient, Invariance
 
 # Axis names per layout; letters as in semantics: batch, heads, sequence, (head) dimension, tokens.
 LAYOUTS = {"bhsd": "(B, H, S, D)", "bshd": "(B, S, H, D)", "thd": "(T, H, D)"}
 
+# Whether equal inputs must give equal bits. TILEWISE_DETERMINISTIC=0 admits kernels of others whose order of summation
+# depends on the number of threads or on chance.
+DETERMINISTIC = os.environ.get("TILEWISE_DETERMINISTIC", "1") != "0"
 
 _NO_BIAS = LoweredBias()
 
@@ -111,6 +115,24 @@ def check_options(
     )
 
 
+def check_invariance(invariance: str, dropout: Dropout | None) -> Invariance:
+    """Check what a row's bits may not depend on.
+
+    Raises:
+        ValueError: unknown, or "row" with dropout.
+    """
+    if invariance == "batch":
+        return "batch"
+    if invariance != "row":
+        raise ValueError(f"invariance: got {invariance!r}, expected 'batch' or 'row'")
+    if dropout is not None:
+        raise ValueError(
+            "invariance: got 'row' with dropout, which drops pairs by their place among all the call's queries and "
+            "keys; expected 'batch', or no dropout"
+        )
+    return "row"
+
+
 def prepare(
     q: Array,
     k: Array,
@@ -124,6 +146,7 @@ def prepare(
     dropout: Dropout | None,
     layout: str,
     return_lse: bool,
+    invariance: str = "batch",
 ) -> Call:
     """Check every argument of `tilewise.attention` and translate them.
 
@@ -132,6 +155,7 @@ def prepare(
     """
     arrays = check_arrays(q, k, v, layout)
     checked = check_options(arrays, mask, bias, scale, softcap, sinks, dropout)
+    same = check_invariance(invariance, checked.dropout)
     family, q, k, v, _ = arrays
     lowered = _lowered(checked)
     operands = Operands(q, k, v, lowered, checked.biases.dense, checked.biases.table, checked.sinks, checked.dropout)
@@ -145,6 +169,7 @@ def prepare(
         gradients=_wanted(family, operands, traced),
         return_lse=bool(return_lse),
         traced=traced,
+        invariance=same,
     )
     return Call(problem, operands)
 
@@ -159,9 +184,11 @@ def problem_of(
     gradients: frozenset[Gradient],
     return_lse: bool = False,
     traced: bool = False,
+    invariance: Invariance = "batch",
 ) -> AttentionProblem:
     """The question that validated operands ask."""
     q, k, v = operands.q, operands.k, operands.v
+    model, architecture = device_model(q)
     return AttentionProblem(
         family=family,
         device=device_kind(q),
@@ -176,13 +203,21 @@ def problem_of(
         layout=layout,
         scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
         mask=operands.mask.facts,
-        bias=BiasFacts(tuple(_four(array.shape) for array in operands.dense), operands.table is not None),
+        bias=BiasFacts(
+            tuple(_four(array.shape) for array in operands.dense),
+            operands.table is not None,
+            tuple(dtype_name(array) for array in operands.dense),
+        ),
         softcap=softcap,
         sinks=operands.sinks is not None,
         dropout=operands.dropout.p if operands.dropout is not None else 0.0,
         gradients=gradients,
         return_lse=return_lse,
         traced=traced,
+        invariance=invariance,
+        model=model,
+        architecture=architecture,
+        deterministic=DETERMINISTIC,
     )
 
 

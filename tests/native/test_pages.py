@@ -12,7 +12,7 @@ _native = pytest.importorskip("tilewise._native")
 PAGES = _native.build_info()["supported_pages"]
 # Pages that multiply bfloat16 by the machine's dot product: probabilities are rounded to bfloat16 for it, and it takes
 # denormal numbers for 0.
-DOT_PRODUCT = {"avx512_bf16"}
+DOT_PRODUCT = {"avx512_bf16", "amx_bf16", "neon_bf16"}
 
 
 @pytest.fixture(params=PAGES)
@@ -101,6 +101,29 @@ def test_what_is_masked_cannot_be_seen(page, q_len, key, dtype) -> None:
     sees = (rows >= key) & (rows - 9 <= key)
     assert got[:, :, ~sees].tobytes() == clean[:, :, ~sees].tobytes()
     assert np.isnan(got[:, :, sees].astype("float32")).all()
+
+
+@pytest.mark.parametrize("q_len", [3, 80])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("rubbish", [np.nan, np.inf])
+def test_what_a_bias_of_minus_infinity_bars_cannot_be_seen(page, rubbish, dtype, q_len) -> None:
+    """Be it in the key or the value, forward and backward; pairs beside it keep their bits."""
+    torch = pytest.importorskip("torch")
+    clean = [torch.tensor(x.astype("float32")).to(getattr(torch, dtype)) for x in _arrays(dtype, q_len, 150, 24, 24)]
+    bias = torch.zeros(1, 4, q_len, 150)
+    bias[..., 5] = bias[..., 140] = -np.inf
+    bias[:, 1, ::2, 70] = -np.inf  # and one that other rows do see
+    dirty = [x.clone() for x in clean]
+    dirty[1][:, :, [5, 140]] = rubbish
+    dirty[2][:, :, [5, 140]] = rubbish
+    found = []
+    for q, k, v in (clean, dirty):
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out, lse = tw.attention(*leaves, bias=bias, return_lse=True, kernel="native")
+        found.append([out, lse, *torch.autograd.grad(out.float().sum() + lse.sum(), leaves)])
+    for name, one, other in zip(("out", "lse", "d_q", "d_k", "d_v"), *found, strict=True):
+        assert torch.isfinite(other).all(), name
+        assert torch.equal(one, other), name
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 2, 5, 7), (2, 0, 0, 5, 7), (2, 4, 2, 0, 7), (2, 4, 2, 5, 0)])

@@ -9,8 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from support.portable_cases import arrays, planned
 
 import tilewise as tw
+from tilewise.kernels.native.backward import backward
+from tilewise.kernels.native.forward import forward
 
 _native = pytest.importorskip("tilewise._native")
 
@@ -23,9 +26,47 @@ def _call(seed: int = 0) -> np.ndarray:
 
 def test_concurrent_callers() -> None:
     expected = [_call(seed).tobytes() for seed in range(4)]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(8) as pool:
         got = list(pool.map(lambda n: _call(n % 4).tobytes(), range(64)))
     assert got == [expected[n % 4] for n in range(64)]
+
+
+def test_concurrent_backward_passes() -> None:
+    plan, operands = planned(**arrays(0, 2, 4, 2, 150, 900, 20, 24), kernel="native", tiles=None)
+    out, lse = forward(plan, operands)
+
+    def gradients(_: int) -> list[bytes]:
+        found = backward(plan, operands, out, lse, out, None)
+        return [array.tobytes() for array in (found.q, found.k, found.v)]
+
+    expected = gradients(0)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(got == expected for got in pool.map(gradients, range(24)))
+
+
+_TORCH = """
+import os
+import numpy as np, torch, tilewise as tw
+
+threads = lambda: len(os.listdir("/proc/self/task"))
+q = torch.from_numpy(np.ones((2, 4, 500, 32), np.float32))
+before = threads()
+for number in (1, 3, 2):
+    torch.set_num_threads(number)
+    tw.attention(q, q, q, kernel="native")
+    print(threads() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
+def test_the_number_follows_torch() -> None:
+    pytest.importorskip("torch")
+    environment = {**os.environ, "TILEWISE_NUM_THREADS": "4"}
+    result = subprocess.run(
+        [sys.executable, "-c", _TORCH], env=environment, capture_output=True, text=True, check=True, timeout=90
+    )
+    # The caller works too; workers stay for the next call.
+    assert result.stdout.split() == ["0", "2", "2"]
 
 
 _FORK = """

@@ -310,13 +310,48 @@ def test_memory_is_linear_in_the_rows():
     assert peak < 64e6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_of_a_sequence_in_any_packing(dtype):
+    """Alone, between others, in another order, with garbage around: one call for all gives the bits of one for each."""
+    from tilewise import _api
+
+    lengths = [(1, 1500), (200, 200), (3, 70), (40, 1100), (70, 0)]
+    rows = [
+        [normal(n, heads, 24, seed=10 * at + heads + n, dtype=dtype) for n, heads in ((a, 4), (b, 2), (b, 2))]
+        for at, (a, b) in enumerate(lengths)
+    ]
+    garbage = [torch.full((5, heads, 24), math.nan, dtype=dtype) for heads in (4, 2, 2)]
+    options = {"mask": tw.window(300, 0, "end"), "softcap": 8.0, "sinks": 0.2}
+    for order in ([0, 1, 2, 3, 4], [3, 4, 1, 0], [2]):
+        tensors = [torch.cat([g, *(rows[n][x] for n in order), g]).requires_grad_() for x, g in enumerate(garbage)]
+        cu_q, cu_k = (5 + cumulative([lengths[n][side] for n in order]) for side in (0, 1))
+        out, lse = varlen_attention(*tensors, cu_q, cu_k, return_lse=True, **options)
+        d_out = normal(*out.shape, seed=3, dtype=dtype)
+        found = torch.autograd.grad(out, tensors, d_out)
+        for place, n in enumerate(order):
+            parts = [slice(int(cu[place]), int(cu[place + 1])) for cu in (cu_q, cu_k, cu_k)]
+            own = [x[None].requires_grad_() for x in rows[n]]
+            alone, alone_lse = _api.attention(*own, layout="bshd", return_lse=True, kernel="native", **options)
+            expected = torch.autograd.grad(alone, own, d_out[None, parts[0]])
+            assert torch.equal(out[parts[0]], alone[0]) and torch.equal(lse[:, parts[0]], alone_lse[0])
+            for gradient, part, want in zip(found, parts, expected, strict=True):
+                assert torch.equal(gradient[part], want[0])
+
+
+def test_one_tensor_as_queries_keys_and_values():
+    x = normal(sum(Q_LENGTHS), HEADS, 6, dtype=torch.bfloat16).requires_grad_()
+    parts = [x.detach().clone().requires_grad_() for _ in range(3)]
+    gradient = torch.autograd.grad(varlen_attention(x, x, x, CU_Q).sum(), x)[0]
+    close(gradient, sum(torch.autograd.grad(varlen_attention(*parts, CU_Q).sum(), parts)), rtol=0.02, atol=0.02)
+
+
 def test_equal_lengths_share_a_call(monkeypatch):
     from tilewise import _api
 
     calls, attention = [], _api.attention
     monkeypatch.setattr("tilewise._api.attention", lambda *a, **o: calls.append(a[0].shape) or attention(*a, **o))
     q, k, v = packed()
-    varlen_attention(q, k, v, CU_Q, CU_K)
+    varlen_attention(q, k, v, CU_Q, CU_K, kernel="portable")
     assert sorted(shape[:2] for shape in calls) == [(1, 1), (1, 3), (1, 5), (2, 7)]
 
 

@@ -151,6 +151,51 @@ def _onnxruntime(case: Case, data: dict[str, np.ndarray], dtype: str) -> tuple[R
     return lambda: engine.run(None, inputs)[0], lambda out: np.asarray(out)
 
 
+def _zentorch(case: Case, data: dict[str, np.ndarray], dtype: str) -> tuple[Run, Any]:
+    import torch
+    import zentorch  # noqa: F401  (registers its operators)
+
+    if case.kind == "training":
+        raise Refused("no backward")
+    q, k, v = tensors = _torch_tensors(case, data, dtype)
+    top_left = case.mask == "causal" and case.q_len == case.k_len
+    seen = None if top_left else _booleans(case)
+    given = None
+    if seen is not None:  # it takes additive masks alone
+        given = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(torch.from_numpy(~seen), float("-inf"))
+    attend = torch.ops.zentorch.zentorch_sdpa
+    return _torch_run(case, tensors, lambda: attend(q, k, v, is_causal=top_left, attn_mask=given)[0])
+
+
+def _openvino(case: Case, data: dict[str, np.ndarray], dtype: str) -> tuple[Run, Any]:
+    import openvino
+    from openvino import opset13
+
+    if case.kind == "training":
+        raise Refused("no backward")
+    if case.q_heads != case.kv_heads:
+        raise Refused("its operator has no grouped heads")
+    top_left = case.mask == "causal" and case.q_len == case.k_len
+    seen = None if top_left else _booleans(case)
+    inputs = [data[name] for name in ("q", "k", "v")]
+    if seen is not None:
+        inputs.append(np.broadcast_to(seen, (seen.shape[0], 1, case.q_len, case.k_len)).copy())
+    given = [opset13.parameter(x.shape, np.bool_ if x.dtype == np.bool_ else np.float32) for x in inputs]
+    node = opset13.scaled_dot_product_attention(*given, causal=top_left)
+    # In bfloat16 it rounds float32 inputs itself, at each call: a small part of the time.
+    precision = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype]}
+    compiled = openvino.Core().compile_model(openvino.Model([node], given, "attention"), "CPU", precision)
+    request = compiled.create_infer_request()
+    for n, x in enumerate(inputs):
+        request.set_input_tensor(n, openvino.Tensor(x, shared_memory=True))
+
+    def run() -> Any:
+        request.infer()
+        return request.get_output_tensor(0)
+
+    return run, lambda out: np.asarray(out.data, np.float32)
+
+
 def _booleans(case: Case) -> np.ndarray | None:
     """The mask as booleans that broadcast to (B, Hq, Sq, Sk), as small as they can be."""
     mask = case.mask_of()
@@ -170,6 +215,8 @@ PEERS: dict[str, tuple[tuple[str, ...], Prepare]] = {
     "flex": (("torch",), _flex),
     "jax": (("jax",), _jax),
     "onnxruntime": (("onnxruntime", "onnx"), _onnxruntime),
+    "openvino": (("openvino",), _openvino),
+    "zentorch": (("zentorch",), _zentorch),
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .measure import Result
+from .peers import PEERS
 
 
 def table(results: list[Result], peaks: dict[str, float]) -> str:
@@ -52,7 +53,7 @@ def record(results: list[Result], peaks: dict[str, float], threads: int) -> dict
         "cpu": cpu_name(),
         "threads": threads,
         "peaks": peaks,
-        "versions": {name: _version(name) for name in ("tilewise", "torch", "jax", "onnxruntime", "numpy")},
+        "versions": {name: _version(name) for name in (*PEERS, "numpy") if name != "flex"},
         "python": platform.python_version(),
         "results": [asdict(result) for result in results],
     }

@@ -18,6 +18,7 @@ from ..plan.catalog import PRESETS, preset
 from ..plan.choose import choose
 from ..plan.explain import rows as rows_of
 from ..plan.explain import with_details
+from ..plan.measured import architecture_of
 from ..plan.preset import Preset, Shape, outline
 from ..problem import AttentionProblem, Gradient
 from ..validate import prepare
@@ -45,7 +46,9 @@ def explain(
     softcap: Annotated[float | None, typer.Option(help="Cap of the scores.")] = None,
     dtype: Annotated[Literal["float64", "float32", "float16", "bfloat16"], typer.Option()] = "float32",
     framework: Annotated[Literal["numpy", "torch", "jax"], typer.Option()] = "torch",
-    device: Annotated[str, typer.Option(help="cpu, cuda, tpu or another name of torch or jax.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, tpu or another name of torch or jax; a GPU's model as in cuda:H200.")
+    ] = "cpu",
     backward: Annotated[bool, typer.Option("--backward", help="Want the gradients, too.")] = False,
     kernel: Annotated[str | None, typer.Option(help="Ask for this kernel by name.")] = None,
     allow_quadratic: Annotated[bool, typer.Option("--allow-quadratic", help="Accept memory in Sq * Sk.")] = False,
@@ -80,7 +83,16 @@ def explain(
             raise ValueError(f"device: got {device!r}, but numpy arrays are on the cpu")
         given: dict[str, Any] = {"softcap": softcap, "mask": parse(mask) if mask is not None else None}
         problem, lowered = _problem(model, shape, {name: value for name, value in given.items() if value is not None})
-        problem = replace(problem, dtype=dtype, family=framework, device=device)
+        kind, _, gpu = device.partition(":")
+        problem = replace(
+            problem,
+            dtype=dtype,
+            family=framework,
+            device=kind,
+            model=gpu,
+            architecture=architecture_of(gpu),
+            bias=replace(problem.bias, dtypes=(dtype,) * len(problem.bias.dense)),
+        )
         if backward:
             problem = replace(problem, gradients=_gradients(problem), traced=framework == "jax")
         plan = with_details(choose(problem, kernel, allow_quadratic), lowered)

@@ -82,6 +82,9 @@ def native() -> list[Finding]:
     for page in built["pages"]:
         if page in built["supported_pages"]:
             found.append(Finding(f"page {page}", True, "can run here"))
+        elif page in built["refused_pages"]:
+            cure = "Linux 5.16 or later, and no alternate signal stack that is too small for the registers"
+            found.append(Finding(f"page {page}", False, built["refused_pages"][page], cure))
         else:
             found.append(Finding(f"page {page}", False, "this processor lacks its instructions", "a newer processor"))
     settings = _setting("TILEWISE_NUM_THREADS") or _setting("OMP_NUM_THREADS")

@@ -41,7 +41,7 @@ def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
             with jax.ensure_compile_time_eval():  # a predicate's answers are wanted now, also while something is traced
                 bits = words_of(mask.tile_bits(0, plan.problem.q_len))
         # The planner has refused traced masks; only here does it show that a predicate closes over a traced array.
-        elif plan.forced:
+        elif plan.forced or plan.problem.invariance == "row":
             raise KernelRefused("native", ["it evaluates the mask before it runs, and the mask is traced"])
         else:
             native = False

@@ -26,7 +26,7 @@ def forward(problem: AttentionProblem, smooth: Smooth, facts: Facts) -> tuple[Ar
     call, operands = _Call.of(problem, smooth, facts)
     p = problem
     out = call.tensor(p.q_heads, p.q_len, p.value_dim, p.result)
-    out, lse = call("tilewise_forward", [out, call.rows], operands)
+    out, lse = call("tilewise_forward", [out, call.rows], operands, row_invariant=np.int64(p.invariance == "row"))
     return call.turned(out), lse
 
 

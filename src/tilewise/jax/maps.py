@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 
+from ..errors import KernelRefused
 from ..kernels.portable import jax_scan
 from ..kernels.portable.jax_scan import Smooth
 from . import ffi
@@ -74,6 +75,8 @@ def _attend(case: Case, cpu: bool, chosen: Flags, *operands: Array) -> list[Arra
     smooth, facts = case.parts(operands)
     if case.native and cpu and case.problem.scores:
         return list(ffi.forward(case.problem, smooth, facts))
+    if case.problem.invariance == "row" and case.problem.scores:
+        raise KernelRefused("portable", ["with it, a row's bits depend on how many rows are computed together"])
     out, lse = jax_scan.attend(case.problem, case.tiles, smooth, facts)
     return [out.astype(case.out_dtype), lse]
 

@@ -67,6 +67,10 @@ class Mask:
         """The mask as key intervals per query row, or None when it is not of that form."""
         return None
 
+    def diagonal(self, site: Site) -> int | None:
+        """c where the mask is exactly "key j is seen by query i iff j <= i + c" for a known c, else None."""
+        return None
+
     def labels(self, site: Site) -> tuple[Array, Array] | None:
         """The mask as equality of a query label (B', H', Sq) and a key label (B', H', Sk), or None."""
         return None

@@ -51,6 +51,7 @@ class LoweredMask:
         lazy: what is left of the mask, to be evaluated element by element, or None. At most one of `dense` and `lazy`
             is given: together they are the bits.
         text: the mask as it is written.
+        diagonal: c where the ranges are exactly j <= i + c for query i and key j, and nothing else holds; else None.
     """
 
     site: Site
@@ -60,6 +61,7 @@ class LoweredMask:
     dense: Array | None = None
     lazy: Mask | None = None
     text: str = "none"
+    diagonal: int | None = None
 
     @property
     def facts(self) -> MaskFacts:
@@ -75,6 +77,7 @@ class LoweredMask:
             heads=lazy or any(shape[1] > 1 for shape in shapes),
             batch=lazy or any(shape[0] > 1 for shape in shapes),
             known=self.site.concrete,
+            diagonal=self.diagonal,
         )
 
     @property
@@ -180,7 +183,8 @@ def _lower(mask: Mask, site: Site) -> LoweredMask:
         dense = facts.bits[0].four(site)
     elif facts.bits:
         lazy = facts.bits[0] if len(facts.bits) == 1 else And(facts.bits)
-    return LoweredMask(site, ranges, q_labels, k_labels, dense, lazy, str(mask))
+    diagonal = mask.diagonal(site) if ranges is not None else None
+    return LoweredMask(site, ranges, q_labels, k_labels, dense, lazy, str(mask), diagonal)
 
 
 def _facts(mask: Mask, site: Site) -> _Facts:

@@ -70,6 +70,7 @@ def mask_part(lowered: LoweredMask, rows: Run, keys: Run) -> LoweredMask:
         k_labels=None if lowered.k_labels is None else keys.of(lowered.k_labels, 2, xp),
         dense=None if dense is None else keys.of(rows.of(dense, 2, xp), 3, xp),
         lazy=None if lowered.lazy is None else Seen(lowered.lazy, lowered.site, rows, keys),
+        diagonal=None,  # the whole's is not the part's own
     )
 
 

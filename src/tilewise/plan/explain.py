@@ -56,15 +56,21 @@ def table(plan: Plan) -> str:
 def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """The plan as pairs of a name and a text; the name is empty where a text continues the one above."""
     problem, details = plan.problem, plan.details
-    yield "kernel", plan.kernel + (" (asked for)" if plan.forced else "")
+    yield "kernel", _named(plan.kernel, plan.way) + (" (asked for)" if plan.forced else "")
     if plan.backward:
-        yield "backward", plan.backward
+        yield "backward", _named(plan.backward, plan.backward_way)
+    if plan.careful:
+        yield "not finite", f"results with NaN or infinity are computed again by {plan.careful}"
     yield "problem", _sizes(problem)
-    yield "arrays", f"{problem.family} {problem.dtype} on {problem.device}, layout {problem.layout}" + _traced(problem)
+    device = problem.device + (f" ({problem.model})" if problem.model else "")
+    yield "arrays", f"{problem.family} {problem.dtype} on {device}, layout {problem.layout}" + _traced(problem)
     yield "mask", f"{problem.mask.text} -> {_facts(problem)}"
     options = ", ".join(_options(problem))
     if options:
         yield "options", options
+    if problem.invariance == "row":
+        yield "invariance", "row: a prefill, its chunks and single queries sum in one order, and give the same bits"
+        yield "", "few queries run as many do, which takes longer than the order that suits them best"
     split = f", keys split every {plan.tiles.split}" if plan.tiles.split else ""
     yield "tiles", f"{plan.tiles.queries} queries x {plan.tiles.keys} keys{split}"
     if "tiles" in details:
@@ -76,6 +82,10 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     for name, reasons in plan.refusals.items():
         for n, reason in enumerate(reasons):
             yield f"not {name}" if n == 0 else "", reason
+
+
+def _named(kernel: str, way: str) -> str:
+    return f"{kernel} ({way})" if way else kernel
 
 
 def _sizes(problem: AttentionProblem) -> str:

@@ -43,13 +43,19 @@ class Attention(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.rest, keyset, ctx.count, *tensors = inputs
         ctx.held = predicates_of(ctx.rest.options)
+        # Whether a gradient of lse came decides which kernels can run backward: zeros would hide that it did not.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output, *tensors)
         if keyset is not None:
             ctx.save_for_forward(*output, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Results:
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Results:
         out, lse, operands, rest = _saved(ctx)
+        if d_lse is not None:
+            rest = rest._replace(options=rest.options + ";lse=1")
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
         wanted = [n for n in range(ctx.count) if ctx.needs_input_grad[3 + n]]
         tensors = (*operands, d_out, d_lse)
         backward = (

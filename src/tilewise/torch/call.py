@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import validate
+from ..problem import Invariance
 from . import autograd, batching, legacy_batching, operator  # noqa: F401  (they register rules)
 from .options import write
 from .watch import nobody_else, recording
@@ -21,18 +22,21 @@ from .watch import nobody_else, recording
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Any, bias: Any, scale: float | None, softcap: float | None, sinks: Any,
-    dropout: Any, layout: str, return_lse: bool, kernel: str | None, allow_quadratic: bool,
+    dropout: Any, layout: str, return_lse: bool, kernel: str | None, allow_quadratic: bool, invariance: str,
 ) -> Any:  # fmt: skip
     """As `tilewise.attention`, for torch tensors; q, k and v join the dtype of an autocast region."""
     q, k, v = autocast(q, k, v)
     arrays = _arrays(q, k, v, layout)
     checked = validate.check_options(arrays, _tensor(mask), _tensor(bias), scale, softcap, sinks, dropout)
-    out, lse = run(checked, layout, kernel, allow_quadratic)
+    same = validate.check_invariance(invariance, checked.dropout)
+    out, lse = run(checked, layout, kernel, allow_quadratic, same)
     out, lse = validate.restore(out, lse, layout)
     return (out, lse) if return_lse else out
 
 
-def run(checked: validate.Checked, layout: str, kernel: str | None, allow_quadratic: bool) -> tuple[Tensor, Tensor]:
+def run(
+    checked: validate.Checked, layout: str, kernel: str | None, allow_quadratic: bool, invariance: Invariance = "batch"
+) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq) of checked arguments, with derivatives."""
     (_, q, k, v, _), mask, biases, scale, softcap, sinks, dropout = checked
     names, tensors = "q,k,v", [q, k, v]
@@ -45,7 +49,7 @@ def run(checked: validate.Checked, layout: str, kernel: str | None, allow_quadra
     if sinks is not None:
         names += ",sinks"
         tensors.append(sinks)
-    facts, integers, options = write(names, mask, layout, softcap, dropout, kernel, allow_quadratic)
+    facts, integers, options = write(names, mask, layout, softcap, dropout, kernel, allow_quadratic, invariance)
     if not torch.compiler.is_compiling() and nobody_else(tensors):
         if recording(tensors):
             return autograd.recorded(tensors, facts, integers, scale, options)

@@ -16,7 +16,7 @@ from ..contract import Dropout, Operands
 from ..masks.algebra import Mask
 from ..masks.lower import LoweredMask, lower
 from ..masks.site import site_for
-from ..problem import AttentionProblem, Gradient
+from ..problem import AttentionProblem, Gradient, Invariance
 from ..validate import problem_of
 from .spelling import has_predicate, read, spell
 
@@ -28,7 +28,8 @@ class Options:
     Attributes:
         names: what each tensor of the operands is: q, k, v, dense biases, table, sinks, in this order.
         mask: spelled; "" where there is none.
-        layout, softcap, kernel, allow_quadratic: as of `tilewise.attention`.
+        layout, softcap, kernel, allow_quadratic, invariance: as of `tilewise.attention`.
+        lse: whether a gradient of the log-sum-exp is given; in a backward pass where not, it is zero.
         p, stream: of dropout. Its seed is the first two integers of the call, or its first fact where `seeded`.
         placed: whether dropout numbers its pairs by six integers that follow: `first` as two words, and the strides.
     """
@@ -40,9 +41,11 @@ class Options:
     p: float = 0.0
     stream: int = 0
     seeded: bool = False
+    lse: bool = False
     placed: bool = False
     kernel: str | None = None
     allow_quadratic: bool = False
+    invariance: Invariance = "batch"
 
     @property
     def foldable(self) -> bool:
@@ -91,7 +94,16 @@ class Options:
         self, operands: Operands, scale: float | None, gradients: frozenset[Gradient] = frozenset()
     ) -> AttentionProblem:
         """The question that these operands ask."""
-        return problem_of("torch", operands, layout=self.layout, scale=scale, softcap=self.softcap, gradients=gradients)
+        return problem_of(
+            "torch",
+            operands,
+            layout=self.layout,
+            scale=scale,
+            softcap=self.softcap,
+            gradients=gradients,
+            return_lse=self.lse,
+            invariance=self.invariance,
+        )
 
 
 def write(
@@ -102,6 +114,7 @@ def write(
     dropout: Dropout | None,
     kernel: str | None,
     allow_quadratic: bool,
+    invariance: Invariance = "batch",
 ) -> tuple[list[Tensor], list[int], str]:
     """The facts, the integers and the text of a call; `names` are those of its operands."""
     facts: list[Tensor] = []
@@ -130,6 +143,8 @@ def write(
         text += f";kernel={kernel}"
     if allow_quadratic:
         text += ";allow_quadratic=1"
+    if invariance != "batch":
+        text += f";invariance={invariance}"
     return facts, integers, text
 
 
@@ -138,6 +153,7 @@ _READERS: dict[str, Any] = {
     "p": float,
     "stream": int,
     "seeded": bool,
+    "lse": bool,
     "placed": bool,
     "allow_quadratic": bool,
 }

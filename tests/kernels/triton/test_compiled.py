@@ -25,6 +25,7 @@ STACK = {"forward_kernel": 256, "d_kv_kernel": 320, "d_q_kernel": 256, "d_dense_
 PLAIN_FORWARD_STACK = 64
 
 QUICK = ["64,bfloat16,causal", "128,bfloat16,backward+causal"]
+DECODE = ["128,bfloat16,decode+causal", "64,float16,decode"]
 EVERY = [
     *(
         f"{d},{dtype},backward{mask}"
@@ -72,6 +73,22 @@ def check(arch: str, problems: tuple[str, ...]) -> None:
 
 def test_hopper() -> None:
     check("sm_90", tuple(QUICK))
+
+
+def check_decode(arch: str, problems: tuple[str, ...]) -> None:
+    """Nothing spills; rows are as few as the smaller matrix instruction takes, so on sm_90 that one is used."""
+    found = reports(arch, problems)
+    assert {report["kernel"] for report in found} >= {"decode_kernel", "merge_kernel"}
+    for report in found:
+        assert report["shared"] <= SHARED[arch] and report["stack"] == 0, report
+        if report["kernel"] == "decode_kernel":
+            assert sum(report.get(name, 0) for name in ("mma", "wgmma", "tcgen05", "mfma")) > 0, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_decode(arch: str) -> None:
+    check_decode(arch, tuple(DECODE))
 
 
 @pytest.mark.slow

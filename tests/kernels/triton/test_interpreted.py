@@ -22,7 +22,7 @@ from triton_cases import CASES  # noqa: E402
 # Two tiles an axis, the second one ragged.
 SIZE = 50
 QUICK = [case.name for case in CASES if not case.wide]
-HALVES = ["causal end", "three biases and a table", "dropout", "rubbish in a document", "width 1"]
+HALVES = ["causal end", "three biases and a table", "dropout", "rubbish in a document", "width 1", "decode"]
 
 
 @lru_cache

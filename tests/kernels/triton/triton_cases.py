@@ -115,6 +115,11 @@ def _plant_late(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     v[:, :, n // 2], k[:, :, n // 2 + 1], v[:, :, n - 3, 1] = float("nan"), float("nan"), float("inf")
 
 
+def _plant_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Rubbish in the first third of the keys, which the late queries must not see."""
+    v[:, :, 2], v[:, :, 3, 0], k[:, :, 4] = float("nan"), float("inf"), float("nan")
+
+
 def _some(b: Any, h: Any, i: Any, j: Any) -> Any:
     return (i * 7 + j * 3 + h + b) % 5 < 2
 
@@ -148,6 +153,16 @@ CASES = (
     Case("dropout", lambda s: CAUSAL | {"dropout": tw.Dropout(0.3, seed=2**40 + 5, stream=3)}, batch=2),
     Case("drop all", lambda s: {"dropout": tw.Dropout(1.0, seed=1)}),
     Case("one query", lambda s: CAUSAL, lengths=(0.0, 1.0), heads=(4, 1)),
+    # Few queries: those of a group share a tile, and keys are split; two heads of queries more than a split has keys.
+    Case("decode", lambda s: CAUSAL | {"sinks": _random((s.h,), s.device)}, 2, (6, 2), (0.05, 1.6)),
+    Case("decode in a window", lambda s: {"mask": tw.window(s.sk // 3, 1, "end")}, 2, (4, 2), (0.07, 2.1)),
+    Case("decode, labels, a table", lambda s: {"mask": _scattered(s),
+         "bias": tw.alibi(_random((s.h,), s.device), "end")}, 1, (4, 2), (0.05, 1.5)),
+    Case("decode, bias and dropout", lambda s: {"bias": _random((1, s.h, s.sq, s.sk), s.device),
+         "dropout": tw.Dropout(0.3, 7), "softcap": 2.0}, 2, (3, 1), (0.05, 1.5)),
+    Case("decode, dense mask per head", lambda s: {"mask": tw.dense(_random((1, s.h, s.sq, s.sk), s.device) > 0)},
+         1, (4, 2), (0.05, 1.5)),
+    Case("decode with rubbish", _thirds, 1, (4, 2), (0.05, 1.5), plant=_plant_keys),
     Case("one key", lengths=(1.0, 0.0)),
     Case("width 1", widths=(1, 1)),
     Case("width 64", lambda s: CAUSAL, widths=(64, 64)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from importlib.util import find_spec
 
 from ...contract import KernelCard, Tiles, Unavailable
@@ -15,7 +16,9 @@ BITS_BYTES = 1 << 24
 _MOST_PACKED = 1 << 29
 
 
+@cache
 def _available() -> Unavailable | None:
+    # Looking for the module takes longer than planning, and it does not come or go while a process runs.
     if find_spec("tilewise._native") is None:
         return Unavailable(
             "the compiled module is not installed", "install a C++17 compiler such as g++, then reinstall tilewise"
@@ -51,7 +54,9 @@ def _describe(problem: AttentionProblem) -> tuple[int, int, int, int]:
     # Asked only about problems that this kernel can run, so the module is there.
     from ... import _native  # pyright: ignore[reportAttributeAccessIssue]
 
-    return _native.describe(DTYPE_CODES[problem.dtype], threads_of(problem), sizes_of(problem))
+    return _native.describe(
+        DTYPE_CODES[problem.dtype], threads_of(problem), sizes_of(problem), problem.invariance == "row"
+    )
 
 
 def _tiles(problem: AttentionProblem) -> Tiles:
@@ -74,6 +79,7 @@ CARD = KernelCard(
     gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
     backward_families=frozenset({"numpy", "torch", "jax"}),
     max_dense_biases=4,
+    row_invariant=True,
     further=_packing,
     rate=2e11,
     overhead=1e-5,

@@ -28,7 +28,7 @@ def call_facts(operands: Operands, accumulator: str, alive: Alive) -> dict[str, 
         "biases": tuple(_dense_bias(bias, alive) for bias in operands.dense),
         "table": _table(operands.table, accumulator, alive),
         "sinks": _sinks(operands.sinks, accumulator, alive),
-        "dropout": _dropout(operands.dropout, sizes),
+        "dropout": dropout_words(operands.dropout, sizes),
     }
 
 
@@ -108,10 +108,17 @@ def _sinks(sinks: Array | None, accumulator: str, alive: Alive) -> int:
     return found.address
 
 
-def _dropout(dropout: Dropout | None, sizes: tuple[int, int, int]) -> tuple[int | float, ...] | None:
+def dropout_words(dropout: Dropout | None, sizes: tuple[int, int, int] | None) -> tuple[int | float, ...] | None:
+    """Threshold, factor of what is kept, seed, stream and numbering; None for none.
+
+    Args:
+        sizes: Hq, Sq and Sk; None lets the core number the pairs of each sequence by the sequence's own.
+    """
     if dropout is None:
         return None
-    first, strides = dropout.numbering(*sizes)
+    first, strides = dropout.numbering(*sizes or (0, 0, 0))
+    if sizes is None and dropout.strides is None:
+        strides = (0, 0, 0, 0)
     numbers = (dropout.stream, _joined(first), *strides)
     return (dropout.threshold, dropout.inverse_keep, _joined(dropout.seed), *(number % 2**64 for number in numbers))
 

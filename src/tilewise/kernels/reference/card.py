@@ -21,7 +21,7 @@ CARD = KernelCard(
     traced=False,
     gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
     linear_memory=False,
-    automatic=False,
+    automatic=frozenset(),
     rate=1e8,
     workspace=_workspace,
 )

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from ...contract import KernelCard, Tiles, Unavailable
 from ...problem import AttentionProblem
-from .tiles import blocks_for
+from .tiles import blocks_for, decode_split, packed_rows, packs, padded_width
 
 # Positions are 32-bit in the kernels, and the last tile reaches a little beyond the last key.
 _MOST_KEYS = 2**31 - 1024
@@ -45,8 +45,10 @@ def _further(problem: AttentionProblem) -> tuple[str, ...]:
 
 
 def _tiles(problem: AttentionProblem) -> Tiles:
-    # The device cannot be asked without torch; only the interpreter's tiles are always known.
-    blocks = blocks_for("forward", "interpreter" if problem.device == "cpu" else "sm_90", problem)
+    arch = "interpreter" if problem.device == "cpu" else problem.architecture or "sm_90"
+    if problem.scores and packs(problem) and problem.k_len > decode_split(arch):
+        return Tiles(packed_rows(problem), blocks_for("decode", arch, problem).keys, decode_split(arch))
+    blocks = blocks_for("forward", arch, problem)
     return Tiles(blocks.queries, blocks.keys)
 
 
@@ -57,6 +59,9 @@ def _workspace(problem: AttentionProblem, tiles: Tiles) -> int:
     masked = problem.mask.ranges or problem.mask.labels or problem.mask.bits
     met = -(-problem.q_len // max(1, tiles.queries)) * (-(-problem.k_len // max(1, tiles.keys)) + 2)
     lists = min(4 * leading * met, 1 << 26) if masked else 0
+    if tiles.split:
+        states = problem.batch * problem.kv_heads * -(-problem.k_len // tiles.split) * tiles.queries
+        return bounds + 4 * states * (padded_width(problem) + 2)
     return bounds + lists + (1 << 25 if problem.mask.bits == "lazy" else 0)
 
 
@@ -66,11 +71,12 @@ CARD = KernelCard(
     families=frozenset({"torch"}),
     devices=frozenset({"cuda", "cpu"}),
     dtypes=frozenset({"float32", "float16", "bfloat16"}),
-    traced=False,
     gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
     max_key_length=_MOST_KEYS,
-    # Held to the oracle by Triton's interpreter and compiled for four architectures, but never yet run on a GPU.
-    automatic=False,
+    # Held to the oracle by Triton's interpreter and compiled for four architectures: unasked, it runs where a GPU run
+    # has checked and timed it, which that device's measured table says.
+    automatic=frozenset({"cuda"}),
+    needs_table=True,
     further=_further,
     rate=3e14,
     overhead=5e-5,

@@ -6,6 +6,7 @@ import torch
 
 from ...contract import Operands, Plan
 from .arguments import call_of, can_leak, heads_together
+from .decode import decode, decodes
 from .device.records import rows, view
 from .facts import facts_of
 from .forward_kernel import forward_kernel
@@ -32,6 +33,10 @@ def forward(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]
     sinks = (
         operands.sinks.contiguous() if operands.sinks is not None else None
     )  # a number stands there as a broadcast one
+    if decodes(problem, q.device):
+        with on_device_of(q):
+            decode(plan, operands, out, lse, sinks)
+        return out, lse
     blocks = blocks_of("forward", plan, q.device)
     with on_device_of(q):
         for slab in facts_of(operands.mask, q.device).slabs("queries", blocks):

@@ -23,6 +23,7 @@ def forward_kernel(
     """
     tile, b, h = place(tiles, together, call.shape.q_heads, LAST_FIRST)
     first = (first_tile + tile) * BLOCK_Q
+    i, kv_head = (first + tl.arange(0, BLOCK_Q))[:, None], h // call.shape.group
     q_tile = load_tile(q, b, h, first, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
     row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
     mixed, full = counts_of(lists, row, call.shape.k_len, BLOCK_K, True)
@@ -31,14 +32,10 @@ def forward_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     for n in range(0, mixed):
         keys = mixed_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
-        acc, peak, total = _absorb(
-            acc, peak, total, q_tile, k, v, keys, first, b, h, call, True, False, BLOCK_Q, BLOCK_K
-        )
+        acc, peak, total = absorb(acc, peak, total, q_tile, k, v, keys, i, b, h, kv_head, call, True, False, BLOCK_K)
     for n in range(0, full):
         keys = full_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
-        acc, peak, total = _absorb(
-            acc, peak, total, q_tile, k, v, keys, first, b, h, call, False, False, BLOCK_Q, BLOCK_K
-        )
+        acc, peak, total = absorb(acc, peak, total, q_tile, k, v, keys, i, b, h, kv_head, call, False, False, BLOCK_K)
     if CAN_LEAK and not all_finite(acc):
         acc = tl.zeros([BLOCK_Q, call.shape.block_dv], tl.float32)
         peak = tl.full([BLOCK_Q], -INF, tl.float32)
@@ -49,23 +46,24 @@ def forward_kernel(
             else:
                 keys = full_tile(lists, row, n - mixed, call.shape.k_len, BLOCK_K) * BLOCK_K
             for part in range(0, BLOCK_K, CAREFUL_ROWS):
-                acc, peak, total = _absorb(
-                    acc, peak, total, q_tile, k, v, keys + part, first, b, h, call, True, True, BLOCK_Q, CAREFUL_ROWS
+                acc, peak, total = absorb(
+                    acc, peak, total, q_tile, k, v, keys + part, i, b, h, kv_head, call, True, True, CAREFUL_ROWS
                 )
     _finish(acc, peak, total, out, lse, call, sinks, first, b, h, BLOCK_Q)
 
 
 @triton.jit
-def _absorb(
-    acc, peak, total, q_tile, k, v, first_key, first, b, h, call,
-    MIXED: tl.constexpr, CAREFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+def absorb(
+    acc, peak, total, q_tile, k, v, first_key, i, b, h, kv_head, call,
+    MIXED: tl.constexpr, CAREFUL: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One more tile of keys in the state: acc (BLOCK_Q, Dv), peak of scores and total of exponentials (BLOCK_Q,)."""
+    """One more tile of keys in the state: acc (rows, Dv), peak of scores and total of exponentials (rows,).
+
+    i: positions of the queries, (rows, 1). h: their head, one for all or (rows, 1).
+    """
     plain: tl.constexpr = call.softcap is None and len(call.dense) == 0 and call.table is None
-    i, j = (first + tl.arange(0, BLOCK_Q))[:, None], (first_key + tl.arange(0, BLOCK_K))[None, :]
-    k_tile = load_tile(
-        k, b, h // call.shape.group, first_key, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, not MIXED
-    )
+    j = (first_key + tl.arange(0, BLOCK_K))[None, :]
+    k_tile = load_tile(k, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, not MIXED)
     products = product(q_tile, tl.trans(k_tile))
     s, seen, _ = score(products, call, b, h, i, j, MIXED)
     if plain and call.rising and not MIXED:
@@ -82,7 +80,7 @@ def _absorb(
         p = tl.where(kept(call.dropout, b, h, i, j), p, 0.0)
     acc = acc * decay[:, None]
     v_tile = load_tile(
-        v, b, h // call.shape.group, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, not MIXED
+        v, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, not MIXED
     )
     if CAREFUL:
         acc = add_seen(acc, p, seen, v_tile)
@@ -93,7 +91,19 @@ def _absorb(
 
 @triton.jit
 def _finish(acc, peak, total, out, lse, call, sinks, first, b, h, BLOCK_Q: tl.constexpr):
-    """Divide by the denominator and store; a row that saw nothing gets 0 and -inf, whether or not there is a sink."""
+    """Store out and lse of a tile of one head."""
+    acc, value = finished(acc, peak, total, call, sinks, h)
+    store_tile(out, b, h, first, call.shape.q_len, acc, BLOCK_Q, call.shape.dv, call.shape.block_dv)
+    row = first + tl.arange(0, BLOCK_Q)
+    tl.store(lse.ptr + b.to(tl.int64) * lse.b + h * lse.h + row * lse.row, value, mask=row < call.shape.q_len)
+
+
+@triton.jit
+def finished(acc, peak, total, call, sinks, h):
+    """out and lse: divided by the denominator. A row that saw nothing gets 0 and -inf, whether or not there is a sink.
+
+    h: the rows' head, one for all or (rows,).
+    """
     nothing = total == 0.0
     if sinks is not None:
         sink = tl.load(sinks + h).to(tl.float32) * LOG2E
@@ -106,7 +116,4 @@ def _finish(acc, peak, total, out, lse, call, sinks, first, b, h, BLOCK_Q: tl.co
     if call.dropout is not None:
         factor = factor * call.dropout.inverse_keep
     acc = tl.where(nothing[:, None], 0.0, acc * factor[:, None])
-    store_tile(out, b, h, first, call.shape.q_len, acc, BLOCK_Q, call.shape.dv, call.shape.block_dv)
-    row = first + tl.arange(0, BLOCK_Q)
-    value = tl.where(nothing, -INF, (peak + tl.log2(total)) * LN2)
-    tl.store(lse.ptr + b.to(tl.int64) * lse.b + h * lse.h + row * lse.row, value, mask=row < call.shape.q_len)
+    return acc, tl.where(nothing, -INF, (peak + tl.log2(total)) * LN2)

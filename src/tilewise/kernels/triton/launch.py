@@ -10,7 +10,7 @@ import torch
 import triton
 
 from ...contract import Plan
-from .tiles import Blocks, Pass, blocks_for
+from .tiles import Blocks, Pass, blocks_for, decode_split
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, blocks: Blocks | None = None, **constants: Any) -> None:
@@ -35,6 +35,11 @@ def on_device_of(array: torch.Tensor) -> AbstractContextManager[Any]:
 def blocks_of(purpose: Pass, plan: Plan, device: torch.device) -> Blocks:
     """The tile sizes of a pass on a device."""
     return blocks_for(purpose, architecture(device), plan.problem)
+
+
+def split_of(device: torch.device) -> int:
+    """Keys that one program of a decoding call reads on a device."""
+    return decode_split(architecture(device))
 
 
 @lru_cache

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from ...problem import AttentionProblem
 
-Pass = Literal["forward", "d_kv", "d_q", "d_bias"]
+Pass = Literal["forward", "decode", "d_kv", "d_q", "d_bias"]
 
 
 class Blocks(NamedTuple):
@@ -35,6 +35,19 @@ _HALF: dict[tuple[Pass, str], dict[int, Blocks]] = {
         128: Blocks(64, 64, 4, 2),
         256: Blocks(64, 32, 4, 1),
         512: Blocks(32, 16, 4, 1),
+    },
+    # Rows of queries are those of a group; see `packed_rows`.
+    ("decode", "large"): {
+        64: Blocks(64, 64, 4, 3),
+        128: Blocks(64, 64, 4, 3),
+        256: Blocks(64, 32, 4, 2),
+        512: Blocks(64, 16, 8, 2),
+    },
+    ("decode", "small"): {
+        64: Blocks(64, 64, 4, 2),
+        128: Blocks(64, 32, 4, 2),
+        256: Blocks(64, 16, 4, 1),
+        512: Blocks(64, 16, 8, 1),
     },
     ("d_kv", "large"): {
         64: Blocks(64, 128, 8, 2),
@@ -107,6 +120,28 @@ def blocks_for(purpose: Pass, arch: str, problem: AttentionProblem) -> Blocks:
     # The rounds of the generator want registers beside the two accumulators.
     queries = min(blocks.queries, 32) if purpose == "d_kv" and problem.dropout else blocks.queries
     return blocks._replace(queries=queries, keys=keys, stages=stages)
+
+
+# Queries of all heads of a group that stand in one tile, and keys of a split: fixed, so that no row's bits depend on
+# how many others there are. The interpreter's split is small enough for several in tests.
+_MOST_PACKED = 64
+_SPLIT = {"interpreter": 32}
+_USUAL_SPLIT = 512
+
+
+def decode_split(arch: str) -> int:
+    """Keys that one program of a decoding call reads."""
+    return _SPLIT.get(arch, _USUAL_SPLIT)
+
+
+def packs(problem: AttentionProblem) -> bool:
+    """Whether the queries of a group fit one tile, and no predicate has to be evaluated for them."""
+    return problem.group * problem.q_len <= _MOST_PACKED and problem.mask.bits != "lazy"
+
+
+def packed_rows(problem: AttentionProblem) -> int:
+    """Rows of the tile for the queries of a group."""
+    return max(16, 1 << (problem.group * problem.q_len - 1).bit_length())
 
 
 def padded_width(problem: AttentionProblem) -> int:

@@ -33,6 +33,10 @@ class Causal(Mask):
     def visible(self, site: Site, b: Array, h: Array, i: Array, j: Array) -> Array:
         return j < i + at_batch(edge_of(site, self.align, self.offset, 1), b)
 
+    def diagonal(self, site: Site) -> int | None:
+        edge = edge_of(site, self.align, self.offset, 0)
+        return edge if isinstance(edge, int) else None
+
     def describe(self) -> str:
         if self.offset is not None:
             return f"causal(offset={self.offset if isinstance(self.offset, int) else '…'})"

@@ -48,6 +48,12 @@ class Window(Mask):
         seen = seen if start is None else seen & (j >= i + at_batch(start, b))
         return seen if stop is None else seen & (j < i + at_batch(stop, b))
 
+    def diagonal(self, site: Site) -> int | None:
+        if self.left is not None or self.right is None:
+            return None
+        edge = edge_of(site, self.align, self.offset, self.right)
+        return edge if isinstance(edge, int) else None
+
     def describe(self) -> str:
         place = f', "{self.align}"' if self.align else ""
         place = place if self.offset is None else f", offset={self.offset if isinstance(self.offset, int) else '…'}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -114,6 +114,7 @@ class KVCache:
         sinks: Tensor | float | None = None,
         return_lse: bool = False,
         kernel: str | None = None,
+        invariance: Literal["batch", "row"] = "batch",
     ) -> Any:
         """Attention of the queries of the last tokens to all that they see.
 
@@ -125,6 +126,7 @@ class KVCache:
             bias: `alibi` or `t5`, or a function of the distances (m,) int64 from a query to a key, negative for the
                 past, that gives (Hq, m) floats, or (B, Hq, m).
             scale, softcap, sinks, return_lse, kernel: as for `tilewise.attention`.
+            invariance: likewise; "row" gives a token the same bits in a prompt, in chunks and alone. Excludes a window.
 
         Returns:
             out (B, Hq, n, Dv) in the cache's layout, or with `return_lse` (out, lse), lse (B, Hq, n).
@@ -137,7 +139,11 @@ class KVCache:
         slots, q = self._slots, own("q", q, self.layout)
         counts = self._query_counts(slots, q, lengths, causal)
         distances = by_distance(bias)
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "kernel": kernel, "return_lse": True}
+        if invariance != "batch" and self.window is not None:
+            raise ValueError(f"invariance: got {invariance!r} with a window, whose tokens move; expected 'batch'")
+        options: dict[str, Any] = {
+            "scale": scale, "softcap": softcap, "kernel": kernel, "invariance": invariance, "return_lse": True,
+        }  # fmt: skip
         parts, results = segments(slots, q.shape[2], counts, self.window, causal), []
         for part in parts:
             k, v = (buffer[:, :, part.slots] for buffer in slots.buffers)

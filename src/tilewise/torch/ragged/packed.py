@@ -1,8 +1,8 @@
-"""Attention within each sequence of packed rows: a call for each, or for the small ones of equal lengths.
+"""Attention within each sequence of packed rows, which gets the very bits of the call on its own.
 
-A sequence gets the very bits of the call on its own. Small sequences of equal lengths share a call, as rows of its
-batch, which kernels keep apart; sequences of different lengths share none, since a row's sum would be cut into other
-tiles.
+Where the compiled kernel can, it takes all sequences in one call. Elsewhere there is a call for each, or for the small
+ones of equal lengths: these share one as rows of its batch, which kernels keep apart; sequences of different lengths
+share none, since a row's sum would be cut into other tiles.
 Nothing is padded, and rows that no sequence holds are never read.
 """
 
@@ -19,7 +19,10 @@ from ... import _api
 from ...contract import Dropout
 from ...masks.algebra import Mask, as_mask
 from ...masks.biases import Bias, as_bias
+from ..call import autocast
+from . import together
 from .biases import bias_of, per_sequence, told_apart
+from .facts import Lengths
 from .masks import Members, mask_of
 from .sequences import Sequences, put, take
 
@@ -60,6 +63,22 @@ def attend(
 
     `max_q` is the number of queries for which relative tables were made.
     """
+    q, k, v = autocast(q, k, v)
+    lengths = Lengths(*q_sequences.arrays(), *k_sequences.arrays(), q.shape[0])
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = attend_one_by_one(q, k, v, q_sequences, k_sequences, options, max_q)
+        return out, lse.transpose(0, 1)
+
+    found = together.attend(q, k, v, lengths, options, max_q, one_by_one)
+    out, lse = one_by_one(q, k, v) if found is None else found
+    return out, lse.transpose(0, 1)
+
+
+def attend_one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, q_sequences: Sequences, k_sequences: Sequences, options: Options, max_q: int
+) -> tuple[Tensor, Tensor]:
+    """The same by a call for each sequence, or for the small ones of equal lengths."""
     large = q.numel() + k.numel() + v.numel() > _LARGE * len(q_sequences)
     alone = large or options.dropout is not None or told_apart(options.bias)
     # Where there is no query, one empty call keeps the result differentiable.

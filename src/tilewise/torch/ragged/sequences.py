@@ -27,6 +27,10 @@ class Sequences:
         """Length of the longest sequence."""
         return max(self.lengths, default=0)
 
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and lengths, (B,) int64."""
+        return np.array(self.starts, np.int64), np.array(self.lengths, np.int64)
+
     def rows(self, order: Sequence[int]) -> np.ndarray:
         """The numbers of all rows, sequence by sequence in this order, int64."""
         lengths = np.array([self.lengths[n] for n in order], dtype=np.int64)

@@ -13,13 +13,9 @@ import torch
 from torch import Tensor
 
 from ... import _api
-from ...masks.algebra import And, Mask
 from ...masks.primitives import intervals
-from ...masks.primitives.causal import Causal
-from ...masks.primitives.lengths import Lengths
-from ...masks.primitives.prefix import Prefix
-from ...masks.primitives.window import Window
 from .packed import Options
+from .runs import Row, is_run, run_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +35,7 @@ def bounds_of(cumulative: Any, used: Any, device: torch.device) -> Bounds:
 
 def is_traceable(options: Options) -> bool:
     """Whether every query of a sequence sees one run of its keys, and nothing else tells keys apart."""
-    return options.bias is None and options.dropout is None and (options.mask is None or _is_run(options.mask))
+    return options.bias is None and options.dropout is None and (options.mask is None or is_run(options.mask))
 
 
 def attend(
@@ -50,10 +46,10 @@ def attend(
     place = torch.searchsorted(q_bounds.starts.contiguous(), rows, right=True) - 1
     sequence = place.clamp(min=0)
     queries, keys = q_bounds.lengths[sequence], k_bounds.lengths[sequence]
-    row = _Row(rows - q_bounds.starts[sequence], sequence, queries, keys)
+    row = Row(rows - q_bounds.starts[sequence], sequence, queries, keys)
     start, stop = torch.zeros_like(rows), keys
     if options.mask is not None:
-        first, last = _run(options.mask, row)
+        first, last = run_of(options.mask, row)
         start, stop = torch.maximum(start, first), torch.minimum(stop, last)
     exists = (place >= 0) & (row.position < queries)
     stop = torch.where(exists, torch.maximum(start, stop), start)
@@ -65,53 +61,3 @@ def attend(
     )  # fmt: skip
     # A row of no sequence has no denominator, not even of a sink.
     return out[0], torch.where(exists, lse[0], float("-inf")).transpose(0, 1)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Row:
-    """For each query row, (Tq,): its position in its sequence, that sequence's number, its queries and its keys."""
-
-    position: Tensor
-    sequence: Tensor
-    queries: Tensor
-    keys: Tensor
-
-    def of(self, value: Any) -> Any:
-        """A number, or each row's value of one per sequence, (B,)."""
-        if isinstance(value, int):
-            return value
-        value = torch.as_tensor(value, device=self.sequence.device).long()
-        return value[self.sequence] if value.dim() and value.shape[0] > 1 else value.reshape(-1)[:1]
-
-    def key(self, mask: Causal | Window) -> Tensor:
-        """Where the query stands on the key axis."""
-        if mask.offset is not None:
-            return self.position + self.of(mask.offset)
-        return self.position + self.keys - self.queries if mask.align == "end" else self.position
-
-
-# Written without `match`, which torch's compiler does not follow.
-def _is_run(mask: Mask) -> bool:
-    if isinstance(mask, And):
-        return all(_is_run(part) for part in mask.parts)
-    return isinstance(mask, Causal | Window | Prefix | Lengths)
-
-
-def _run(mask: Mask, row: _Row) -> tuple[Tensor, Tensor]:
-    """First visible key of each row, and the one after the last; not clipped."""
-    none, every = torch.zeros_like(row.keys), row.keys
-    if isinstance(mask, And):
-        starts, stops = zip(*[_run(part, row) for part in mask.parts], strict=True)
-        return torch.stack(starts).amax(0), torch.stack(stops).amin(0)
-    if isinstance(mask, Causal):
-        return none, row.key(mask) + 1
-    if isinstance(mask, Window):
-        place = row.key(mask)
-        return (none if mask.left is None else place - mask.left), (
-            every if mask.right is None else place + mask.right + 1
-        )
-    if isinstance(mask, Prefix):
-        return none, none + row.of(mask.n)
-    assert isinstance(mask, Lengths)
-    stop = every if mask.k is None else none + row.of(mask.k)
-    return none, stop if mask.q is None else torch.where(row.position < row.of(mask.q), stop, none)

@@ -12,7 +12,9 @@ from ...masks.algebra import Mask
 from ...masks.biases import Bias
 from . import traced
 from .packed import Options, attend, options_of
+from .pages import attend_pages
 from .sequences import Sequences, from_cumulative
+from .tables import check_pages, check_table, numbers_of
 from .uncompiled import uncompiled
 
 
@@ -27,6 +29,7 @@ def varlen_attention(
     *,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
     mask: Mask | Tensor | None = None,
     bias: Bias | Tensor | None = None,
     scale: float | None = None,
@@ -56,6 +59,8 @@ def varlen_attention(
             a `relative` table was made; nothing else depends on them.
         seqused_q, seqused_k: (B,) integers; only so many rows of each sequence count. The others are never read, and
             are 0 in the result.
+        block_table: (B, entries) integers; then k and v are pages (P, size, Hkv, D) and (P, size, Hkv, Dv), and key j
+            of sequence n is row j % size of page block_table[n, j // size]; see `paged_attention`, which also appends.
         mask: any mask. Its operands have B or 1 batch rows, and query and key axes of 1 or at least the longest
             sequence, cut to each: a boolean array is (B or 1, Hq or 1, max_seqlen_q, max_seqlen_k).
         bias: any bias, its array cut likewise, its slopes (Hq,) or (B, Hq); all with gradients.
@@ -73,8 +78,10 @@ def varlen_attention(
     for name, rows in (("q", q), ("k", k), ("v", v)):
         if not isinstance(rows, Tensor):
             raise TypeError(f"{name}: got {type(rows).__name__}, expected a torch tensor")
-        if rows.dim() != 3:
+        if rows.dim() != 3 and (name == "q" or block_table is None):
             raise ValueError(f"{name}: has shape {tuple(rows.shape)}, expected 3 axes (T, H, D)")
+    if block_table is not None:
+        check_pages("k", k, "v", v)
     if v.shape[0] != k.shape[0]:
         raise ValueError(f"v: has {v.shape[0]} rows, expected {k.shape[0]} as k has")
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
@@ -82,29 +89,38 @@ def varlen_attention(
         mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout, kernel=kernel,
         allow_quadratic=allow_quadratic,
     )  # fmt: skip
-    if torch.compiler.is_compiling() and traced.is_traceable(options):
+    if block_table is None and torch.compiler.is_compiling() and traced.is_traceable(options):
         q_bounds = traced.bounds_of(cu_seqlens_q, seqused_q, q.device)
         k_bounds = traced.bounds_of(cu_seqlens_k, seqused_k, k.device)
         out, lse = traced.attend(q, k, v, q_bounds, k_bounds, options)
     else:
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
-        out, lse = _one_by_one(q, k, v, lengths, options)
+        out, lse = _of_known_lengths(q, k, v, lengths, block_table, options)
     return (out, lse.transpose(0, 1)) if return_lse else out
 
 
 @uncompiled
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Any, ...], options: Options) -> tuple[Tensor, Tensor]:
+def _of_known_lengths(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Any, ...], block_table: Any, options: Options
+) -> tuple[Tensor, Tensor]:
     """out (Tq, Hq, Dv) and lse (Tq, Hq), lengths read on the host."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k = lengths
     q_sequences = from_cumulative("cu_seqlens_q", cu_seqlens_q, "seqused_q", seqused_q, q.shape[0])
-    k_sequences = from_cumulative("cu_seqlens_k", cu_seqlens_k, "seqused_k", seqused_k, k.shape[0])
+    k_rows = k.shape[0] if block_table is None else 2**62
+    k_sequences = from_cumulative("cu_seqlens_k", cu_seqlens_k, "seqused_k", seqused_k, k_rows)
     if len(k_sequences) != len(q_sequences):
         raise ValueError(
             f"cu_seqlens_k: holds {len(k_sequences)} sequences, expected {len(q_sequences)} as cu_seqlens_q does"
         )
     max_q = _at_least("max_seqlen_q", max_seqlen_q, q_sequences)
     _at_least("max_seqlen_k", max_seqlen_k, k_sequences)
-    return attend(q, k, v, q_sequences, k_sequences, options, max_q)
+    if block_table is None:
+        return attend(q, k, v, q_sequences, k_sequences, options, max_q)
+    used = k_sequences.arrays()[1]
+    table = numbers_of("block_table", block_table, (len(used), None))
+    check_table(table, used, k.shape[1], k.shape[0], "cu_seqlens_k")
+    out, lse = attend_pages(q, k, v, q_sequences, table, used, options, max_q)
+    return out, lse.transpose(0, 1)
 
 
 def _at_least(name: str, given: Any, sequences: Sequences) -> int:

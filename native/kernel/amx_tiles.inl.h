@@ -1,0 +1,102 @@
+// Tile registers: eight of 16 rows of 64 bytes, which hold 16 x 16 sums or 16 rows of 16 units. One instruction
+// (TDPBF16PS) adds to C[m][n] the products of A[m][k] and B[k][n] over 16 units k: C has a row of sums, A a row of units
+// along k, and B a row of units for each k. It sums the first numbers of all units, then the second ones, adds the two,
+// and that to C; it takes denormals for 0 and makes none.
+//
+// A sum's bits depend on its own units alone, not on its place in a tile, and zeros change nothing. So units stand in
+// registers by their place on the axis summed over, filled up with zeros, and a row's bits are its own.
+
+enum { tile_side = 16, tile_units = tile_side * tile_side };
+enum { tile_keys = 2 * tile_side, tile_lanes = 2 * tile_side }; // of a group of keys, and of a tile of queries
+
+// bfloat16 pairs: few rows by the vector dot product, all else in tile registers.
+struct Tiles : Pairs {
+    static constexpr bool tiled = true;
+};
+
+// The tiles' shape is part of a thread's state, and other libraries use tiles too. So a kernel sets it when it begins
+// and gives the registers back when it ends.
+template <> struct Registers<Tiles> {
+    Registers() {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } shape;
+        __asm__ volatile("" : : "r"(&shape) : "memory");
+        _tile_loadconfig(&shape);
+    }
+    ~Registers() { _tile_release(); }
+    Registers(const Registers &) = delete;
+    Registers &operator=(const Registers &) = delete;
+};
+
+// What stands before this in the text is in memory before a tile is loaded, and the other way about: compilers do not
+// all know that tile instructions touch memory.
+TW_INLINE void order_memory() { __asm__ volatile("" : : : "memory"); }
+
+// A product is made in units of two tiles of sums, in the registers 0 and 1 or, every other time, 2 and 3. What a unit
+// stores is written down after the next unit's products: a store that waits for its product keeps the processor from
+// looking further.
+enum Turn { FIRST, SECOND };
+TW_INLINE void load_tile(Turn turn, int which, const void *from, int64_t bytes) {
+    if (turn == FIRST) {
+        if (which) _tile_loadd(1, from, bytes); else _tile_loadd(0, from, bytes);
+    } else {
+        if (which) _tile_loadd(3, from, bytes); else _tile_loadd(2, from, bytes);
+    }
+}
+TW_INLINE void store_tile(Turn turn, int which, void *to, int64_t bytes) {
+    if (turn == FIRST) {
+        if (which) _tile_stored(1, to, bytes); else _tile_stored(0, to, bytes);
+    } else {
+        if (which) _tile_stored(3, to, bytes); else _tile_stored(2, to, bytes);
+    }
+}
+TW_INLINE void clear_tiles(Turn turn) {
+    if (turn == FIRST) {
+        _tile_zero(0);
+        _tile_zero(1);
+    } else {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+}
+
+// The unit's tiles += A B, with A in the registers 4 and 5 and B in 6 and 7: one A and two B, or two A and one B.
+TW_INLINE void multiply_columns(Turn turn) {
+    if (turn == FIRST) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+    } else {
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 4, 7);
+    }
+}
+TW_INLINE void multiply_rows(Turn turn) {
+    if (turn == FIRST) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+    } else {
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 5, 6);
+    }
+}
+
+// Rows of n numbers, turned about: to [groups of 32 rows][padded n][16], each group whole tiles that hold a number of
+// the rows along k. Rows that do not exist are zeros.
+TW_INLINE void columns_to_tiles(Rows<bfloat> from, int64_t count, int64_t n, int32_t *to) {
+    for (int64_t r = 0; r < count; r += 2 * tile_side)
+        for (int64_t d = 0; d < n; d += tile_side, to += tile_units) {
+            vi32 x[tile_side];
+            for (int64_t i = 0; i < tile_side; ++i) {
+                x[i] = vi32{};
+                const int64_t rows = count - r - 2 * i, columns = n - d < tile_side ? n - d : int64_t(tile_side);
+                if (rows <= 0) continue;
+                const bfloat *first = from[r + 2 * i] + d, *second = rows > 1 ? from[r + 2 * i + 1] + d : nullptr;
+                copy_across(first, second, columns, reinterpret_cast<int32_t *>(x + i));
+            }
+            transpose<int32_t>(x);
+            for (int i = 0; i < tile_side; ++i) store(to + i * tile_side, x[i]);
+        }
+}
