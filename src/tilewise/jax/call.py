@@ -31,8 +31,9 @@ def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
     Under jit, grad, jvp, vmap, scan and their compositions, on one device or spread over a mesh. Gradients are that
     kernel's too; tangents, and derivatives of higher order, are the portable kernel's, in linear memory.
     """
-    if plan.kernel == "reference":
-        return forward_of("reference").forward(plan, operands)
+    if plan.kernel not in ("native", "portable"):
+        # The reference is not for programs, and cuDNN's call brings its own compilation and derivative.
+        return forward_of(plan.kernel).forward(plan, operands)
     # Tangents are the portable kernel's, so its tiles are needed whichever kernel runs forward.
     tiles = plan.tiles if plan.kernel == "portable" else default_tiles(plan.problem)
     mask, native, bits = capture(operands.mask, plan.problem, tiles), plan.kernel == "native", None
