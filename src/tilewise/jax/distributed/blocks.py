@@ -56,7 +56,7 @@ class Work:
     """What is known of a spread call before its arrays.
 
     Attributes:
-        problem: of the whole sequence and this device's heads, as a part whose results are added up.
+        problem: of the whole sequence and this device's heads; a part where results are added up.
         kernel: asked for by name, or None.
         precision: `jax.default_matmul_precision` where attention is called.
         local: whether arrays are one device's, so that nothing is left to partition.
@@ -99,7 +99,8 @@ class Work:
             lazy = capture(mask, problem, tiles).lazy
             part = replace(part, lazy=placed(lazy, mask.site, 0, rows, keys))
         leaves, tree = jax.tree.flatten((smooth, Facts(part, dropout)))
-        return Case(problem, tiles, native, problem.accumulator, tree, self.precision), leaves
+        out_dtype = problem.result if native else problem.accumulator
+        return Case(problem, tiles, native, out_dtype, tree, self.precision), leaves
 
 
 def placed(lazy: Mask, whole: Site, head: Array, rows: Run, keys: Run) -> Mask:

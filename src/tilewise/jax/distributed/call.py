@@ -49,8 +49,8 @@ def context_parallel_attention(
     in its own positions and the same on every device, so any mask of the language means what it means on one device.
 
     Differentiable in reverse. The backward pass is a course of its own: memory is linear in what one device holds
-    (but for "all_gather", linear in Sk), and gradients of keys and values travel in float32. Forward mode is not
-    defined. The program has one step for each visit of keys, so it grows with the number of devices.
+    (but for "all_gather", linear in Sk), and gradients of keys and values travel in float32. Forward mode is defined
+    for "ulysses" alone. The program has one step for each visit of keys, so it grows with the number of devices.
 
     Args:
         q, k, v: (B, Hq, Sq / devices, D), (B, Hkv, Sk / devices, D), (B, Hkv, Sk / devices, Dv) inside `shard_map`.

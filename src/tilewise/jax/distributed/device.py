@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from ...distributed import Schedule
 from ...kernels.portable.jax_scan import Facts, Smooth
+from ...masks.part import Run
 from ...problem import AttentionProblem
+from ..derivative import attention
 from ..meshes import all_manual, varying_alike
 from .blocks import Work, cut
 from .course import gather_course, pieces, ring_course
@@ -70,13 +72,24 @@ def of_rows(settings: Settings, smooth: Smooth, facts: Facts) -> tuple[Array, Ar
         group = Group(inner, schedule.heads, schedule.q, schedule.k)
         smooth, facts = group.to_heads(smooth, facts)
     problem = replace(settings.problem, q_heads=smooth.q.shape[1], kv_heads=smooth.k.shape[1])
-    work = Work(problem, settings.kernel, settings.precision, all_manual())
-    course = (gather_course if schedule.strategy == "all_gather" else ring_course)(schedule, names)
-    out, lse = attend(work, course, smooth._replace(sinks=None), facts)
-    if smooth.sinks is not None:
-        out, lse = _with_sinks(out, lse, smooth.sinks[:, None])
+    if schedule.strategy == "ulysses":
+        out, lse = _at_once(settings, problem, smooth, facts)
+    else:
+        work = Work(problem, settings.kernel, settings.precision, all_manual())
+        course = (gather_course if schedule.strategy == "all_gather" else ring_course)(schedule, names)
+        out, lse = attend(work, course, smooth._replace(sinks=None), facts)
+        if smooth.sinks is not None:
+            out, lse = _with_sinks(out, lse, smooth.sinks[:, None])
     out = out.astype(problem.dtype)
     return (out, lse) if group is None else group.to_rows(out, lse)
+
+
+def _at_once(settings: Settings, problem: AttentionProblem, smooth: Smooth, facts: Facts) -> tuple[Array, Array]:
+    """All rows and all keys of some heads are here: a call like one device's, to the same bits."""
+    problem = replace(problem, part=False, sinks=smooth.sinks is not None)
+    work = Work(problem, settings.kernel, settings.precision, all_manual())
+    case, leaves = work.block(smooth, facts, Run(0, problem.q_len), Run(0, problem.k_len))
+    return attention(case, *case.parts(leaves), local=work.local)
 
 
 def _with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
