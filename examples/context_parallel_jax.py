@@ -2,7 +2,7 @@
 
     python examples/context_parallel_jax.py --devices 4 --steps 30
 
-The devices are made of the CPU; with accelerators, leave `--host` out. Over several machines, start this on each, with
+The devices are made of the CPU; with accelerators, give `--no-host`. Over several machines, start this on each, with
 `jax.distributed.initialize()` (and its coordinator's address) before anything else; the mesh then spans them all.
 """
 
