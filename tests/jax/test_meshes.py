@@ -81,6 +81,18 @@ spread = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(plain,
 check(jax.grad(loss, (0, 1, 2, 3, 4)), spread, plain, ("all-reduce",))
 """
 
+DROPPED = """
+# The native kernel draws a part's bits as those of the whole: the results are one device's, bit for bit.
+mesh = mesh_of("Auto", rows=2, heads=devices // 2)
+for kv_heads in (8, 2):
+    plain = arrays(kv_heads)
+    spread = [jax.device_put(x, NamedSharding(mesh, P("rows", "heads"))) for x in plain[:1]] + plain[1:]
+    attend = jax.jit(functions({"dropout": tw.Dropout(0.3, 5)})[0])
+    compiled = attend.lower(*spread).compile()
+    assert "tilewise_forward" in compiled.as_text()
+    np.testing.assert_array_equal(compiled(*spread), attend(*plain))
+"""
+
 REFUSED = """
 for kind in ("Auto", "Explicit"):
     mesh = mesh_of(kind, s=devices)
@@ -93,7 +105,7 @@ for kind in ("Auto", "Explicit"):
                 attend(*spread)
             except Exception as error:
                 assert f"{name}: its sequence is spread over the mesh axes s" in str(error), error
-                assert "tilewise.distributed" in str(error)
+                assert "tilewise.jax.context_parallel_attention" in str(error)
             else:
                 raise AssertionError("not refused")
 # A sequence that is spread afterwards is nobody's loss.
@@ -146,6 +158,10 @@ SLOW = pytest.mark.slow
 )
 def test_batch_rows_and_heads_are_spread(case, kernel, devices):
     run(f"CASES = {CASES[case]}\n" + SPREAD, kernel, devices)
+
+
+def test_dropout_of_parts_is_native_and_that_of_the_whole():
+    run(DROPPED, "native", 4)
 
 
 def test_gradients_of_what_batch_rows_share():

@@ -17,8 +17,9 @@ from tilewise.plan.preset import example
 pytestmark = pytest.mark.usefixtures("loud_memory")
 
 # Held to the same rule in folders of their own: Triton's kernels in `triton/`, by their interpreter, which needs a
-# process of its own, and torch's operators in `aten/`, since they refuse most of the catalogue.
-KERNELS = [name for name in NAMES if name not in ("reference", "triton", "aten")]
+# process of its own, and torch's operators in `aten/`, since they refuse most of the catalogue; cuDNN is
+# not here at all, and its card is held to its words in `cudnn/`.
+KERNELS = [name for name in NAMES if name not in ("reference", "triton", "aten", "cudnn")]
 # Programs that jax compiles take seconds each: there, these stand for the rest unless the slow sweep is asked for.
 QUICK = ("bert-base-training", "gpt-oss-20b-local", "interleaved-documents", "swin-t", "rows-that-see-nothing")
 

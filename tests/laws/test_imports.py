@@ -19,7 +19,7 @@ NOUNS = {"_arrays", "errors", "problem", "contract", "masks", "version"}
 # Where a third-party module may be imported at the top of a file; anywhere else it must wait until it is needed.
 HOMES = {
     "torch": ("torch/", "kernels/triton/", "kernels/portable/torch_", "kernels/aten/", "compat/"),
-    "jax": ("jax/", "kernels/portable/jax_", "kernels/pallas/", "compat/"),
+    "jax": ("jax/", "kernels/portable/jax_", "kernels/cudnn/", "kernels/pallas/", "compat/"),
     "flax": ("jax/", "compat/"),
     "triton": ("kernels/triton/",),
     "typer": ("cli/",),

@@ -11,10 +11,14 @@ from typing import Any
 _HOMES = {
     "attention_fn": ".integrations.flax",
     "attention_one": ".integrations.equinox",
+    "context_parallel_attention": ".distributed",
     "dot_product_attention": "..compat.jax_sdpa",
     "install": "..compat.jax_sdpa",
+    "positions": ".distributed",
     "sdpa": "..compat.jax_sdpa",
+    "shard": ".distributed",
     "uninstall": "..compat.jax_sdpa",
+    "unshard": ".distributed",
 }
 
 __all__ = list(_HOMES)

@@ -31,8 +31,9 @@ def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
     Under jit, grad, jvp, vmap, scan and their compositions, on one device or spread over a mesh. Gradients are that
     kernel's too; tangents, and derivatives of higher order, are the portable kernel's, in linear memory.
     """
-    if plan.kernel == "reference":
-        return forward_of("reference").forward(plan, operands)
+    if plan.kernel not in ("native", "portable"):
+        # The reference is not for programs, and cuDNN's call brings its own compilation and derivative.
+        return forward_of(plan.kernel).forward(plan, operands)
     # Tangents are the portable kernel's, so its tiles are needed whichever kernel runs forward.
     tiles = plan.tiles if plan.kernel == "portable" else default_tiles(plan.problem)
     mask, native, bits = capture(operands.mask, plan.problem, tiles), plan.kernel == "native", None
@@ -46,7 +47,7 @@ def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
         else:
             native = False
     smooth = Smooth(operands.q, operands.k, operands.v, operands.dense, operands.table, operands.sinks)
-    return spread(partial(_run, plan.problem, tiles, native), smooth, Facts(mask, _seeded(operands.dropout), bits))
+    return spread(partial(_run, plan.problem, tiles, native), smooth, Facts(mask, seeded(operands.dropout), bits))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -60,7 +61,7 @@ def _run(problem: AttentionProblem, tiles: Tiles, native: bool, smooth: Smooth, 
     return out.astype(problem.result), lse
 
 
-def _seeded(dropout: Dropout | None) -> Dropout | None:
+def seeded(dropout: Dropout | None) -> Dropout | None:
     """The seed as an array of two words, so that a new seed is a new value and not a new program."""
     if dropout is None:
         return None

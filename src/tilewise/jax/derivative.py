@@ -24,9 +24,9 @@ from .vectorize import batch
 Array = Any
 
 
-def attention(case: Case, smooth: Smooth, facts: Facts) -> tuple[Array, Array]:
-    """out (B, Hq, Sq, Dv) in the case's dtype, lse (B, Hq, Sq) in the accumulator's."""
-    out, lse = ATTEND.bind(*jax.tree.leaves((smooth, facts)), case=case)
+def attention(case: Case, smooth: Smooth, facts: Facts, local: bool = False) -> tuple[Array, Array]:
+    """out (B, Hq, Sq, Dv) in the case's dtype, lse (B, Hq, Sq) in the accumulator's; `local` as for `Map.bind`."""
+    out, lse = ATTEND.bind(*jax.tree.leaves((smooth, facts)), case=case, local=local)
     return out, lse
 
 

@@ -89,9 +89,11 @@ def _tangent(case: Case, cpu: bool, chosen: Flags, *operands: Array) -> list[Arr
 
 
 def _backward(case: Case, cpu: bool, chosen: Flags, *operands: Array) -> list[Array]:
-    """Gradients of the chosen operands, in their shapes and dtypes."""
+    """Gradients of the chosen operands, in their shapes and the dtypes of `_like_chosen`."""
     d_out, d_lse, *rest = operands
-    like = [x for x, wanted in zip(rest, chosen, strict=False) if wanted]
+    wanted = (x for x, is_wanted in zip(rest, chosen, strict=False) if is_wanted)
+    dtypes = (dtype for _, dtype in _like_chosen(case, chosen, operands))
+    like = [x if x.dtype == dtype else jnp.zeros_like(x, dtype=dtype) for x, dtype in zip(wanted, dtypes, strict=True)]
     if not case.problem.scores:
         return [jnp.zeros_like(x) for x in like]
     if case.native and cpu:
@@ -128,7 +130,13 @@ def _like_out(case: Case, chosen: Flags, operands: Any) -> list[tuple[tuple[int,
 
 
 def _like_chosen(case: Case, chosen: Flags, operands: Any) -> list[tuple[tuple[int, ...], str]]:
-    return [(x.shape, x.dtype) for x, wanted in zip(operands[2:], chosen, strict=False) if wanted]
+    # Of a part, those of q, k and v are not rounded: they are added up.
+    wide = case.problem.accumulator if case.problem.part else None
+    return [
+        (x.shape, wide if wide and n < 3 else x.dtype)
+        for n, (x, wanted) in enumerate(zip(operands[2:], chosen, strict=False))
+        if wanted
+    ]
 
 
 def _of_out(case: Case, chosen: Flags) -> tuple[Axes, ...]:

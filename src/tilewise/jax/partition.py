@@ -41,8 +41,8 @@ def refuse_sequence(name: str, spec: PartitionSpec, axis: int = 2) -> None:
     if names:
         raise ValueError(
             f"{name}: its sequence is spread over the mesh axes {', '.join(names)}; expected each device to hold whole "
-            f"sequences of some batch rows and heads. Attention over spread sequences (context parallelism) is not "
-            f"what this function does; it is planned as tilewise.distributed. To gather the sequence all the same, "
+            f"sequences of some batch rows and heads. Attention over spread sequences "
+            f"(context parallelism) is tilewise.jax.context_parallel_attention. To gather the sequence all the same, "
             f"constrain {name} with jax.lax.with_sharding_constraint or jax.sharding.reshard before the call"
         )
 

@@ -57,6 +57,11 @@ def _in_lowered(mask: Any, name: str, value: Any) -> bool:
     return name not in ("site", "text")
 
 
+def register_mask(kind: type[Mask]) -> None:
+    """Register a mask that is defined after this module was imported."""
+    _register(kind, _in_mask)
+
+
 def _subclasses(kind: type) -> set[type]:
     direct: set[type] = set(kind.__subclasses__())
     return direct.union(*(_subclasses(sub) for sub in direct))

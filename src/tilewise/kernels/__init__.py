@@ -8,7 +8,7 @@ from types import ModuleType
 from ..contract import KernelCard
 
 # In the order in which `explain` lists them; the planner ranks by cost.
-NAMES = ("native", "aten", "triton", "portable", "reference")
+NAMES = ("native", "aten", "triton", "cudnn", "portable", "reference")
 
 
 def cards() -> tuple[KernelCard, ...]:

@@ -57,7 +57,7 @@ def mask_part(lowered: LoweredMask, rows: Run, keys: Run) -> LoweredMask:
     if ranges is not None:
         # start + step * n lies in [a, b) iff n lies in [ceil((a - start) / step), ceil((b - start) / step)).
         sides = (rows.of(side, 2, xp) - keys.start for side in (ranges.starts, ranges.stops))
-        starts, stops = (-(-side // keys.step) for side in sides)
+        starts, stops = (side if keys.step == 1 else -(-side // keys.step) for side in sides)
         ranges = from_bounds(site, starts, stops)
         if site.concrete and bool(((ranges.stops - ranges.starts).sum(-1) == keys.count).all()):
             ranges = None
@@ -98,16 +98,21 @@ def table_part(table: Array, rows: Run, keys: Run, q_len: int, xp: Any) -> Array
     Raises:
         ValueError: the runs have different steps, so that the bias is none over the part's own distances.
     """
-    return _distances(rows, keys, q_len).of(table, table.ndim - 1, xp)
+    return table_places(rows, keys, q_len).of(table, table.ndim - 1, xp)
 
 
 def table_slice(rows: Run, keys: Run, q_len: int) -> slice:
     """Where the part's table stands in the whole one: for sums of gradients."""
-    run = _distances(rows, keys, q_len)
+    run = table_places(rows, keys, q_len)
     return slice(run.start, run.start + run.step * run.count, run.step)
 
 
-def _distances(rows: Run, keys: Run, q_len: int) -> Run:
+def table_places(rows: Run, keys: Run, q_len: int) -> Run:
+    """The places of the part's table in the whole one.
+
+    Raises:
+        ValueError: as `table_part`.
+    """
     if rows.step != keys.step:
         raise ValueError(f"keys: step {keys.step}, expected the rows' {rows.step}")
     first = keys.start - rows.start + q_len - 1 - rows.step * (rows.count - 1)
