@@ -112,7 +112,7 @@ def test_what_is_sent_is_what_the_schedule_promises(ranks, strategy, sharding, l
         assert all(schedule.exchanges(rank) <= 1 for rank in range(4)), "the window reaches one shard back"
 
 
-# Of the ring alone: gloo lets go of what an all-to-all has sent in a thread of its own, which the profiler does not see.
+# Of the ring alone: gloo frees what an all-to-all has sent in a thread of its own, which the profiler does not see.
 def test_memory_of_a_rank_falls_with_the_ranks(ranks):
     two, four = (max(found for found in ranks(calls.held, n, "ring", 4096) if found) for n in (2, 4))
     rows = 4096 * 4 * 16 * 4  # bytes of q
