@@ -68,7 +68,7 @@ def context_parallel_attention(
             chooses by the cost table of `tilewise.distributed`.
         sharding: which rows a device holds: "contiguous", "zigzag" or "stripe", see `tilewise.distributed.Layout`;
             `tilewise.jax.shard` puts whole arrays in that order.
-        mesh: makes the `shard_map` over `axis_name`; other axes of the mesh are left to jax.
+        mesh: makes the `shard_map` over `axis_name`; other axes of the mesh, automatic ones, are left to jax.
 
     Returns:
         out, and with `return_lse` lse, of this device's rows, or whole with `mesh`; as `tilewise.attention`.

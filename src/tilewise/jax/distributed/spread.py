@@ -23,6 +23,9 @@ def of_whole_arrays(settings: Settings, mesh: Any, smooth: Smooth, facts: Facts)
     """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), spread over `mesh` as the rows of q are.
 
     Dense biases and masks with a row for every query are spread as q is; all else is the same on every device.
+
+    Raises:
+        ValueError: the mesh has explicit axes that the sequence is not spread over.
     """
     layout = settings.schedule.q
 
@@ -46,6 +49,13 @@ def of_whole_arrays(settings: Settings, mesh: Any, smooth: Smooth, facts: Facts)
     kinds = tuple(jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)))
     results = None
     if explicit(mesh):
+        others = [name for name in mesh.axis_names if name not in settings.names]
+        if others:
+            # jax's custom_partitioning, which spreads batch rows and heads, wants devices where there are none yet.
+            raise ValueError(
+                f"mesh: has the explicit axes {', '.join(others)} beside those of axis_name; expected automatic axes "
+                f"(AxisType.Auto), or a call inside jax.shard_map over all of them"
+            )
         batch, heads = type_of(smooth.q).sharding.spec[:2]
         results = PartitionSpec(batch, heads, settings.names)
     return _program(settings, mesh, tree, kinds, rows, results)(*leaves)
