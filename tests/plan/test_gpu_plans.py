@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 import tilewise as tw  # noqa: E402
 from tilewise.masks.lower import lower  # noqa: E402
+from tilewise.masks.part import Run, mask_part  # noqa: E402
 from tilewise.masks.site import Site  # noqa: E402
 from tilewise.plan import measured  # noqa: E402
 from tilewise.plan.choose import choose, planned  # noqa: E402
@@ -150,6 +151,12 @@ def test_a_diagonal_is_known_where_the_mask_is_nothing_else(mask: Any, sizes: tu
     if diagonal is not None:
         seen = lower(mask, site).visible(slice(0, sizes[0]), slice(0, sizes[1]))[0, 0]
         assert all(seen[i, j] == (j <= i + diagonal) for i in range(sizes[0]) for j in range(sizes[1]))
+
+
+def test_a_part_keeps_no_diagonal_of_the_whole() -> None:
+    whole = lower(tw.causal(), Site(1, 1, 8, 8))
+    assert whole.diagonal == 0 and mask_part(whole, Run(4, 4), Run(0, 4)).facts.diagonal is None
+    assert mask_part(whole, Run(0, 8, 1), Run(1, 7)).facts.diagonal is None
 
 
 def test_fake_tensors_on_a_gpu_are_planned() -> None:
