@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -142,7 +143,10 @@ class _Call:
 
     def __call__(self, target: str, results: list[Any], operands: tuple[Array, ...], **more: Any) -> list[Array]:
         _register()
-        return list(jax.ffi.ffi_call(target, results)(*operands, **self.attributes, **more))
+        attributes = {**self.attributes, **more}
+        if hasattr(jax, "ffi"):
+            return list(jax.ffi.ffi_call(target, results)(*operands, **attributes))
+        return list(_early_ffi().ffi_call(target, results, *operands, **attributes))
 
     def turned(self, x: Array) -> Array:
         """(B, H, S, D) as it lies in memory, and back: these transposes undo those of the door, and XLA drops both."""
@@ -173,6 +177,11 @@ def _seed_and_first(problem: AttentionProblem, facts: Facts) -> Array:
     return jnp.concatenate([facts.dropout.seed, *first])
 
 
+def _early_ffi() -> Any:
+    """Where jax has its foreign functions before 0.5."""
+    return import_module("jax.extend.ffi")
+
+
 @lru_cache(maxsize=1)
 def _register() -> None:
     """Tell XLA of the handlers, at the first call that needs them: one refused before jax has started breaks jax."""
@@ -180,8 +189,9 @@ def _register() -> None:
 
     jax.devices("cpu")
     try:
-        jax.ffi.register_ffi_target("tilewise_forward", _native.xla_forward(), platform="cpu")
-        jax.ffi.register_ffi_target("tilewise_backward", _native.xla_backward(), platform="cpu")
+        ffi = jax.ffi if hasattr(jax, "ffi") else _early_ffi()
+        ffi.register_ffi_target("tilewise_forward", _native.xla_forward(), platform="cpu")
+        ffi.register_ffi_target("tilewise_backward", _native.xla_backward(), platform="cpu")
     except Exception as error:
         raise RuntimeError(
             f"kernel: this jaxlib refused tilewise's native kernel ({error}); pass kernel='portable'"

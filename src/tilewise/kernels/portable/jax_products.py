@@ -68,12 +68,17 @@ def _pairs(x: Array, y: Array, *seen: Array) -> Array:
     return jnp.where(seen[0], _products(x, y), 0) if seen else _products(x, y)
 
 
-def _rows(w: Array, y: Array, *seen: Array) -> Array:
+def _kept_apart(w: Array) -> Array:
     # XLA's CPU backend multiplies a transposed matrix several times slower than it transposes and multiplies. Behind
-    # the barrier the two stay apart.
+    # the barrier the two stay apart; jax 0.4.31 has none, and is slower there.
+    barrier = getattr(jax.lax, "optimization_barrier", None)
+    return w if barrier is None else barrier(w)
+
+
+def _rows(w: Array, y: Array, *seen: Array) -> Array:
     if not seen:
-        return _sums(jax.lax.optimization_barrier(w), y)
-    w, finite = jax.lax.optimization_barrier(jnp.where(seen[0], w, 0)), jnp.isfinite(y)
+        return _sums(_kept_apart(w), y)
+    w, finite = _kept_apart(jnp.where(seen[0], w, 0)), jnp.isfinite(y)
     total = _sums(w, jnp.where(finite, y, 0))
     return jax.lax.cond(finite.all(), lambda total, *_: total, _add_the_rest, total, w, seen[0], y, finite)
 
