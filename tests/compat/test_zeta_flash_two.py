@@ -127,7 +127,9 @@ def test_without_a_group_parallel_says_so_once(monkeypatch):
 
 
 WORKER = """
+import gc
 import sys
+import weakref
 import torch
 import torch.distributed as dist
 from tilewise.compat.zeta_flash_two import FlashAttentionTwo
@@ -157,7 +159,10 @@ for heads in (1, 3, 4):
         for a, b in zip(*found):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 assert calls[::4] == [[0, 1, 2], [1, 2, 2]][rank], calls
+group = weakref.ref(dist.group.WORLD)
 dist.destroy_process_group()
+gc.collect()
+assert group() is None, "a graph keeps the group alive"
 print("agreed")
 """
 

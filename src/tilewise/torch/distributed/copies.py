@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .peers import answered
 from .spread import group_of
@@ -21,7 +22,7 @@ def copied(x: Tensor, *, mesh: Any = None, group: Any = None) -> Tensor:
     Raises:
         ValueError: beginning with "mesh" or "group". In the backward pass, PeerLost: a rank does not answer.
     """
-    return _Copied.apply(x, group_of(mesh, group))
+    return _Copied.apply(x, group_of(mesh, group).group_name)
 
 
 def summed(x: Tensor, *, mesh: Any = None, group: Any = None) -> Tensor:
@@ -30,14 +31,18 @@ def summed(x: Tensor, *, mesh: Any = None, group: Any = None) -> Tensor:
     Raises:
         ValueError: beginning with "mesh" or "group". PeerLost: a rank does not answer.
     """
-    return _Summed.apply(x, group_of(mesh, group))
+    return _Summed.apply(x, group_of(mesh, group).group_name)
+
+
+# A graph remembers a group by its name: holding the group itself, it would keep its threads alive after the group was
+# destroyed, until the process ends, which some of them do not survive.
 
 
 class _Copied(Function):
-    """(x, group) -> x."""
+    """(x, name of the group) -> x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
@@ -47,12 +52,12 @@ class _Copied(Function):
 
 
 class _Summed(Function):
-    """(x, group) -> the sum of all x."""
+    """(x, name of the group) -> the sum of all x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group, total = group, x.contiguous().clone()
-        answered(group, "added up with all ranks", lambda: dist.all_reduce(total, group=group))
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group, total, ranks = group, x.contiguous().clone(), _resolve_process_group(group)
+        answered(ranks, "added up with all ranks", lambda: dist.all_reduce(total, group=ranks))
         return total
 
     @staticmethod

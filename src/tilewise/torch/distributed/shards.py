@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ...distributed.layout import Layout
 from .peers import Peers, answered
@@ -66,7 +67,7 @@ def unshard(
         rows = [torch.empty_like(own) for _ in range(dist.get_world_size(process_group))]
         answered(process_group, "asked all ranks for their rows", lambda: dist.all_gather(rows, own, process_group))
         lengths = torch.cat(rows).tolist()
-    return _Unshard.apply(x, dim % x.ndim, process_group, layout_of("x", _known(sharding), lengths))
+    return _Unshard.apply(x, dim % x.ndim, process_group.group_name, layout_of("x", _known(sharding), lengths))
 
 
 def positions(
@@ -84,12 +85,12 @@ def positions(
 
 
 class _Unshard(Function):
-    """(shard, dim, group, layout) -> whole."""
+    """(shard, dim, name of the group, layout) -> whole."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Any, layout: Layout) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, group: str, layout: Layout) -> Tensor:
         ctx.dim, ctx.group, ctx.layout = dim, group, layout
-        peers, own = _everyone(group), x.movedim(dim, 0)
+        peers, own = _everyone(_resolve_process_group(group)), x.movedim(dim, 0)
         shapes = [[(layout.local_length(rank), *own.shape[1:])] for rank in range(len(peers))]
         found = peers.swap([[own]] * len(peers), shapes, "rows of the whole")
         joined = torch.cat([part for (part,) in found])
@@ -99,7 +100,8 @@ class _Unshard(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        peers, layout, whole = _everyone(ctx.group), ctx.layout, gradient.movedim(ctx.dim, 0)
+        peers, layout = _everyone(_resolve_process_group(ctx.group)), ctx.layout
+        whole = gradient.movedim(ctx.dim, 0)
         parts = [[whole[torch.as_tensor(layout.positions(rank), device=whole.device)]] for rank in range(len(peers))]
         shape = (layout.local_length(peers.place), *whole.shape[1:])
         found = peers.swap(parts, [[shape]] * len(peers), "gradients of the whole")
