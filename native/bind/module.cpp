@@ -68,7 +68,7 @@ tw_problem problem_of(int dtype, int threads, nb::tuple sizes, nb::tuple rows, n
     return p;
 }
 
-// The keywords that say what is visible and what is added, for both passes.
+// The keywords that say what is visible and what is added, for all passes.
 struct Facts {
     nb::object ranges, labels, mask, bits;
     nb::tuple biases;
@@ -76,6 +76,27 @@ struct Facts {
     uintptr_t sinks;
     nb::object dropout, pages, sequences;
 };
+
+// Fills `to`, and returns how many there are.
+int32_t read_biases(nb::tuple biases, tw_bias *to) {
+    if (nb::len(biases) > TW_MAX_BIASES) throw nb::value_error("bias: at most 4 dense biases");
+    for (nb::handle bias : biases) {
+        Fields f(bias);
+        tw_bias &own = *to++;
+        own.data = f.pointer<const void *>();
+        own.dtype = int32_t(f.next());
+        for (int64_t *field : {&own.stride_b, &own.stride_h, &own.stride_i, &own.stride_j}) *field = f.next();
+    }
+    return int32_t(nb::len(biases));
+}
+
+tw_table table_of(nb::object table) {
+    if (table.is_none()) return {};
+    Fields f(table);
+    const void *data = f.pointer<const void *>();
+    int64_t b = f.next(), h = f.next();
+    return {data, b, h};
+}
 
 void read_facts(const Facts &facts, tw_problem &p) {
     if (!facts.ranges.is_none()) {
@@ -104,20 +125,8 @@ void read_facts(const Facts &facts, tw_problem &p) {
         p.bits.words = f.pointer<const uint64_t *>();
         for (int64_t *field : {&p.bits.stride_b, &p.bits.stride_h, &p.bits.tiles_q, &p.bits.tiles_k, &p.bits.q_offset}) *field = f.next();
     }
-    if (nb::len(facts.biases) > TW_MAX_BIASES) throw nb::value_error("bias: at most 4 dense biases");
-    for (nb::handle bias : facts.biases) {
-        Fields f(bias);
-        tw_bias &own = p.bias[p.bias_count++];
-        own.data = f.pointer<const void *>();
-        own.dtype = int32_t(f.next());
-        for (int64_t *field : {&own.stride_b, &own.stride_h, &own.stride_i, &own.stride_j}) *field = f.next();
-    }
-    if (!facts.table.is_none()) {
-        Fields f(facts.table);
-        p.table.data = f.pointer<const void *>();
-        p.table.stride_b = f.next();
-        p.table.stride_h = f.next();
-    }
+    p.bias_count = read_biases(facts.biases, p.bias);
+    p.table = table_of(facts.table);
     p.sinks = reinterpret_cast<const void *>(facts.sinks);
     if (!facts.dropout.is_none()) {
         Fields f(facts.dropout);
@@ -210,6 +219,26 @@ void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple
     g.diagonal = diagonal;
     g.sinks = reinterpret_cast<void *>(d_sinks);
     unlocked([&](const char **message) { return tw_backward(&p, &g, message); });
+}
+
+void tangent(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
+             uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
+             nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part,
+             nb::tuple d_q, nb::tuple d_k, nb::tuple d_v, nb::tuple d_biases, nb::object d_table, uintptr_t d_sinks,
+             nb::tuple d_out, uintptr_t d_lse) {
+    tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
+    p.part = part;
+    read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, nb::none(), nb::none()}, p);
+    tw_tangents t = {};
+    t.q = tensor_of(d_q);
+    t.k = tensor_of(d_k);
+    t.v = tensor_of(d_v);
+    t.bias_count = read_biases(d_biases, t.bias);
+    t.table = table_of(d_table);
+    t.sinks = reinterpret_cast<const void *>(d_sinks);
+    t.out = tensor_of(d_out);
+    t.lse = reinterpret_cast<void *>(d_lse);
+    unlocked([&](const char **message) { return tw_tangent(&p, &t, message); });
 }
 
 const tw_kernel_table *found(const tw_kernel_table *table, const char *message) {
@@ -319,6 +348,11 @@ NB_MODULE(_native, m) {
           "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "pages"_a = nb::none(),
           "sequences"_a = nb::none(), "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a, "gather"_a, "diagonal"_a, "d_sinks"_a,
           "One backward pass, after the same keywords: tw_gradients of native/core/problem.h, address 0: not wanted.");
+    m.def("tangent", &tangent, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
+          "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
+          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "d_q"_a, "d_k"_a, "d_v"_a, "d_biases"_a,
+          "d_table"_a.none(), "d_sinks"_a, "d_out"_a, "d_lse"_a,
+          "Tangents of out and lse, after the same keywords: tw_tangents of native/core/problem.h, address 0: does not move.");
     m.def("isa", [] { return std::string(page()->name); }, "Name of the kernel page in use (TILEWISE_ISA chooses).");
     m.def("describe", &describe, "dtype"_a, "threads"_a, "sizes"_a, "row_invariant"_a,
           "(query rows of a tile, keys of a chunk, keys of a split or 0, bytes of workspace) of a forward pass.");
@@ -331,4 +365,5 @@ NB_MODULE(_native, m) {
           "First word of Philox4x32-10 for counter (index, stream), as the page in use draws it.");
     m.def("xla_forward", [] { return nb::capsule(reinterpret_cast<void *>(&tw_xla_forward)); }, "Capsule for jax.ffi.");
     m.def("xla_backward", [] { return nb::capsule(reinterpret_cast<void *>(&tw_xla_backward)); }, "Capsule for jax.ffi.");
+    m.def("xla_tangent", [] { return nb::capsule(reinterpret_cast<void *>(&tw_xla_tangent)); }, "Capsule for jax.ffi.");
 }

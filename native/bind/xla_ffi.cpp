@@ -1,4 +1,5 @@
-// The XLA FFI handlers "tilewise_forward" and "tilewise_backward", on hand-declared structs of XLA's C interface.
+// The XLA FFI handlers "tilewise_forward", "tilewise_backward" and "tilewise_tangent", on hand-declared structs of XLA's C
+// interface.
 //
 // The structs are declared here because building against newer headers would report a newer version, which older XLA
 // refuses; version 0.1 is taken by all since jaxlib 0.4.31. tests/native compares them with jaxlib's own headers.
@@ -21,6 +22,9 @@
 // results are those whose bit of `wanted` is 1, in this order; all but the first in the accumulator's type:
 //   1 d_q as q   2 d_k as k   4 d_v as v   16 d_table (B,Hq,Sq+Sk-1)   32 d_sinks (Hq,)
 //   256 << n     gradient of bias n, (b',h',i',j'), summed over the axes of size 1
+// Tangent takes what all take, then out (as forward's result), lse, the tangents of the operands whose bit of one more
+// attribute, moving (i64), is 1, numbered as in `wanted` and typed as the operands: q, k, v, biases, table, sinks. Its
+// results: d_out and d_lse, as out and lse.
 #include "bind/xla_ffi.h"
 
 #include <stdint.h>
@@ -97,7 +101,7 @@ enum { ARGUMENT_BUFFER = 1, ATTRIBUTE_SCALAR = 3, STAGE_EXECUTE = 3, EXTENSION_M
 enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, UNIMPLEMENTED = 12 };
 enum { PRED = 1, S32 = 4, S64 = 5, U32 = 8, U64 = 9, F16 = 10, F32 = 11, F64 = 12, BF16 = 16 };
 enum { RANGES = 1, LABELS = 2, MASK = 4, BITS = 8, TABLE = 16, SINKS = 32, DROPOUT = 64 };
-enum { D_Q = 1, D_K = 2, D_V = 4, FIRST_BIAS = 256 }; // of `wanted`, beside TABLE and SINKS
+enum { D_Q = 1, D_K = 2, D_V = 4, FIRST_BIAS = 256 }; // of `wanted` and `moving`, beside TABLE and SINKS
 
 } // namespace
 
@@ -231,34 +235,39 @@ void read_mask(Reader &r, int64_t present, tw_problem &p) {
     }
 }
 
+void read_bias(Reader &r, const tw_problem &p, tw_bias &to) {
+    const Buffer *bias = r.operand(4, "bias: expected (b, h, i, j)");
+    if (!r.want(bias && dtype_of(bias->dtype) >= 0 && fits(bias->dims[0], p.batch) && fits(bias->dims[1], p.q_heads) &&
+                    fits(bias->dims[2], p.q_len) && fits(bias->dims[3], p.k_len),
+                "bias: expected floats (b, h, i, j)"))
+        return;
+    const int64_t *n = bias->dims;
+    const Outer outer = outer_of(*bias, n[2] * n[3]);
+    to = {bias->data, dtype_of(bias->dtype), outer.b, outer.h, n[2] > 1 ? n[3] : 0, n[3] > 1 ? 1 : 0};
+}
+
+tw_table read_table(Reader &r, const tw_problem &p, int accumulator) {
+    const Buffer *table = r.operand(3, "table: expected (b, h, Sq + Sk - 1)");
+    if (!r.want(table && table->dtype == accumulator && fits(table->dims[0], p.batch) && fits(table->dims[1], p.q_heads) &&
+                    table->dims[2] == p.q_len + p.k_len - 1,
+                "table: expected the accumulator's type, (b, h, Sq + Sk - 1)"))
+        return {};
+    const Outer outer = outer_of(*table, table->dims[2]);
+    return {table->data, outer.b, outer.h};
+}
+
+const void *read_sinks(Reader &r, const tw_problem &p, int accumulator) {
+    const Buffer *sinks = r.operand(1, "sinks: expected (Hq,)");
+    const bool fit = sinks && sinks->dtype == accumulator && sinks->dims[0] == p.q_heads;
+    return r.want(fit, "sinks: expected the accumulator's type, (Hq,)") ? sinks->data : nullptr;
+}
+
 void read_additions(Reader &r, int64_t present, int accumulator, tw_problem &p) {
     const int64_t biases = r.integer("bias_count");
     if (!r.want(biases >= 0 && biases <= TW_MAX_BIASES, "bias: at most 4 dense biases")) return;
-    for (int64_t t = 0; t < biases; ++t) {
-        const Buffer *bias = r.operand(4, "bias: expected (b, h, i, j)");
-        if (!r.want(bias && dtype_of(bias->dtype) >= 0 && fits(bias->dims[0], p.batch) && fits(bias->dims[1], p.q_heads) &&
-                        fits(bias->dims[2], p.q_len) && fits(bias->dims[3], p.k_len),
-                    "bias: expected floats (b, h, i, j)"))
-            return;
-        const int64_t *n = bias->dims;
-        const Outer outer = outer_of(*bias, n[2] * n[3]);
-        p.bias[p.bias_count++] = {bias->data, dtype_of(bias->dtype), outer.b, outer.h, n[2] > 1 ? n[3] : 0, n[3] > 1 ? 1 : 0};
-    }
-    if (present & TABLE) {
-        const Buffer *table = r.operand(3, "table: expected (b, h, Sq + Sk - 1)");
-        if (!r.want(table && table->dtype == accumulator && fits(table->dims[0], p.batch) && fits(table->dims[1], p.q_heads) &&
-                        table->dims[2] == p.q_len + p.k_len - 1,
-                    "table: expected the accumulator's type, (b, h, Sq + Sk - 1)"))
-            return;
-        const Outer outer = outer_of(*table, table->dims[2]);
-        p.table = {table->data, outer.b, outer.h};
-    }
-    if (present & SINKS) {
-        const Buffer *sinks = r.operand(1, "sinks: expected (Hq,)");
-        if (!r.want(sinks && sinks->dtype == accumulator && sinks->dims[0] == p.q_heads, "sinks: expected the accumulator's type, (Hq,)"))
-            return;
-        p.sinks = sinks->data;
-    }
+    while (p.bias_count < biases) read_bias(r, p, p.bias[p.bias_count++]);
+    if (present & TABLE) p.table = read_table(r, p, accumulator);
+    if (present & SINKS) p.sinks = read_sinks(r, p, accumulator);
     if (present & DROPOUT) {
         const Buffer *seed = r.operand(1, "seed: expected (4,)");
         if (!r.want(seed && seed->dtype == U32 && seed->dims[0] == 4, "seed: expected u32 (4,)")) return;
@@ -411,6 +420,27 @@ void read_backward(Reader &r, tw_problem &p, tw_gradients &g) {
     r.want(r.all_read(), "operands: more of them than `present`, `bias_count` and `wanted` announce");
 }
 
+void read_tangent(Reader &r, tw_problem &p, tw_tangents &t) {
+    const int64_t layout = read_problem(r, p);
+    if (r.complaint) return;
+    const int dtype = xla_of(p.dtype), accumulator = accumulator_of(p), result = p.part ? accumulator : dtype;
+    const char *out = "out, d_out: expected q's dtype or, in a part, the accumulator's, (B, Hq, Sq, Dv)";
+    const char *lse = "lse, d_lse: expected the accumulator's type, (B, Hq, Sq)", *moved = "d_q, d_k, d_v: expected the shapes and dtype of q, k and v";
+    p.out = read_tensor(r, r.operand(4, out), layout, result, p, p.q_heads, p.q_len, p.value_dim, out);
+    p.lse = read_rows(r, r.operand(3, lse), p, lse);
+    const int64_t moving = r.integer("moving");
+    if (moving & D_Q) t.q = read_tensor(r, r.operand(4, moved), layout, dtype, p, p.q_heads, p.q_len, p.head_dim, moved);
+    if (moving & D_K) t.k = read_tensor(r, r.operand(4, moved), layout, dtype, p, p.kv_heads, p.k_len, p.head_dim, moved);
+    if (moving & D_V) t.v = read_tensor(r, r.operand(4, moved), layout, dtype, p, p.kv_heads, p.k_len, p.value_dim, moved);
+    for (int n = 0; n < p.bias_count; ++n)
+        if (moving & int64_t(FIRST_BIAS) << n) read_bias(r, p, t.bias[t.bias_count++]);
+    if (moving & TABLE) t.table = read_table(r, p, accumulator);
+    if (moving & SINKS) t.sinks = read_sinks(r, p, accumulator);
+    t.out = read_tensor(r, r.result(4, out), layout, result, p, p.q_heads, p.q_len, p.value_dim, out);
+    t.lse = read_rows(r, r.result(3, lse), p, lse);
+    r.want(r.all_read(), "operands: more of them than `present`, `bias_count` and `moving` announce");
+}
+
 void *error(const tw_xla_call_frame &frame, int code, const char *message) {
     ErrorRequest request = {{sizeof request, nullptr}, message, code};
     return frame.api->create_error(&request);
@@ -458,5 +488,17 @@ void *tw_xla_backward(tw_xla_call_frame *frame) {
     if (reader.complaint) return error(*frame, INVALID_ARGUMENT, reader.complaint);
     const char *message = nullptr;
     const int status = tw_backward(&problem, &gradients, &message);
+    return answer(*frame, status, message);
+}
+
+void *tw_xla_tangent(tw_xla_call_frame *frame) {
+    if (only_asks(*frame)) return nullptr;
+    Reader reader(*frame);
+    tw_problem problem = {};
+    tw_tangents tangents = {};
+    read_tangent(reader, problem, tangents);
+    if (reader.complaint) return error(*frame, INVALID_ARGUMENT, reader.complaint);
+    const char *message = nullptr;
+    const int status = tw_tangent(&problem, &tangents, &message);
     return answer(*frame, status, message);
 }

@@ -48,6 +48,9 @@ struct tw_kernels {
     void (*run_segment)(const tw_problem *, const tw_gradients *, const tw_segment *, void *scratch);
     void (*close_tile)(const tw_problem *, const tw_gradients *, int64_t b, void *record);
     void (*close_sinks)(const tw_problem *, const tw_gradients *, void *record);
+    // Tangents of an item's rows, as `forward`: at most `tiles` tiles, in scratch as large as tangent_bytes says.
+    size_t (*tangent_bytes)(const tw_problem *, int64_t tiles);
+    void (*tangent)(const tw_problem *, const tw_tangents *, const tw_item *, int64_t tiles, void *scratch);
 };
 
 struct tw_kernel_table {

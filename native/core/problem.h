@@ -94,7 +94,7 @@ struct tw_sequences {
 // A pair is visible iff ranges, labels, dense mask and tile bits all say so and no bias is -inf there.
 struct tw_problem {
     int32_t dtype, threads; // tw_dtype; threads <= 0: the default
-    int32_t part;           // 1: a part of a larger call: forward's out and backward's d_q are accumulators
+    int32_t part;           // 1: a part of a larger call: out, its tangent and backward's d_q are accumulators
     int64_t batch, q_heads, kv_heads, q_len, k_len, head_dim, value_dim;
     int64_t row_begin, row_end; // only these query rows are computed and written; 0 and q_len: all
     tw_tensor q, k, v, out;
@@ -139,6 +139,19 @@ struct tw_gradients {
     void *sinks;            // (Hq,) in the accumulator's type, added to
 };
 int tw_backward(const tw_problem *problem, const tw_gradients *gradients, const char **message);
+
+// What forward-mode differentiation takes beside the problem, whose out and lse are then the results of the forward pass,
+// and what it gives. A tangent is laid out in its operand's type; data = NULL: the operand does not move.
+struct tw_tangents {
+    tw_tensor q, k, v;
+    tw_bias bias[TW_MAX_BIASES]; // of the dense biases that move, in any order
+    int32_t bias_count;
+    tw_table table;
+    const void *sinks;
+    tw_tensor out; // as the problem's out, written
+    void *lse;     // as the problem's lse, written
+};
+int tw_tangent(const tw_problem *problem, const tw_tangents *tangents, const char **message);
 
 // How tw_forward would run a problem, of which it reads sizes, dtype, threads and row_invariant alone.
 struct tw_description {

@@ -43,6 +43,7 @@ namespace {
 #include "kernel/amx_slopes.inl.h"
 #endif
 #include "kernel/backward.inl.h"
+#include "kernel/tangent.inl.h"
 #include "kernel/probe.inl.h"
 // clang-format on
 
@@ -50,7 +51,7 @@ template <class T, class M> constexpr tw_kernels kernels_of() {
     using A = sum_of<M>;
     return {tile_rows<A>,    chunk_keys,          scratch_bytes<T, M>, forward<T, M>,     merge<T, A>,
             record_bytes<M>, segment_bytes<T, M>, open_tile<T, M>,     run_segment<T, M>, close_tile<T, M>,
-            close_sinks<M>};
+            close_sinks<M>,  tangent_bytes<T, A>, tangent<T, A>};
 }
 
 #if defined(__AMX_BF16__)

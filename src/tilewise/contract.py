@@ -4,7 +4,8 @@ A kernel is a folder `kernels/<name>/` with
 
 - `card.py`: its `KernelCard`, importing no framework and no compiled module;
 - `forward.py`: `forward(plan, operands) -> (out, lse)`;
-- `backward.py`, where it has one: `backward(plan, operands, out, lse, d_out, d_lse) -> Gradients`.
+- `backward.py`, where it has one: `backward(plan, operands, out, lse, d_out, d_lse) -> Gradients`;
+- `tangent.py`, where its card has `tangents`: `tangent(plan, operands, out, lse, moving) -> (d_out, d_lse)`.
 
 `out` is (B, Hq, Sq, Dv) in q's dtype, strided as the plan's layout says; `lse` is (B, Hq, Sq) in the accumulator's
 dtype.
@@ -106,6 +107,18 @@ class Gradients:
     sinks: Array | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Tangents:
+    """Tangents in the shapes and dtypes of the operands they belong to; None where an operand does not move."""
+
+    q: Array | None = None
+    k: Array | None = None
+    v: Array | None = None
+    dense: tuple[Array | None, ...] = ()
+    table: Array | None = None
+    sinks: Array | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Unavailable:
     """Why a kernel cannot run in this process at all, and what would cure it."""
@@ -141,6 +154,7 @@ class KernelCard:
         traced: whether it runs under jax tracing and torch fake tensors.
         gradients: operands its own backward differentiates; empty when it has no backward.
         backward_families: frameworks whose derivatives use its backward; None is all in `families`.
+        tangents: dtypes of which it computes the tangents of out and lse too, along tangents of any operands.
         max_dense_biases, max_key_length: largest counts it takes; None is unbounded.
         further: limits that are no plain set, as a function from the problem to reasons; further_backward: likewise,
             of the backward pass alone.
@@ -167,6 +181,7 @@ class KernelCard:
     traced: bool = True
     gradients: frozenset[Gradient] = frozenset()
     backward_families: frozenset[str] | None = None
+    tangents: frozenset[str] = frozenset()
     max_dense_biases: int | None = None
     max_key_length: int | None = None
     further: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
@@ -239,6 +254,7 @@ class Plan:
         problem: the question.
         kernel: name of the kernel of the forward pass.
         backward: name of the kernel of the backward pass, or None when no gradient is wanted.
+        tangent: name of the kernel of forward-mode derivatives.
         way, backward_way: which of a kernel's several ways each pass runs; "" where it has but one.
         careful: the kernel that computes a call again whose results are not finite; None where none is needed. It is
             handed this same plan, whose `tiles` and `way` are not its own.
@@ -260,6 +276,7 @@ class Plan:
     way: str = ""
     backward_way: str = ""
     careful: str | None = None
+    tangent: str = "portable"
 
     def __str__(self) -> str:
         from .plan.explain import table  # printing is asked for rarely; planning should not pay for it

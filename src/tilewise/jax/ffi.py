@@ -74,6 +74,22 @@ def backward(
     return [_summed(results[bit], x.shape) for bit, x in zip(order, like, strict=True) if bit in results]
 
 
+def tangent(
+    problem: AttentionProblem, smooth: Smooth, facts: Facts, out: Array, lse: Array, moving: Smooth
+) -> tuple[Array, Array]:
+    """Tangents of out and lse in their shapes and dtypes along `moving`, by the native kernel on the CPU."""
+    call, operands = _Call.of(problem, smooth, facts)
+    p = problem
+    tensors = {1: moving.q, 2: moving.k, 4: moving.v}
+    others = {**{256 << n: d for n, d in enumerate(moving.dense)}, 16: moving.table, 32: moving.sinks}
+    given = {bit: call.turned(x) for bit, x in tensors.items() if x is not None}
+    given |= {bit: x for bit, x in others.items() if x is not None}
+    types = [call.tensor(p.q_heads, p.q_len, p.value_dim, p.result), call.rows]
+    rows = (call.turned(out.astype(p.result)), lse)
+    d_out, d_lse = call("tilewise_tangent", types, (*operands, *rows, *given.values()), moving=np.int64(sum(given)))
+    return call.turned(d_out), d_lse
+
+
 def _gathered(p: AttentionProblem, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in which the core sums the gradient of a bias of this shape.
 
@@ -103,14 +119,14 @@ _PRESENT = {"ranges": 1, "labels": 2, "mask": 4, "bits": 8, "biases": 0, "table"
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What both handlers take: attributes, and how arrays lie in memory."""
+    """What all handlers take: attributes, and how arrays lie in memory."""
 
     problem: AttentionProblem
     attributes: dict[str, Any]
 
     @classmethod
     def of(cls, problem: AttentionProblem, smooth: Smooth, facts: Facts) -> tuple[_Call, tuple[Array, ...]]:
-        """The call, and the operands that both handlers take."""
+        """The call, and the operands that all handlers take."""
         mask, dropout = facts.mask, facts.dropout
         strides = _strides(problem, facts) if dropout is not None else (0, 0, 0, 0)
         given = {
@@ -192,6 +208,7 @@ def _register() -> None:
         ffi = jax.ffi if hasattr(jax, "ffi") else _early_ffi()
         ffi.register_ffi_target("tilewise_forward", _native.xla_forward(), platform="cpu")
         ffi.register_ffi_target("tilewise_backward", _native.xla_backward(), platform="cpu")
+        ffi.register_ffi_target("tilewise_tangent", _native.xla_tangent(), platform="cpu")
     except Exception as error:
         raise RuntimeError(
             f"kernel: this jaxlib refused tilewise's native kernel ({error}); pass kernel='portable'"

@@ -84,7 +84,11 @@ def _attend(case: Case, cpu: bool, chosen: Flags, *operands: Array) -> list[Arra
 def _tangent(case: Case, cpu: bool, chosen: Flags, *operands: Array) -> list[Array]:
     """Tangents of out and lse, in their shapes and dtypes."""
     count = sum(chosen)
-    d_out, d_lse = _along(case, case.tangents(chosen, operands[:count]), operands[count:])
+    moving, rest = case.tangents(chosen, operands[:count]), operands[count:]
+    if case.native and cpu and case.problem.scores:
+        *primal, out, lse = rest
+        return list(ffi.tangent(case.problem, *case.parts(primal), out, lse, moving))
+    d_out, d_lse = _along(case, moving, rest)
     return [d_out.astype(case.out_dtype), d_lse]
 
 

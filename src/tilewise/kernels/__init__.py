@@ -24,3 +24,8 @@ def forward_of(name: str) -> ModuleType:
 def backward_of(name: str) -> ModuleType:
     """The module with a kernel's `backward`, imported when first needed."""
     return import_module(f"{__name__}.{name}.backward")
+
+
+def tangent_of(name: str) -> ModuleType:
+    """The module with a kernel's `tangent`, imported when first needed."""
+    return import_module(f"{__name__}.{name}.tangent")

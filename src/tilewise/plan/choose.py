@@ -61,6 +61,7 @@ def planned(problem: AttentionProblem, kernel: str | None, allow_quadratic: bool
         way=_way(card, problem, "forward", measured),
         backward_way=_way(backward, problem, "backward", measured) if backward else "",
         careful=_careful(known, problem, measured) if card.finite_only or (backward and backward.finite_only) else None,
+        tangent=card.name if problem.dtype in card.tangents else "portable",
     )
 
 

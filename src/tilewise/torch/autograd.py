@@ -71,7 +71,11 @@ class Attention(Function):
         out, lse, operands, rest = _saved(ctx)
         with _set_fwd_grad_enabled(True):
             out, lse, *operands = _primals((out, lse, *operands))
-            return tangent_formula(rest, operands, out, lse, tangents[3 : 3 + ctx.count])
+            along = tangents[3 : 3 + ctx.count]
+            if not out.is_cpu:  # no kernel there has tangents, and what the formula keeps saves a second derivative work
+                return tangent_formula(rest, operands, out, lse, along)
+            moving = {n: tangent for n, tangent in enumerate(along) if tangent is not None}
+            return operator.attention_tangent(operands, out, lse, list(moving.values()), *rest, list(moving))
 
 
 class AttentionBackward(Function):
@@ -100,6 +104,42 @@ class AttentionBackward(Function):
 
         found = pull_back(formula, tensors[:differentiable], active, cotangents)
         return (None, None, None, None, *_spread(found, active, len(tensors)))
+
+
+class AttentionTangent(Function):
+    """(rest, moving, keyset, number of operands, out, lse, *operands, *tangents, *facts) -> tangents of (out, lse)."""
+
+    @staticmethod
+    def forward(rest: Rest, moving: Sequence[int], keyset: Any, count: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse, operands, along = AttentionTangent._named(moving, count, tensors)
+        return _below(operator.attention_tangent, keyset, operands, out, lse, along, *rest, moving)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.rest, ctx.moving, _, ctx.count, *tensors = inputs
+        ctx.held = predicates_of(ctx.rest.options)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Results:
+        (*tensors,) = ctx.saved_tensors
+        differentiable = 2 + ctx.count + len(ctx.moving)
+        rest = ctx.rest._replace(facts=tuple(tensors[differentiable:]))
+        active = [n for n in range(differentiable) if ctx.needs_input_grad[4 + n]]
+
+        def formula(*given: Tensor) -> tuple[Tensor, Tensor]:
+            out, lse, operands, along = AttentionTangent._named(ctx.moving, ctx.count, given)
+            return tangent_formula(rest, operands, out, lse, _spread(along, ctx.moving, ctx.count))
+
+        found = pull_back(formula, tensors[:differentiable], active, cotangents)
+        return (None, None, None, None, *_spread(found, active, len(tensors)))
+
+    @staticmethod
+    def _named(
+        moving: Sequence[int], count: int, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        out, lse, *rest = tensors
+        return out, lse, rest[:count], rest[count : count + len(moving)]
 
 
 class TiledSum(Function):
@@ -181,6 +221,18 @@ def _attention_backward(keyset: Any, operands: Sequence[Tensor], *args: Any) -> 
     return list(_apply(AttentionBackward, rest, wanted, keyset, len(operands), *tensors, *rest.facts))
 
 
+def _attention_tangent(
+    keyset: Any, operands: Sequence[Tensor], out: Tensor, lse: Tensor, along: Sequence[Tensor], *args: Any
+) -> tuple[Tensor, Tensor]:
+    rest, moving = Rest(*args[:-1]), args[-1]
+    tensors = (out, lse, *operands, *along)
+    if _has_tangent(tensors):
+        return tangent_formula(rest, operands, out, lse, _spread(along, moving, len(operands)))
+    if not _differentiated(tensors):
+        return _below(operator.attention_tangent, keyset, operands, out, lse, along, *args)
+    return _apply(AttentionTangent, rest, moving, keyset, len(operands), *tensors, *rest.facts)
+
+
 def _tiled_sum(keyset: Any, inputs: Sequence[Tensor], *args: Any) -> list[Tensor]:
     if not _differentiated(inputs):
         return _below(operator.tiled_sum, keyset, inputs, *args)
@@ -223,6 +275,7 @@ def _below(operator: Any, keyset: Any, *args: Any) -> Any:
 _KERNELS: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("attention", _attention),
     ("attention_backward", _attention_backward),
+    ("attention_tangent", _attention_tangent),
     ("tiled_sum", _tiled_sum),
 )
 for _name, _kernel in _KERNELS:

@@ -43,6 +43,21 @@ def _attention_backward(info: Any, in_dims: Dims, operands: Sequence[Tensor], *a
     return [_unfold(x, info.batch_size, _batch(operands, dims)) for x in found], [0] * len(found)
 
 
+def _attention_tangent(
+    info: Any, in_dims: Dims, operands: Sequence[Tensor], out: Tensor, lse: Tensor, tangents: Sequence[Tensor], *args: Any
+) -> tuple[Any, Any]:
+    dims, along, fixed = in_dims[0], in_dims[3], in_dims[4]
+    facts, _, _, options, moving = args
+    if max(moving) > 2 or not _foldable(dims, fixed, facts, options, operands):
+        return _one_by_one(operator.attention_tangent, info, in_dims, operands, out, lse, tangents, *args)
+    folded = [_fold(x, dim, info.batch_size, n < 3) for n, (x, dim) in enumerate(zip(operands, dims, strict=True))]
+    rows = [_fold(x, dim, info.batch_size, True) for x, dim in zip((out, lse), in_dims[1:3], strict=True)]
+    given = [_fold(x, dim, info.batch_size, True) for x, dim in zip(tangents, along, strict=True)]
+    d_out, d_lse = operator.attention_tangent(folded, *rows, given, *args)
+    batch = _batch(operands, dims)
+    return (_unfold(d_out, info.batch_size, batch), _unfold(d_lse, info.batch_size, batch)), (0, 0)
+
+
 def _tiled_sum(info: Any, in_dims: Dims, inputs: Sequence[Tensor], *args: Any) -> tuple[Any, Any]:
     dims, fixed = in_dims[0], in_dims[1]
     facts, _, _, options, text = args
@@ -98,5 +113,10 @@ def _one_by_one(apply: Any, info: Any, in_dims: Dims, *args: Any) -> tuple[Any, 
     return stacked, [0] * len(stacked)
 
 
-for _name, _rule in (("attention", _attention), ("attention_backward", _attention_backward), ("tiled_sum", _tiled_sum)):
+for _name, _rule in (
+    ("attention", _attention),
+    ("attention_backward", _attention_backward),
+    ("attention_tangent", _attention_tangent),
+    ("tiled_sum", _tiled_sum),
+):
     register_vmap(f"tilewise::{_name}", _rule, lib=LIBRARY)

@@ -57,5 +57,5 @@ def _tensors(arg: Any) -> list[Tensor]:
     return list(arg) if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor) else []
 
 
-for _name in ("attention", "attention_backward", "tiled_sum"):
+for _name in ("attention", "attention_backward", "attention_tangent", "tiled_sum"):
     LIBRARY.impl(_name, _rule(getattr(operator, _name)), "Batched")

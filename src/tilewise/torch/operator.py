@@ -2,9 +2,10 @@
 
     attention           operands -> (out, lse)
     attention_backward  operands, out, lse and gradients of both -> the wanted gradients
+    attention_tangent   operands, out, lse and tangents of the operands -> tangents of out and lse
     tiled_sum           a sum over tiles (see `programs.py`): every further derivative is one
 
-All three end in `facts, integers, scale, options`: the tensors and integers of the mask and of dropout's seed, and the
+All four end in `facts, integers, scale, options`: the tensors and integers of the mask and of dropout's seed, and the
 line of text that says what is what (`options.py`). They are opaque to tracing, so a compiled graph holds one node for
 any length; what they compute is looked up only when real tensors arrive. Derivatives are in `autograd.py`.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from ..contract import Plan
-from ..kernels import backward_of, forward_of
+from ..kernels import backward_of, forward_of, tangent_of
 from ..masks.lower import LoweredMask
 from ..plan.choose import choose
 from ..problem import ACCUMULATOR
@@ -37,10 +38,15 @@ LIBRARY.define(
     f"attention_backward(Tensor[] operands, Tensor out, Tensor lse, Tensor d_out, Tensor d_lse, {_REST}, "
     "int[] wanted) -> Tensor[]"
 )
+LIBRARY.define(
+    f"attention_tangent(Tensor[] operands, Tensor out, Tensor lse, Tensor[] tangents, {_REST}, int[] moving) "
+    "-> (Tensor, Tensor)"
+)
 LIBRARY.define(f"tiled_sum(Tensor[] inputs, {_REST}, str program) -> Tensor[]")
 
 attention = torch.ops.tilewise.attention.default
 attention_backward = torch.ops.tilewise.attention_backward.default
+attention_tangent = torch.ops.tilewise.attention_tangent.default
 tiled_sum = torch.ops.tilewise.tiled_sum.default
 
 Tensors = Sequence[Tensor]
@@ -78,6 +84,26 @@ def compute_backward(
     return [ordered(flat[n], told, n) for n in wanted]
 
 
+def compute_tangent(
+    operands: Tensors, out: Tensor, lse: Tensor, tangents: Tensors,
+    facts: Tensors, integers: Sequence[int], scale: float | None, options: str, moving: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Tangents of (out, lse), in their shapes and dtypes, along tangents of the operands numbered in `moving`."""
+    told = parse(options)
+    mask, plan = _planned(told, operands, facts, integers, scale, options, ())
+    along: list[Tensor | None] = [None] * len(operands)
+    for n, tangent in zip(moving, tangents, strict=True):
+        along[n] = tangent
+    if plan.tangent == "portable":
+        from .formulas import Rest, tangent_formula  # it calls operators of this module
+
+        d_out, d_lse = tangent_formula(Rest(facts, integers, scale, options), operands, out, lse, along)
+    else:
+        call = told.operands(operands, mask, told.dropout(facts, integers))
+        d_out, d_lse = tangent_of(plan.tangent).tangent(plan, call, out, lse, told.tangents(along))
+    return ordered(d_out, told, 0), d_lse
+
+
 _plans: dict[Hashable, tuple[LoweredMask, Plan]] = {}  # of calls without arrays in their masks, as in `quick.py`
 
 
@@ -85,7 +111,7 @@ def _planned(
     told: Options, operands: Tensors, facts: Tensors, integers: Sequence[int], scale: float | None, options: str,
     wanted: tuple[int, ...],
 ) -> tuple[LoweredMask, Plan]:  # fmt: skip
-    """The lowered mask, and the plan of the gradients numbered in `wanted`."""
+    """The lowered mask, and the plan of the gradients numbered in `wanted`, or without any."""
     q, k, v = operands[:3]
     key = (options, scale, wanted, *integers, q.dtype, q.device, q.shape, k.shape, v.shape)
     symbolic = len(operands) == 3 and not facts and not told.p and not has_predicate(told.mask)
@@ -123,6 +149,7 @@ def ordered(gradient: Tensor, told: Options, n: int) -> Tensor:
 for _name, _function in (
     ("attention", compute),
     ("attention_backward", compute_backward),
+    ("attention_tangent", compute_tangent),
     ("tiled_sum", _tiled_sum),
 ):
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
@@ -145,6 +172,12 @@ def _attention_backward_shapes(operands: Tensors, *rest: Any) -> list[Tensor]:
         empty_in_order(operands[n], told, operands[n].shape) if n < 3 else operands[n].new_empty(operands[n].shape)
         for n in wanted
     ]
+
+
+@register_fake("tilewise::attention_tangent", lib=LIBRARY)
+def _attention_tangent_shapes(operands: Tensors, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    told = parse(rest[-2])
+    return empty_in_order(out, told, out.shape), lse.new_empty(lse.shape)
 
 
 @register_fake("tilewise::tiled_sum", lib=LIBRARY)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..contract import Dropout, Operands
+from ..contract import Dropout, Operands, Tangents
 from ..masks.algebra import Mask
 from ..masks.lower import LoweredMask, lower
 from ..masks.site import site_for
@@ -89,6 +89,12 @@ class Options:
         dense = tuple(tensor for name, tensor in zip(self.names, tensors, strict=False) if name == "bias")
         q, k, v = tensors[:3]
         return Operands(q, k, v, mask, dense, named.get("table"), named.get("sinks"), dropout)
+
+    def tangents(self, moving: Sequence[Tensor | None]) -> Tangents:
+        """The operands' tangents by name; None for what does not move."""
+        named = dict(zip(self.names, moving, strict=False))
+        dense = tuple(tangent for name, tangent in zip(self.names, moving, strict=False) if name == "bias")
+        return Tangents(*moving[:3], dense, named.get("table"), named.get("sinks"))
 
     def problem(
         self, operands: Operands, scale: float | None, gradients: frozenset[Gradient] = frozenset()

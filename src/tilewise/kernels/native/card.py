@@ -78,6 +78,7 @@ CARD = KernelCard(
     dtypes=frozenset({"float32", "float64", "float16", "bfloat16"}),
     gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
     backward_families=frozenset({"numpy", "torch", "jax"}),
+    tangents=frozenset({"float32", "float64", "float16", "bfloat16"}),
     max_dense_biases=4,
     row_invariant=True,
     further=_packing,

@@ -5,6 +5,7 @@ Each function returns numbers for the core and appends what must stay alive duri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ def call_facts(operands: Operands, accumulator: str, alive: Alive) -> dict[str, 
         "ranges": _ranges(mask, alive),
         "labels": _labels(mask, alive),
         "mask": _dense_mask(mask, alive),
-        "biases": tuple(_dense_bias(bias, alive) for bias in operands.dense),
-        "table": _table(operands.table, accumulator, alive),
-        "sinks": _sinks(operands.sinks, accumulator, alive),
+        "biases": dense_biases(operands.dense, alive),
+        "table": table_place(operands.table, accumulator, alive),
+        "sinks": sinks_place(operands.sinks, accumulator, alive),
         "dropout": dropout_words(operands.dropout, sizes),
     }
 
@@ -86,13 +87,15 @@ def mask_place(dense: Array) -> tuple[int, ...]:
     return (found.address, *(0,) * (4 - len(strides)), *strides)
 
 
-def _dense_bias(bias: Array, alive: Alive) -> tuple[int, ...]:
-    found = memory(bias)
-    alive.append(found)
-    return (found.address, DTYPE_CODES[dtype_name(bias)], *broadcast_strides(found, 4))
+def dense_biases(biases: Sequence[Array], alive: Alive) -> tuple[tuple[int, ...], ...]:
+    """Address, dtype and four strides of each bias, 0 along axes of size 1."""
+    found = [memory(bias) for bias in biases]
+    alive += found
+    return tuple((own.address, DTYPE_CODES[dtype_name(own.array)], *broadcast_strides(own, 4)) for own in found)
 
 
-def _table(table: Array | None, accumulator: str, alive: Alive) -> tuple[int, ...] | None:
+def table_place(table: Array | None, accumulator: str, alive: Alive) -> tuple[int, ...] | None:
+    """Address and two strides of a table over j - i."""
     if table is None:
         return None
     found = rows(cast(table, accumulator))
@@ -100,7 +103,8 @@ def _table(table: Array | None, accumulator: str, alive: Alive) -> tuple[int, ..
     return (found.address, *broadcast_strides(found, 2))
 
 
-def _sinks(sinks: Array | None, accumulator: str, alive: Alive) -> int:
+def sinks_place(sinks: Array | None, accumulator: str, alive: Alive) -> int:
+    """Address of (Hq,) numbers, 0 for none."""
     if sinks is None:
         return 0
     found = rows(cast(sinks, accumulator))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..._arrays import Array
-from ...contract import Gradients, Operands
+from ...contract import Gradients, Operands, Tangents
 from ...masks.materialize import picture
 from ...philox import keep_mask
 from ...problem import AttentionProblem
@@ -96,6 +96,34 @@ def gradients(dense: Dense, d_out: np.ndarray, d_lse: np.ndarray | None = None) 
         table=_along_diagonals(w, operands.table) if operands.table is not None else None,
         sinks=_sink_gradient(dense, pull) if operands.sinks is not None else None,
     )
+
+
+@_IGNORED
+def tangents(dense: Dense, moving: Tangents) -> tuple[np.ndarray, np.ndarray]:
+    """How out and lse move with the operands, in float64.
+
+    With w the tangent of the (capped, biased) score: d_lse = sum_j p w, and the sink's probability times its tangent;
+    d_out = sum_j z p (w v + d_v) - d_lse out.
+    """
+    problem, operands, seen = dense.problem, dense.operands, dense.visible
+    w = np.zeros(seen.shape)
+    if moving.q is not None:
+        w = w + float64(moving.q) @ dense.k.swapaxes(-1, -2)
+    if moving.k is not None:
+        w = w + dense.q @ np.repeat(float64(moving.k), problem.group, axis=1).swapaxes(-1, -2)
+    w = problem.scale * w * dense.slope
+    biases = tuple(array for array in moving.dense if array is not None)
+    bias = _bias(problem, replace(operands, dense=biases, table=moving.table))
+    w = np.where(seen, dense.p * (w if bias is None else w + bias), 0.0)
+    d_lse, d_out = w.sum(-1), visible_sum(w * dense.z, dense.v, seen)
+    if moving.v is not None:
+        d_v = np.repeat(float64(moving.v), problem.group, axis=1)
+        d_out = d_out + visible_sum(np.where(seen, dense.p, 0.0) * dense.z, d_v, seen)
+    empty = dense.lse == -np.inf
+    if moving.sinks is not None:
+        p_sink = np.exp(float64(operands.sinks)[:, None] - dense.lse)
+        d_lse = d_lse + np.where(empty, 0.0, p_sink * float64(moving.sinks)[:, None])
+    return np.where(empty[..., None], 0.0, d_out - d_lse[..., None] * dense.out), np.where(empty, 0.0, d_lse)
 
 
 def visible_sum(weights: np.ndarray, values: np.ndarray, visible: np.ndarray) -> np.ndarray:
