@@ -59,6 +59,7 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "kernel", _named(plan.kernel, plan.way) + (" (asked for)" if plan.forced else "")
     if plan.backward:
         yield "backward", _named(plan.backward, plan.backward_way)
+    if problem.family != "numpy":
         yield "tangents", plan.tangent
     if plan.careful:
         yield "not finite", f"results with NaN or infinity are computed again by {plan.careful}"

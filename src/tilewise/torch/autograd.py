@@ -72,7 +72,9 @@ class Attention(Function):
         with _set_fwd_grad_enabled(True):
             out, lse, *operands = _primals((out, lse, *operands))
             along = tangents[3 : 3 + ctx.count]
-            if not out.is_cpu:  # no kernel there has tangents, and what the formula keeps saves a second derivative work
+            if (
+                not out.is_cpu
+            ):  # no kernel there has tangents, and what the formula keeps saves a second derivative work
                 return tangent_formula(rest, operands, out, lse, along)
             moving = {n: tangent for n, tangent in enumerate(along) if tangent is not None}
             return operator.attention_tangent(operands, out, lse, list(moving.values()), *rest, list(moving))

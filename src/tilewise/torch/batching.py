@@ -44,7 +44,13 @@ def _attention_backward(info: Any, in_dims: Dims, operands: Sequence[Tensor], *a
 
 
 def _attention_tangent(
-    info: Any, in_dims: Dims, operands: Sequence[Tensor], out: Tensor, lse: Tensor, tangents: Sequence[Tensor], *args: Any
+    info: Any,
+    in_dims: Dims,
+    operands: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    tangents: Sequence[Tensor],
+    *args: Any,
 ) -> tuple[Any, Any]:
     dims, along, fixed = in_dims[0], in_dims[3], in_dims[4]
     facts, _, _, options, moving = args

@@ -8,7 +8,8 @@ import pytest
 from support.portable_cases import CASES, arrays, planned
 
 import tilewise as tw
-from tilewise.kernels.reference.dense import attention, gradients
+from tilewise.contract import Tangents
+from tilewise.kernels.reference.dense import attention, gradients, tangents
 
 
 def _same(value):
@@ -82,6 +83,34 @@ def test_gradients_by_finite_differences(name):
     given = operands.dense
     for n, array in enumerate(given):
         check(got.dense[n], array, lambda value, n=n: replace(operands, dense=(*given[:n], value, *given[n + 1 :])))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tangents_by_finite_differences(name):
+    plan, operands = planned(**arrays(), **CASES[name](_same))
+    rng, step = np.random.default_rng(1), 1e-6
+
+    def along(array):
+        return None if array is None else np.where(np.isfinite(array), rng.standard_normal(array.shape), 0.0)
+
+    def moved(sign):
+        given = {n: getattr(operands, n) for n in ("q", "k", "v", "table", "sinks")}
+        shifted = {n: None if x is None else x + sign * step * getattr(moving, n) for n, x in given.items()}
+        dense = tuple(x + sign * step * d for x, d in zip(operands.dense, moving.dense, strict=True))
+        return attention(plan.problem, replace(operands, dense=dense, **shifted))
+
+    moving = Tangents(
+        *(along(x) for x in (operands.q, operands.k, operands.v)),
+        tuple(map(along, operands.dense)),
+        along(operands.table),
+        along(operands.sinks),
+    )
+    d_out, d_lse = tangents(attention(plan.problem, operands), moving)
+    up, down = moved(1), moved(-1)
+    np.testing.assert_allclose(d_out, (up.out - down.out) / (2 * step), rtol=1e-6, atol=1e-8)
+    seen = up.lse != -np.inf
+    np.testing.assert_allclose(d_lse[seen], (up.lse[seen] - down.lse[seen]) / (2 * step), rtol=1e-6, atol=1e-8)
+    assert not d_lse[~seen].any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
