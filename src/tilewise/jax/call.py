@@ -28,13 +28,13 @@ Array = Any
 def run(plan: Plan, operands: Operands) -> tuple[Array, Array]:
     """out (B, Hq, Sq, Dv) in q's dtype and lse (B, Hq, Sq) in the accumulator's, by the plan's kernel.
 
-    Under jit, grad, jvp, vmap, scan and their compositions, on one device or spread over a mesh. Gradients are that
-    kernel's too; tangents, and derivatives of higher order, are the portable kernel's, in linear memory.
+    Under jit, grad, jvp, vmap, scan and their compositions, on one device or spread over a mesh. Gradients and tangents
+    are that kernel's too; derivatives of higher order are the portable kernel's, in linear memory.
     """
     if plan.kernel not in ("native", "portable"):
         # The reference is not for programs, and cuDNN's call brings its own compilation and derivative.
         return forward_of(plan.kernel).forward(plan, operands)
-    # Tangents are the portable kernel's, so its tiles are needed whichever kernel runs forward.
+    # Second derivatives are the portable kernel's, so its tiles are needed whichever kernel runs forward.
     tiles = plan.tiles if plan.kernel == "portable" else default_tiles(plan.problem)
     mask, native, bits = capture(operands.mask, plan.problem, tiles), plan.kernel == "native", None
     if native and mask.lazy is not None:

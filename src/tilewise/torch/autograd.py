@@ -1,4 +1,4 @@
-"""Derivatives of the operators: any kernel forward, the plan's kernel backward, sums over tiles beyond.
+"""Derivatives of the operators: the plan's kernels for first gradients and tangents, sums over tiles beyond.
 
 Each operator's Autograd kernel is an `autograd.Function` of a single level. torch runs it once per level of
 differentiation: for plain autograd, for each `torch.func` transform, and while a compiler traces either. So all of

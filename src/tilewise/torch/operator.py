@@ -97,7 +97,8 @@ def compute_tangent(
     if plan.tangent == "portable":
         from .formulas import Rest, tangent_formula  # it calls operators of this module
 
-        d_out, d_lse = tangent_formula(Rest(facts, integers, scale, options), operands, out, lse, along)
+        rest = Rest(tuple(facts), tuple(integers), scale, options)
+        d_out, d_lse = tangent_formula(rest, operands, out, lse, along)
     else:
         call = told.operands(operands, mask, told.dropout(facts, integers))
         d_out, d_lse = tangent_of(plan.tangent).tangent(plan, call, out, lse, told.tangents(along))

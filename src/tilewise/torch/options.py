@@ -94,7 +94,8 @@ class Options:
         """The operands' tangents by name; None for what does not move."""
         named = dict(zip(self.names, moving, strict=False))
         dense = tuple(tangent for name, tangent in zip(self.names, moving, strict=False) if name == "bias")
-        return Tangents(*moving[:3], dense, named.get("table"), named.get("sinks"))
+        q, k, v = moving[:3]
+        return Tangents(q, k, v, dense, named.get("table"), named.get("sinks"))
 
     def problem(
         self, operands: Operands, scale: float | None, gradients: frozenset[Gradient] = frozenset()
