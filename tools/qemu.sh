@@ -20,8 +20,8 @@ done
 # Left out: what needs the module itself, or more time than emulation leaves; and jax, whose calls do not pass through
 # Python.
 [ $# -gt 0 ] || set -- tests/native/test_pages.py tests/native/test_gradients.py tests/native/test_row_bits.py \
-    tests/kernels/test_conformance.py \
-    -k "pages or row_bits or facts or sizes or nothing or (conformance and native and not jax)"
+    tests/native/test_tangents.py tests/kernels/test_conformance.py \
+    -k "pages or row_bits or facts or sizes or nothing or tangents or (conformance and native and not jax)"
 
 # server FOLDER CMAKE-ARGUMENTS
 server() {

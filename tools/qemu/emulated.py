@@ -21,8 +21,10 @@ from typing import Any
 from structs import structs
 
 _STRUCTS = structs(Path(__file__).parents[2] / "native/core/problem.h")
-_PROBLEM, _GRADIENTS, _DESCRIPTION = (_STRUCTS[f"tw_{name}"] for name in ("problem", "gradients", "description"))
-_FORWARD, _BACKWARD, _DESCRIBE, _PAGES, _PAGE_IN_USE, _THREADS, _PHILOX = range(7)
+_PROBLEM, _GRADIENTS, _TANGENTS, _DESCRIPTION = (
+    _STRUCTS[f"tw_{name}"] for name in ("problem", "gradients", "tangents", "description")
+)
+_FORWARD, _BACKWARD, _TANGENT, _DESCRIBE, _PAGES, _PAGE_IN_USE, _THREADS, _PHILOX = range(8)
 _ERRORS = {1: ValueError, 3: MemoryError}  # of enum tw_status; RuntimeError for the rest
 _ITEM_BYTES = (4, 8, 2, 2)  # of each tw_dtype
 _server = subprocess.Popen(
@@ -156,19 +158,22 @@ class _Call:
         dropout,
         part,
         write,
+        as_forward=True,
+        row_invariant=False,
         pages=None,
         sequences=None,
     ) -> None:
+        """`write`: whether the call gives out and lse; `as_forward`: whether out has forward's type, also in a part."""
         p, block = self.problem, self.block
         assert pages is None and sequences is None, "pages and packed sequences are not sent to the emulated processor"
         self.result = self.wide if part else self.item
         batch, q_heads, q_len, k_len = self.pairs
-        _set(p, "row_begin row_end scale softcap part", (*rows, scale, softcap, part))
+        _set(p, "row_begin row_end scale softcap part row_invariant", (*rows, scale, softcap, part, row_invariant))
         _set(p, "lse_stride_b lse_stride_h", (q_heads * q_len, q_len))
         self.tensor(p.q, q, self.item, q_heads, q_len, p.head_dim)
         self.tensor(p.k, k, self.item, p.kv_heads, k_len, p.head_dim)
         self.tensor(p.v, v, self.item, p.kv_heads, k_len, p.value_dim)
-        self.tensor(p.out, out, self.result if write else self.item, q_heads, q_len, p.value_dim, write)
+        self.tensor(p.out, out, self.result if as_forward else self.item, q_heads, q_len, p.value_dim, write)
         self.rows(p, "lse", lse, write)
         _set(p, "lse_stride_b lse_stride_h", (q_heads * q_len, q_len))
         if ranges:
@@ -187,16 +192,22 @@ class _Call:
             block.array(p.mask, "data", mask[0], 1, self.pairs, mask[1:])
         if bits:
             self._bits(*bits)
-        p.bias_count = len(biases)
-        for bias, (address, dtype, *strides) in zip(p.bias, biases, strict=False):
-            _set(bias, "dtype " + _OVER_PAIRS, (dtype, *strides))
-            block.array(bias, "data", address, _ITEM_BYTES[dtype], self.pairs, strides)
-        if table:
-            _set(p.table, "stride_b stride_h", table[1:])
-            block.array(p.table, "data", table[0], self.wide, (batch, q_heads, q_len + k_len - 1), (*table[1:], 1))
-        self.heads(p, "sinks", sinks)
+        self.additions(p, biases, table, sinks)
         if dropout:
             _set(p.dropout, "enabled threshold inverse_keep seed stream first " + _OVER_PAIRS, (1, *dropout))
+
+    def additions(self, of: Any, biases: Sequence[tuple], table: tuple | None, sinks: int) -> None:
+        """Biases, a table over j - i and sinks, or their tangents."""
+        batch, q_heads, q_len, k_len = self.pairs
+        of.bias_count = len(biases)
+        for bias, (address, dtype, *strides) in zip(of.bias, biases, strict=False):
+            _set(bias, "dtype " + _OVER_PAIRS, (dtype, *strides))
+            self.block.array(bias, "data", address, _ITEM_BYTES[dtype], self.pairs, strides)
+        if table:
+            _set(of.table, "stride_b stride_h", table[1:])
+            diagonals = (batch, q_heads, q_len + k_len - 1)
+            self.block.array(of.table, "data", table[0], self.wide, diagonals, (*table[1:], 1))
+        self.heads(of, "sinks", sinks)
 
     def _bits(self, index: int, words: int, stride_b: int, stride_h: int, *tiles_and_offset: int) -> None:
         p = self.problem
@@ -227,7 +238,7 @@ def backward(
 ) -> None:
     """As tilewise._native.backward."""
     g = _GRADIENTS(gather_count=len(gather), diagonal=diagonal)
-    whole = _Call(g, **call, write=False)
+    whole = _Call(g, **call, write=False, as_forward=False)
     p = whole.problem
     whole.tensor(g.d_out, d_out, whole.item, p.q_heads, p.q_len, p.value_dim)
     whole.rows(g, "d_lse", d_lse)
@@ -241,9 +252,35 @@ def backward(
     whole.block.run(_BACKWARD)
 
 
-def describe(dtype: int, threads: int, sizes: tuple) -> tuple[int, ...]:
+def tangent(
+    *,
+    d_q: tuple,
+    d_k: tuple,
+    d_v: tuple,
+    d_biases: tuple,
+    d_table: tuple | None,
+    d_sinks: int,
+    d_out: tuple,
+    d_lse: int,
+    **call: Any,
+) -> None:
+    """As tilewise._native.tangent."""
+    t = _TANGENTS()
+    whole = _Call(t, **call, write=False)
+    p = whole.problem
+    whole.tensor(t.q, d_q, whole.item, p.q_heads, p.q_len, p.head_dim)
+    whole.tensor(t.k, d_k, whole.item, p.kv_heads, p.k_len, p.head_dim)
+    whole.tensor(t.v, d_v, whole.item, p.kv_heads, p.k_len, p.value_dim)
+    whole.additions(t, d_biases, d_table, d_sinks)
+    whole.tensor(t.out, d_out, whole.result, p.q_heads, p.q_len, p.value_dim, out=True)
+    whole.rows(t, "lse", d_lse, out=True)
+    whole.block.run(_TANGENT)
+
+
+def describe(dtype: int, threads: int, sizes: tuple, row_invariant: bool = False) -> tuple[int, ...]:
     """As tilewise._native.describe."""
     call = _Call(_DESCRIPTION(), dtype=dtype, threads=threads, sizes=sizes)
+    call.problem.row_invariant = row_invariant
     call.problem.row_end = call.problem.q_len
     after = call.block.run(_DESCRIBE)
     return struct.unpack("4q", after[-32:])
@@ -281,7 +318,9 @@ def pytest_report_header() -> str:
 
 
 _sizes = [int(size) for size in _ask(_PAGES)[0].split(";")[2].split()]
-assert _sizes == [ctypes.sizeof(_PROBLEM), ctypes.sizeof(_GRADIENTS)], "the server was built from another problem.h"
+assert _sizes == [ctypes.sizeof(each) for each in (_PROBLEM, _GRADIENTS, _TANGENTS)], (
+    "the server was built from another problem.h"
+)
 _pages = build_info()["supported_pages"]
 assert list(_pages) == os.environ["TILEWISE_PAGES"].split() and isa() == _pages[0], f"this processor runs {_pages}"
 sys.modules["tilewise._native"] = sys.modules[__name__]

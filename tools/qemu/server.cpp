@@ -17,7 +17,7 @@
 
 namespace {
 
-enum Operation : int64_t { FORWARD, BACKWARD, DESCRIBE, PAGES, PAGE_IN_USE, THREADS, PHILOX };
+enum Operation : int64_t { FORWARD, BACKWARD, TANGENT, DESCRIBE, PAGES, PAGE_IN_USE, THREADS, PHILOX };
 
 struct Request {
     int64_t operation, pointers, bytes; // how many pointers; bytes of the block
@@ -37,7 +37,8 @@ std::string pages() {
         compiled += std::string(" ") + list[i].table->name;
         if (list[i].host_runs) supported += std::string(" ") + list[i].table->name;
     }
-    return compiled + ";" + supported + ";" + std::to_string(sizeof(tw_problem)) + " " + std::to_string(sizeof(tw_gradients));
+    return compiled + ";" + supported + ";" + std::to_string(sizeof(tw_problem)) + " " + std::to_string(sizeof(tw_gradients)) + " " +
+           std::to_string(sizeof(tw_tangents));
 }
 
 int64_t answer(int64_t operation, char *block, std::string &text) {
@@ -49,6 +50,7 @@ int64_t answer(int64_t operation, char *block, std::string &text) {
     switch (operation) {
     case FORWARD: status = tw_forward(problem, &message); break;
     case BACKWARD: status = tw_backward(problem, static_cast<tw_gradients *>(second), &message); break;
+    case TANGENT: status = tw_tangent(problem, static_cast<tw_tangents *>(second), &message); break;
     case DESCRIBE: status = tw_describe(problem, static_cast<tw_description *>(second), &message); break;
     case PAGES: text = pages(); return TW_OK;
     case THREADS: // the number before; then it is set, unless it is to stay
