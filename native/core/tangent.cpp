@@ -77,5 +77,10 @@ int tw_tangent(const tw_problem *problem, const tw_tangents *tangents, const cha
         *message = "bias: at most 4 dense biases";
         return TW_INVALID;
     }
+    if (tangents->bias_count > problem->bias_count || (tangents->table.data && !problem->table.data) ||
+        (tangents->sinks && !problem->sinks)) {
+        *message = "bias, table, sinks: a tangent of what is not there";
+        return TW_INVALID;
+    }
     return tilewise::run_tangent(*problem, *tangents, message);
 }

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a long call of the native kernels, forward and backward, and leaves the library usable."""
+"""Ctrl-C ends a long call of the native kernels, forward, backward and tangents, and leaves the library usable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _PROGRAM = """
 import signal, sys, threading, time
 import numpy as np, tilewise as tw
 from support.portable_cases import planned
+from tilewise.contract import Tangents
 from tilewise.kernels.native.backward import backward
+from tilewise.kernels.native.tangent import tangent
 
 small = [np.random.default_rng(n).standard_normal((1, 2, 70, 32)).astype(np.float32) for n in range(3)]
 expected = tw.attention(*small, kernel="native").tobytes()
@@ -31,10 +33,18 @@ def attend(q_len, k_len, dim):
     keys = np.broadcast_to(keys, (1, 1, k_len, dim))
     tw.attention(np.zeros((1, 1, q_len, dim), np.float32), keys, keys, kernel="native")
 
+def push(q_len, k_len, dim):
+    keys = np.broadcast_to(np.zeros((1, 1, 1, dim), np.float32), (1, 1, k_len, dim))
+    q = np.zeros((1, 1, q_len, dim), np.float32)
+    plan, operands = planned(q, keys, keys, kernel="native", tiles=None)
+    tangent(plan, operands, q, np.zeros((1, 1, q_len), np.float32), Tangents(q, keys, keys))
+
 CALLS = {
     "many items": lambda: attend(300_000, 300_000, 64),
     "one long item": lambda: attend(100, 1 << 33, 8),
     "backward": lambda: differentiate(200_000, 200_000, 64),
+    "tangents": lambda: push(300_000, 300_000, 64),
+    "tangents of one long item": lambda: push(100, 1 << 33, 8),
     "one long segment": lambda: differentiate(30_000, 300_000, 8, bias=tw.relative(np.zeros(329_999, np.float32))),
 }
 
@@ -83,7 +93,7 @@ def _run(program: str, *arguments: str) -> str:
 
 
 def test_an_interrupt_ends_the_call() -> None:
-    calls = ["many items", "one long item", "backward", "one long segment"]
+    calls = ["many items", "one long item", "backward", "one long segment", "tangents", "tangents of one long item"]
     lines = _run(_PROGRAM, *calls).splitlines()
     assert [line.split(": ")[0] for line in lines] == calls
     # Processor time of all threads from the signal to the exception, so that a busy machine fails no test: two threads

@@ -208,3 +208,6 @@ def test_errors() -> None:
     five = replace(_along(operands), dense=(np.zeros((1, 1, 1, 1)),) * 5)
     with pytest.raises(ValueError, match="bias: at most 4"):
         _push(plan, operands, five)
+    for absent in ({"dense": (np.zeros((1, 1, 1, 1)),)}, {"table": np.zeros((1, 1, 29))}, {"sinks": np.zeros(4)}):
+        with pytest.raises(ValueError, match="bias, table, sinks: a tangent of what is not there"):
+            _push(plan, operands, Tangents(**absent))
