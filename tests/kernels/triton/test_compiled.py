@@ -25,7 +25,14 @@ STACK = {"forward_kernel": 256, "d_kv_kernel": 320, "d_q_kernel": 256, "d_dense_
 PLAIN_FORWARD_STACK = 64
 
 QUICK = ["64,bfloat16,causal", "128,bfloat16,backward+causal"]
-DECODE = ["128,bfloat16,decode+causal", "64,float16,decode"]
+DECODE = ["128,bfloat16,decode+causal", "64,float16,decode", "256,bfloat16,decode+causal"]
+# Pages that hold several tiles of keys, parts of one, and what is no power of two.
+PAGES = [
+    "128,bfloat16,pages64+window",
+    "128,float16,pages16+window",
+    "64,bfloat16,pages24+table",
+    "256,bfloat16,pages16",
+]
 EVERY = [
     *(
         f"{d},{dtype},backward{mask}"
@@ -88,7 +95,7 @@ def check_decode(arch: str, problems: tuple[str, ...]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_decode(arch: str) -> None:
-    check_decode(arch, tuple(DECODE))
+    check_decode(arch, (*DECODE, *PAGES))
 
 
 @pytest.mark.slow

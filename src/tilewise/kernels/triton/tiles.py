@@ -124,7 +124,7 @@ def blocks_for(purpose: Pass, arch: str, problem: AttentionProblem) -> Blocks:
 
 # Queries of all heads of a group that stand in one tile, and keys of a split: fixed, so that no row's bits depend on
 # how many others there are. The interpreter's split is small enough for several in tests.
-_MOST_PACKED = 64
+MOST_PACKED = 64
 _SPLIT = {"interpreter": 32}
 _USUAL_SPLIT = 512
 
@@ -136,12 +136,17 @@ def decode_split(arch: str) -> int:
 
 def packs(problem: AttentionProblem) -> bool:
     """Whether the queries of a group fit one tile, and no predicate has to be evaluated for them."""
-    return problem.group * problem.q_len <= _MOST_PACKED and problem.mask.bits != "lazy"
+    return problem.group * problem.q_len <= MOST_PACKED and problem.mask.bits != "lazy"
 
 
 def packed_rows(problem: AttentionProblem) -> int:
-    """Rows of the tile for the queries of a group."""
-    return max(16, 1 << (problem.group * problem.q_len - 1).bit_length())
+    """Rows of the tile for the queries of a group that packs."""
+    return rows_together(problem.group * problem.q_len)
+
+
+def rows_together(rows: int) -> int:
+    """Rows of a tile for so many of a group, which take several tiles where they are more than MOST_PACKED."""
+    return min(MOST_PACKED, max(16, 1 << (max(1, rows) - 1).bit_length()))
 
 
 def padded_width(problem: AttentionProblem) -> int:
