@@ -78,11 +78,29 @@ def test_the_faster_wins_by_the_table(table: Any) -> None:
 
 
 def test_backward_is_ranked_by_itself(table: Any) -> None:
-    table(row("causal", triton=450.0, aten_cudnn=600.0), row("causal", "backward", triton=300.0, aten_efficient=150.0))
+    table(
+        row("causal", triton=450.0, aten_cudnn=600.0),
+        row("causal", "backward", triton_split=300.0, aten_efficient=150.0),
+    )
     plan = choose(replace(CAUSAL, gradients=GRADIENTS))
-    assert (plan.kernel, plan.way, plan.backward, plan.backward_way) == ("aten", "cudnn", "triton", "")
-    table(row("causal", triton=450.0, aten_cudnn=600.0), row("causal", "backward", triton=100.0, aten_efficient=150.0))
+    assert (plan.kernel, plan.way, plan.backward, plan.backward_way) == ("aten", "cudnn", "triton", "split")
+    table(
+        row("causal", triton=450.0, aten_cudnn=600.0),
+        row("causal", "backward", triton_split=100.0, aten_efficient=150.0),
+    )
     assert choose(replace(CAUSAL, gradients=GRADIENTS)).backward_way == "efficient"
+
+
+def test_sums_in_no_fixed_order_are_a_way_that_must_be_allowed(table: Any) -> None:
+    table(row("causal", "backward", triton_split=300.0, triton_atomics=500.0), row("causal", triton=450.0))
+    fixed = replace(CAUSAL, gradients=GRADIENTS)
+    plan = choose(fixed)
+    assert (plan.backward, plan.backward_way) == ("triton", "split") and "fixed order" not in str(plan)
+    plan = choose(replace(fixed, deterministic=False))
+    assert (plan.backward, plan.backward_way) == ("triton", "atomics")
+    assert "triton (atomics)" in str(plan) and "no fixed order, which TILEWISE_DETERMINISTIC=0 allows" in str(plan)
+    table(row("causal", "backward", triton_split=300.0, triton_atomics=200.0), row("causal", triton=450.0))
+    assert choose(replace(fixed, deterministic=False)).backward_way == "split"
 
 
 def test_nearest_length_and_next_width(table: Any) -> None:

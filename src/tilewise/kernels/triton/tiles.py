@@ -9,7 +9,10 @@ from typing import Literal, NamedTuple
 
 from ...problem import AttentionProblem
 
-Pass = Literal["forward", "decode", "d_kv", "d_q", "d_bias"]
+Pass = Literal["forward", "decode", "d_kv", "d_q", "d_qkv", "d_bias"]
+
+# The ways of the backward pass: two passes whose sums have a fixed order, or one that adds to d_q atomically.
+SPLIT, ATOMICS = "split", "atomics"
 
 
 class Blocks(NamedTuple):
@@ -110,6 +113,8 @@ def blocks_for(purpose: Pass, arch: str, problem: AttentionProblem) -> Blocks:
     width = max(64, padded_width(problem))
     if problem.dtype == "float32":
         return _SINGLE[width]
+    if purpose == "d_qkv":
+        purpose = "d_kv"
     blocks = _HALF[purpose, "large" if arch in ("sm_80", "sm_90", "sm_100", "sm_103") else "small"][width]
     # Arrays with an element for each pair: dense masks and biases, tables.
     pair_arrays = len(problem.bias.dense) + problem.bias.table + (problem.mask.bits is not None)
