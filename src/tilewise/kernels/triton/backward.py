@@ -13,7 +13,7 @@ import torch
 from ...contract import Gradients, Operands, Plan
 from .arguments import call_of, can_leak, heads_together
 from .bias_kernels import d_dense_kernel, d_table_kernel
-from .d_kv_kernel import d_kv_kernel
+from .d_kv_kernel import d_kv_kernel, unsound_d_q_kernel
 from .d_q_kernel import d_q_kernel
 from .device.records import Call, Rows, View, rows, view
 from .facts import Facts, facts_of
@@ -107,15 +107,18 @@ class _Step:
         d_k, d_v = (like_layout(problem.layout, tuple(array.shape), array, problem.part) for array in (k, v))
         blocks = blocks_of("d_kv" if d_q is None else "d_qkv", self.plan, k.device)
         passes = ((True, False), (False, True)) if padded_width(problem) >= KEYS_AND_VALUES_APART else ((True, True),)
+        sums = view(d_q) if d_q is not None else None
         for slab in self.facts.slabs("keys", blocks):
+            grid, call = (slab.tiles * problem.batch * problem.kv_heads,), self.call._replace(mask=slab.mask)
             together = heads_together(problem, problem.kv_heads, slab.lists is not None)
+            walk = slab.lists, slab.first, slab.tiles, together
             for want_k, want_v in passes:
                 launch(
-                    d_kv_kernel, (slab.tiles * problem.batch * problem.kv_heads,),
-                    *self.tiles, view(d_q) if d_q is not None and want_k else None, view(d_k), view(d_v), self.call._replace(mask=slab.mask),
-                    slab.lists, slab.first, slab.tiles, together,
+                    d_kv_kernel, grid, *self.tiles, sums if want_k else None, view(d_k), view(d_v), call, *walk,
                     WANT_K=want_k, WANT_V=want_v, CAN_LEAK=can_leak(self.plan), blocks=blocks,
                 )  # fmt: skip
+            if sums is not None and can_leak(self.plan):
+                launch(unsound_d_q_kernel, grid, *self.tiles, sums, call, *walk, blocks=blocks)
         return d_k, d_v
 
     def d_dense(self, bias: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Gradients of the keys and values: a tile of keys walks over the queries that see it, in all heads of its group.
 
 Each program owns its tile and adds in a fixed order, so the result is the same on every run. By choice the gradient of
-the queries is added up on the way, which saves the pass that computes it and two of seven products; programs then add to
-the same rows in an order that changes from run to run (the backward pass of Dao et al., 2022).
+the queries is added up on the way, which saves the pass that computes it and two of seven products; programs then add
+to the same rows in an order that changes from run to run (the backward pass of Dao et al., 2022).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def d_kv_kernel(
     v_tile = load_tile(v, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, False)
     acc_k = tl.zeros([BLOCK_K, call.shape.block_d if WANT_K else 1], tl.float32)
     acc_v = tl.zeros([BLOCK_K, call.shape.block_dv if WANT_V else 1], tl.float32)
-    # A key that is not finite makes the whole product NaN: then d_q is added up at the end, carefully.
+    # A key that is not finite makes the whole product NaN: then `unsound_d_q_kernel` adds to d_q.
     sound = True
     if CAN_LEAK and d_q is not None:
         sound = all_finite(k_tile.to(tl.float32))
@@ -54,46 +54,67 @@ def d_kv_kernel(
     if CAN_LEAK and not (all_finite(acc_k) & all_finite(acc_v)):
         acc_k = tl.zeros([BLOCK_K, call.shape.block_d if WANT_K else 1], tl.float32)
         acc_v = tl.zeros([BLOCK_K, call.shape.block_dv if WANT_V else 1], tl.float32)
-        acc_k, acc_v = _carefully(
-            acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, None, first, tile, tiles, b, kv_head, call, lists,
-            WANT_K, WANT_V, BLOCK_Q, BLOCK_K,
-        )  # fmt: skip
+        for member in range(0, call.shape.group):
+            h = kv_head * call.shape.group + member
+            row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
+            mixed, full = counts_of(lists, row, call.shape.q_len, BLOCK_Q, False)
+            for n in range(0, mixed + full):
+                queries = _tile(lists, row, n, mixed, call.shape.q_len, BLOCK_Q) * BLOCK_Q
+                for part in range(0, BLOCK_Q, CAREFUL_ROWS):
+                    acc_k, acc_v = _absorb(
+                        acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, None, True, queries + part, first, b, h,
+                        call, WANT_K, WANT_V, True, True, CAREFUL_ROWS, BLOCK_K,
+                    )  # fmt: skip
     if WANT_K:
         store_tile(
             d_k, b, kv_head, first, call.shape.k_len, acc_k * call.scale, BLOCK_K, call.shape.d, call.shape.block_d
         )
     if WANT_V:
         store_tile(d_v, b, kv_head, first, call.shape.k_len, acc_v, BLOCK_K, call.shape.dv, call.shape.block_dv)
-    if CAN_LEAK and d_q is not None:
-        if not sound:
-            nothing = tl.zeros([BLOCK_K, 1], tl.float32)
-            _carefully(
-                nothing, nothing, k_tile, v_tile, q, d_out, level, delta, d_q, first, tile, tiles, b, kv_head, call,
-                lists, False, False, BLOCK_Q, BLOCK_K,
-            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=GRID)
+def unsound_d_q_kernel(
+    q, k, v, d_out, level, delta, d_q, call, lists, first_tile, tiles, together,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What `d_kv_kernel` leaves out of d_q: the shares of tiles with keys that are not finite.
+
+    A kernel of its own, in the same grid, so that the rare case takes no registers from the common one.
+    """
+    tile, b, kv_head = place(tiles, together, call.shape.q_heads // call.shape.group, False)
+    first = (first_tile + tile) * BLOCK_K
+    k_tile = load_tile(k, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, False)
+    if not all_finite(k_tile.to(tl.float32)):
+        nothing = tl.zeros([CAREFUL_ROWS, 1], tl.float32)
+        for member in range(0, call.shape.group):
+            h = kv_head * call.shape.group + member
+            row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
+            mixed, full = counts_of(lists, row, call.shape.q_len, BLOCK_Q, False)
+            for n in range(0, mixed + full):
+                queries = _tile(lists, row, n, mixed, call.shape.q_len, BLOCK_Q) * BLOCK_Q
+                for part in range(0, BLOCK_K, CAREFUL_ROWS):
+                    key = first + part
+                    k_rows = load_tile(
+                        k, b, kv_head, key, call.shape.k_len, CAREFUL_ROWS, call.shape.d, call.shape.block_d, False
+                    )
+                    v_rows = load_tile(
+                        v, b, kv_head, key, call.shape.k_len, CAREFUL_ROWS, call.shape.dv, call.shape.block_dv, False
+                    )
+                    _absorb(
+                        nothing, nothing, k_rows, v_rows, q, d_out, level, delta, d_q, True, queries, key, b, h, call,
+                        False, False, True, True, BLOCK_Q, CAREFUL_ROWS,
+                    )  # fmt: skip
 
 
 @triton.jit
-def _carefully(
-    acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, d_q, first, tile, tiles, b, kv_head, call, lists,
-    WANT_K: tl.constexpr, WANT_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """What all queries contribute, few of them at once, so that what is not finite reaches those alone who see it."""
-    for member in range(0, call.shape.group):
-        h = kv_head * call.shape.group + member
-        row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
-        mixed, full = counts_of(lists, row, call.shape.q_len, BLOCK_Q, False)
-        for n in range(0, mixed + full):
-            if n < mixed:
-                queries = mixed_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
-            else:
-                queries = full_tile(lists, row, n - mixed, call.shape.q_len, BLOCK_Q) * BLOCK_Q
-            for part in range(0, BLOCK_Q, CAREFUL_ROWS):
-                acc_k, acc_v = _absorb(
-                    acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, d_q, True, queries + part, first, b, h, call,
-                    WANT_K, WANT_V, True, True, CAREFUL_ROWS, BLOCK_K,
-                )  # fmt: skip
-    return acc_k, acc_v
+def _tile(lists, row, n, mixed, size, BLOCK: tl.constexpr):
+    """Number of the n-th tile, of which the first are mixed and the others full."""
+    if n < mixed:
+        number = mixed_tile(lists, row, n, size, BLOCK)
+    else:
+        number = full_tile(lists, row, n - mixed, size, BLOCK)
+    return number
 
 
 @triton.jit
