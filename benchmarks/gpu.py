@@ -33,7 +33,8 @@ if not HAS_GPU:
 import tilewise  # noqa: E402
 from tilewise.contract import KernelCard, Plan  # noqa: E402
 from tilewise.kernels import backward_of, cards, forward_of  # noqa: E402
-from tilewise.plan.measured import kind_of, read  # noqa: E402
+from tilewise.plan.measured import read  # noqa: E402
+from tilewise.problem import kind_of  # noqa: E402
 from tilewise.validate import prepare  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"

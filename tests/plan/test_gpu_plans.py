@@ -19,7 +19,7 @@ from tilewise.masks.part import Run, mask_part  # noqa: E402
 from tilewise.masks.site import Site  # noqa: E402
 from tilewise.plan import measured  # noqa: E402
 from tilewise.plan.choose import choose, planned  # noqa: E402
-from tilewise.problem import AttentionProblem, BiasFacts, MaskFacts  # noqa: E402
+from tilewise.problem import AttentionProblem, BiasFacts, MaskFacts, kind_of  # noqa: E402
 
 HALF = AttentionProblem(
     "torch", "cuda", "bfloat16", batch=2, q_heads=16, kv_heads=16, q_len=4096, k_len=4096, head_dim=128, value_dim=128,
@@ -146,7 +146,7 @@ def test_a_file_that_holds_no_table_is_named(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_classes_of_problems(problem: AttentionProblem, kind: str) -> None:
-    assert measured.kind_of(problem) == kind
+    assert kind_of(problem) == kind
 
 
 @pytest.mark.parametrize(

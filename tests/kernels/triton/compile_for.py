@@ -66,9 +66,10 @@ def compiling() -> Iterator[list[dict[str, Any]]]:
         JITFunction.run = run
 
 
-def compile_call(call: Any, gradients: frozenset[str]) -> list[dict[str, Any]]:
+def compile_call(call: Any, gradients: frozenset[str], way: str) -> list[dict[str, Any]]:
     """Forward and, where gradients are wanted, backward of a call; a report for each kernel compiled."""
-    plan = Plan(dataclasses.replace(call.problem, gradients=gradients), "triton", "triton", Tiles(0, 0), 0, {})
+    problem = dataclasses.replace(call.problem, gradients=gradients)
+    plan = Plan(problem, "triton", "triton", Tiles(0, 0), 0, {}, backward_way=way)
     with compiling() as reports:
         out, lse = forward.forward(plan, call.operands)
         if gradients:
@@ -154,7 +155,8 @@ def main(arch: str, problems: str) -> None:
         if "pages" in what:
             reports = compile_pages(int(d), dtype, what.split("+"))
         else:
-            reports = compile_call(*problem(int(d), dtype, what))
+            way = "atomics" if "atomics" in what else "split"
+            reports = compile_call(*problem(int(d), dtype, what), way)
         for report in reports:
             print(json.dumps({"arch": arch, "problem": text} | report), flush=True)
 

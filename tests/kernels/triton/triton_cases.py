@@ -152,6 +152,8 @@ CASES = (
     Case("no scale", lambda s: {"scale": 0.0}),
     Case("sinks", lambda s: {"sinks": _random((s.h,), s.device), "mask": tw.causal("end")}, batch=2),
     Case("dropout", lambda s: CAUSAL | {"dropout": tw.Dropout(0.3, seed=2**40 + 5, stream=3)}, batch=2),
+    Case("dropout by a tensor's seed", lambda s: {
+        "dropout": tw.Dropout(0.3, torch.tensor(2**40 + 5, device=s.device))}),
     Case("drop all", lambda s: {"dropout": tw.Dropout(1.0, seed=1)}),
     Case("one query", lambda s: CAUSAL, lengths=(0.0, 1.0), heads=(4, 1)),
     # Few queries: those of a group share a tile, and keys are split; two heads of queries more than a split has keys.

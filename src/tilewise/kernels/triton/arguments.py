@@ -63,8 +63,12 @@ def dropout_of(
     numbers = (*rule.seed, stream & 0xFFFFFFFF, stream >> 32, first, *strides)
     words = torch.zeros(len(numbers), dtype=torch.int64, device=device)
     for n, word in enumerate(numbers):
-        # One by one: a tensor among them stays on the device, where a captured graph finds its value of the day.
-        words[n] = _word(word)
+        # One by one: a tensor among them stays on the device, where each run of a captured graph finds what it holds.
+        place = words.narrow(0, n, 1)
+        if isinstance(word, torch.Tensor):
+            place.copy_(_word(word))
+        else:
+            place.fill_(_word(word))
     return Dropout(words, rule.threshold, rule.inverse_keep)
 
 

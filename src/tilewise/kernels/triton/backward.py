@@ -20,7 +20,7 @@ from .facts import Facts, facts_of
 from .forward import like_layout
 from .launch import blocks_of, launch, on_device_of
 from .rows_kernel import rows_kernel
-from .tiles import ATOMICS, KEYS_AND_VALUES_APART, padded_width
+from .tiles import ATOMICS, keys_and_values_apart
 
 _ROWS_AT_ONCE = 32
 
@@ -106,7 +106,7 @@ class _Step:
         problem, k, v = self.plan.problem, self.operands.k, self.operands.v
         d_k, d_v = (like_layout(problem.layout, tuple(array.shape), array, problem.part) for array in (k, v))
         blocks = blocks_of("d_kv" if d_q is None else "d_qkv", self.plan, k.device)
-        passes = ((True, False), (False, True)) if padded_width(problem) >= KEYS_AND_VALUES_APART else ((True, True),)
+        passes = ((True, False), (False, True)) if keys_and_values_apart(problem) else ((True, True),)
         sums = view(d_q) if d_q is not None else None
         for slab in self.facts.slabs("keys", blocks):
             grid, call = (slab.tiles * problem.batch * problem.kv_heads,), self.call._replace(mask=slab.mask)
