@@ -61,17 +61,16 @@ def dropout_of(
     (low, high), strides = rule.numbering(*sizes)
     first = _word(low) | (_word(high) << 32)
     numbers = (*rule.seed, stream & 0xFFFFFFFF, stream >> 32, first, *strides)
-    words = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-    for n, word in enumerate(numbers):
-        # One by one: a tensor among them stays on the device, where each run of a captured graph finds what it holds.
-        place = words.narrow(0, n, 1)
-        if isinstance(word, torch.Tensor):
-            place.copy_(_word(word))
-        else:
-            place.fill_(_word(word))
+    # A tensor among them stays on the device, where each run of a captured graph finds what it holds then.
+    words = torch.stack([_on_device(_word(word), device) for word in numbers])
     return Dropout(words, rule.threshold, rule.inverse_keep)
 
 
 def _word(word: Any) -> Any:
     # 64 bits as a signed integer, which is what an int64 tensor takes.
     return word.to(torch.int64) if isinstance(word, torch.Tensor) else (int(word) + 2**63) % 2**64 - 2**63
+
+
+def _on_device(word: Any, device: torch.device) -> torch.Tensor:
+    # Filled there: a copy from the host would have no place in a captured graph.
+    return word.to(device).reshape(()) if isinstance(word, torch.Tensor) else torch.full((), word, device=device)
