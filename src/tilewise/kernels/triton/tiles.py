@@ -1,8 +1,8 @@
 """Tile sizes by pass, architecture, width and element size: a table, so that no call ever waits for a tuner.
 
-Sizes were chosen by compiling: those of half precision on sm_80 and sm_90 spill no register, and shared memory suffices
-everywhere; the compile tests hold every entry to that. They were not yet timed on a GPU. A table that was measured may
-be named instead (see `tuned.py`).
+Sizes were chosen by compiling: shared memory suffices everywhere, and up to width 128 half precision on sm_80 and sm_90
+spills no register but where the compile tests, which hold every such entry to that, record it. They were not yet timed
+on a GPU. A table that was measured may be named instead (see `tuned.py`).
 """
 
 from __future__ import annotations
