@@ -33,7 +33,8 @@ if not HAS_GPU:
 import tilewise  # noqa: E402
 from tilewise.contract import KernelCard, Plan  # noqa: E402
 from tilewise.kernels import backward_of, cards, forward_of  # noqa: E402
-from tilewise.plan.measured import kind_of, read  # noqa: E402
+from tilewise.plan.measured import read  # noqa: E402
+from tilewise.problem import kind_of  # noqa: E402
 from tilewise.validate import prepare  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -138,8 +139,12 @@ class Problem:
         """Every kernel that takes the problem, in each of its ways."""
         for card in cards():
             if card.name != "reference" and not card.refuse(self.call.problem):
-                ways = card.ways(self.call.problem) or ("",)
-                yield from (Runner(self, card, way) for way in ways)
+                problem = self.call.problem
+                forward, backward = card.ways(problem) or ("",), card.backward_ways(problem)
+                if forward == ("",) and backward:  # its ways are those of the backward pass alone
+                    yield from (Runner(self, card, "", way) for way in backward)
+                else:
+                    yield from (Runner(self, card, way, way) for way in forward)
 
     def pairs(self) -> int:
         """Visible (query, key) pairs over batch and heads."""
@@ -156,27 +161,43 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """One kernel, in one of its ways, on a problem."""
+    """One kernel, in one of its ways of each pass, on a problem."""
 
     problem: Problem
     card: KernelCard
     way: str
+    backward_way: str
 
     @property
     def name(self) -> str:
-        return f"{self.card.name}/{self.way}" if self.way else self.card.name
+        return self.of_step("backward")
+
+    def of_step(self, step: str) -> str:
+        """What a pass is called: the kernel, and its way where it has several."""
+        way = self.backward_way if step == "backward" else self.way
+        return f"{self.card.name}/{way}" if way else self.card.name
 
     @property
     def has_backward(self) -> bool:
         problem = self.problem.call.problem
-        return not self.card.refuse_backward(problem) and self.way in (self.card.backward_ways(problem) or ("",))
+        return not self.card.refuse_backward(problem) and self.backward_way in (
+            self.card.backward_ways(problem) or ("",)
+        )
 
     @property
     def plan(self) -> Plan:
         problem, name = self.problem.call.problem, self.card.name
         careful = "portable" if self.card.finite_only else None
         return Plan(
-            problem, name, name, self.card.tiles(problem), 0, {}, way=self.way, backward_way=self.way, careful=careful
+            problem,
+            name,
+            name,
+            self.card.tiles(problem),
+            0,
+            {},
+            way=self.way,
+            backward_way=self.backward_way,
+            careful=careful,
         )
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -326,24 +347,28 @@ def flex(problem: Problem) -> dict[str, Callable[[], Any]]:
 def rows_of(shape: Shape, peak: float, with_flex: bool, right: set[str]) -> Iterator[dict[str, Any]]:
     """Times in one configuration of the kernels that were found right, and of torch."""
     problem = Problem.make(shape)
-    runners: dict[str, Callable[[Problem], dict[str, Any]]] = {
-        runner.name: lambda problem, runner=runner: runner.steps()
+    own = {
+        runner.name: runner
         for runner in problem.runners()
         if runner.name in right and (runner.card.name != "portable" or shape.sk <= PORTABLE_LENGTH)
+    }
+    runners: dict[str, Callable[[Problem], dict[str, Any]]] = {
+        name: lambda problem, runner=runner: runner.steps() for name, runner in own.items()
     }
     if HAS_GPU:
         runners |= {name: lambda problem, name=name: sdpa(problem, name) for name in SDPA}
         runners |= {"flex": flex} if with_flex else {}
     flops = 4 * problem.pairs() * shape.d
-    for who, prepare_runs in runners.items():
+    for name, prepare_runs in runners.items():
         try:
             runs = prepare_runs(problem)
         except Exception as error:  # a backend that refuses is a row that says so
-            yield {"shape": vars(shape), "who": who, "refused": str(error).splitlines()[0][:200]}
+            yield {"shape": vars(shape), "who": name, "refused": str(error).splitlines()[0][:200]}
             continue
         for step, run in runs.items():
             if shape.kind == "decode" and step == "backward":
                 continue
+            who = own[name].of_step(step) if name in own else name
             ms = milliseconds(run)
             rate = flops * (2.5 if step == "backward" else 1.0) / ms / 1e9
             yield {

@@ -160,6 +160,8 @@ class KernelCard:
             of the backward pass alone.
         ways, backward_ways: of a kernel that has several ways to run, those that fit the problem, best first as far as
             is known without a measured table.
+        unordered: the ways of its backward whose sums have no fixed order, so that equal calls may differ in their last
+            bits; only problems that are not `deterministic` have them.
         linear_memory: whether its memory is linear in Sq + Sk.
         row_invariant: whether it can give a row the same bits however many rows it computes together.
         automatic: devices on which the planner may choose it unasked; "*" is any.
@@ -188,6 +190,7 @@ class KernelCard:
     further_backward: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
     ways: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
     backward_ways: Callable[[AttentionProblem], tuple[str, ...]] = field(default=_nothing, compare=False)
+    unordered: frozenset[str] = frozenset()
     linear_memory: bool = True
     row_invariant: bool = False
     automatic: frozenset[str] = frozenset({"*"})

@@ -12,6 +12,9 @@ from typing import Literal
 ACCUMULATOR = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
+# Calls with no more queries than this are limited by reading the keys, not by arithmetic.
+DECODE_QUERIES = 16
+
 Bits = Literal["dense", "lazy"]
 Gradient = Literal["q", "k", "v", "bias", "table", "sinks"]
 Invariance = Literal["batch", "row"]
@@ -137,3 +140,26 @@ class AttentionProblem:
         rows, keys = self.batch * self.q_heads * self.q_len, self.batch * self.kv_heads * self.k_len
         wide = rows * (self.head_dim + self.value_dim) + keys * (self.head_dim + self.value_dim)
         return wide * ITEM_BYTES[self.dtype] + rows * ITEM_BYTES[self.accumulator]
+
+
+def kind_of(problem: AttentionProblem) -> str:
+    """The class of a problem by what it asks for: "full", "causal", "ranges", "labels", "bits", "decode", plus options.
+
+    Options follow in a fixed order: "causal+table+softcap".
+    """
+    mask = problem.mask
+    if mask.bits or mask.labels:
+        kind = "bits" if mask.bits else "labels"
+    elif mask.diagonal is not None:
+        kind = "causal"
+    else:
+        kind = "ranges" if mask.ranges else "full"
+    kind = "decode" if problem.q_len <= DECODE_QUERIES and kind in ("full", "causal", "ranges") else kind
+    options = {
+        "bias": bool(problem.bias.dense),
+        "table": problem.bias.table,
+        "softcap": problem.softcap is not None,
+        "sinks": problem.sinks,
+        "dropout": bool(problem.dropout),
+    }
+    return "+".join([kind, *(name for name, given in options.items() if given)])

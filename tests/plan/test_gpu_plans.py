@@ -19,7 +19,7 @@ from tilewise.masks.part import Run, mask_part  # noqa: E402
 from tilewise.masks.site import Site  # noqa: E402
 from tilewise.plan import measured  # noqa: E402
 from tilewise.plan.choose import choose, planned  # noqa: E402
-from tilewise.problem import AttentionProblem, BiasFacts, MaskFacts  # noqa: E402
+from tilewise.problem import AttentionProblem, BiasFacts, MaskFacts, kind_of  # noqa: E402
 
 HALF = AttentionProblem(
     "torch", "cuda", "bfloat16", batch=2, q_heads=16, kv_heads=16, q_len=4096, k_len=4096, head_dim=128, value_dim=128,
@@ -78,11 +78,31 @@ def test_the_faster_wins_by_the_table(table: Any) -> None:
 
 
 def test_backward_is_ranked_by_itself(table: Any) -> None:
-    table(row("causal", triton=450.0, aten_cudnn=600.0), row("causal", "backward", triton=300.0, aten_efficient=150.0))
+    table(
+        row("causal", triton=450.0, aten_cudnn=600.0),
+        row("causal", "backward", triton_split=300.0, aten_efficient=150.0),
+    )
     plan = choose(replace(CAUSAL, gradients=GRADIENTS))
-    assert (plan.kernel, plan.way, plan.backward, plan.backward_way) == ("aten", "cudnn", "triton", "")
-    table(row("causal", triton=450.0, aten_cudnn=600.0), row("causal", "backward", triton=100.0, aten_efficient=150.0))
+    assert (plan.kernel, plan.way, plan.backward, plan.backward_way) == ("aten", "cudnn", "triton", "split")
+    table(
+        row("causal", triton=450.0, aten_cudnn=600.0),
+        row("causal", "backward", triton_split=100.0, aten_efficient=150.0),
+    )
     assert choose(replace(CAUSAL, gradients=GRADIENTS)).backward_way == "efficient"
+
+
+def test_sums_in_no_fixed_order_are_a_way_that_must_be_allowed(table: Any) -> None:
+    forward = row("causal", triton=450.0)
+    table(forward, row("causal", "backward", triton_split=300.0, triton_atomics=500.0, aten_efficient=150.0))
+    fixed = replace(CAUSAL, gradients=GRADIENTS)
+    plan = choose(fixed)
+    assert (plan.backward, plan.backward_way) == ("triton", "split") and "fixed order" not in str(plan)
+    plan = choose(replace(fixed, deterministic=False))
+    assert (plan.backward, plan.backward_way) == ("triton", "atomics")
+    assert "triton (atomics)" in str(plan) and "no fixed order, which TILEWISE_DETERMINISTIC=0 allows" in str(plan)
+    rates = {"aten_efficient": 150.0, "aten_cudnn": 150.0, "aten_flash": 150.0}
+    table(forward, row("causal", "backward", triton_split=300.0, triton_atomics=200.0, **rates))
+    assert choose(replace(fixed, deterministic=False)).backward_way == "split"
 
 
 def test_nearest_length_and_next_width(table: Any) -> None:
@@ -126,7 +146,7 @@ def test_a_file_that_holds_no_table_is_named(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_classes_of_problems(problem: AttentionProblem, kind: str) -> None:
-    assert measured.kind_of(problem) == kind
+    assert kind_of(problem) == kind
 
 
 @pytest.mark.parametrize(

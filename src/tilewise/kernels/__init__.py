@@ -13,7 +13,12 @@ NAMES = ("native", "aten", "triton", "cudnn", "portable", "reference")
 
 def cards() -> tuple[KernelCard, ...]:
     """All cards. A card imports neither a framework nor a compiled module."""
-    return tuple(import_module(f"{__name__}.{name}.card").CARD for name in NAMES)
+    return tuple(card_of(name) for name in NAMES)
+
+
+def card_of(name: str) -> KernelCard:
+    """The card of a kernel."""
+    return import_module(f"{__name__}.{name}.card").CARD
 
 
 def forward_of(name: str) -> ModuleType:

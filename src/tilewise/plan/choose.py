@@ -82,21 +82,25 @@ def _not_unasked(card: KernelCard, problem: AttentionProblem, step: Step, measur
     unless = "it runs unasked only where a GPU run has checked and timed it"
     if measured is None:
         return (f"{unless}, and there is no table of {problem.model or 'this device, whose name is not known'}",)
-    if measured.rate(problem, card.name, card.ways(problem), step) is None:
+    if measured.rate(problem, card.name, _ways(card, problem, step), step) is None:
         return (f"{unless}, and the table of {measured.device} has nothing like this problem",)
     return ()
 
 
 def _seconds(card: KernelCard, problem: AttentionProblem, step: Step, measured: Table | None) -> float:
     """Estimated time of a pass: at the measured rate where there is one, else by the card's rough one."""
-    ways = card.ways(problem) if step == "forward" else card.backward_ways(problem)
-    rate = measured.rate(problem, card.name, ways, step) if measured else None
+    rate = measured.rate(problem, card.name, _ways(card, problem, step), step) if measured else None
     return card.cost(problem) if rate is None else card.overhead + problem.flops() / rate
+
+
+def _ways(card: KernelCard, problem: AttentionProblem, step: Step) -> tuple[str, ...]:
+    """The ways that fit a pass; none where the card has but one way."""
+    return card.ways(problem) if step == "forward" else card.backward_ways(problem)
 
 
 def _way(card: KernelCard, problem: AttentionProblem, step: Step, measured: Table | None) -> str:
     """The fastest measured of a card's ways, or its first."""
-    ways = card.ways(problem) if step == "forward" else card.backward_ways(problem)
+    ways = _ways(card, problem, step)
     if not ways:
         return ""
     fastest = measured.fastest(problem, card.name, ways, step) if measured else None

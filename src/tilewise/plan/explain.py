@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..contract import Plan
+from ..kernels import card_of
 from ..masks.lower import LoweredMask
 from ..masks.tiles import EMPTY, FULL, classify
 from ..problem import AttentionProblem
@@ -59,6 +60,9 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "kernel", _named(plan.kernel, plan.way) + (" (asked for)" if plan.forced else "")
     if plan.backward:
         yield "backward", _named(plan.backward, plan.backward_way)
+        if plan.backward_way in card_of(plan.backward).unordered:
+            yield "", "its sums have no fixed order, which TILEWISE_DETERMINISTIC=0 allows: equal calls may differ in"
+            yield "", "the last bits of their gradients"
     if problem.family != "numpy":
         yield "tangents", plan.tangent
     if plan.careful:

@@ -23,12 +23,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ..problem import AttentionProblem
+from ..problem import AttentionProblem, kind_of
 
 Step = Literal["forward", "backward"]
-
-# Calls with no more queries than this are limited by reading the keys, not by arithmetic.
-DECODE_QUERIES = 16
 
 _FOLDER = Path(__file__).with_name("tables")
 
@@ -81,29 +78,6 @@ class Table:
         if not alike or not problem.k_len:
             return {}
         return min(alike, key=lambda row: (row.width, abs(math.log(row.length / problem.k_len)))).tflops
-
-
-def kind_of(problem: AttentionProblem) -> str:
-    """The class of a problem by what it asks for: "full", "causal", "ranges", "labels", "bits", "decode", plus options.
-
-    Options follow in a fixed order: "causal+table+softcap".
-    """
-    mask = problem.mask
-    if mask.bits or mask.labels:
-        kind = "bits" if mask.bits else "labels"
-    elif mask.diagonal is not None:
-        kind = "causal"
-    else:
-        kind = "ranges" if mask.ranges else "full"
-    kind = "decode" if problem.q_len <= DECODE_QUERIES and kind in ("full", "causal", "ranges") else kind
-    options = {
-        "bias": bool(problem.bias.dense),
-        "table": problem.bias.table,
-        "softcap": problem.softcap is not None,
-        "sinks": problem.sinks,
-        "dropout": bool(problem.dropout),
-    }
-    return "+".join([kind, *(name for name, given in options.items() if given)])
 
 
 # Words of GPUs' names and what their compilers call them, for problems on machines that are not here.

@@ -21,7 +21,16 @@ def nobody_else(tensors: Sequence[Tensor]) -> bool:
     for tensor in tensors:
         if (type(tensor) is not Tensor and type(tensor) is not Parameter) or not tensor.is_cpu:
             return False
-    return not (
+    return not _watched()
+
+
+def nobody_else_anywhere(tensors: Sequence[Tensor]) -> bool:
+    """As `nobody_else`, of tensors on any device."""
+    return all(type(tensor) in (Tensor, Parameter) for tensor in tensors) and not _watched()
+
+
+def _watched() -> bool:
+    return bool(
         torch.autograd.forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._dispatch_tls_is_dispatch_key_included(_OLDER_VMAP)

@@ -13,6 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ import tilewise
 from tilewise.contract import Plan, Tiles
 from tilewise.kernels.triton import backward, forward
 from tilewise.kernels.triton import launch as launching
+from tilewise.torch import paged_attention
+from tilewise.torch.ragged import pages_on_gpu
 from tilewise.validate import prepare
 
 
@@ -46,8 +50,9 @@ class _Driver:
         return self.target
 
 
-def compile_call(call: Any, gradients: frozenset[str]) -> list[dict[str, Any]]:
-    """Forward and, where gradients are wanted, backward of a call; a report for each kernel compiled."""
+@contextmanager
+def compiling() -> Iterator[list[dict[str, Any]]]:
+    """Kernels that would be launched are only compiled; a report for each stands in the list."""
     reports: list[dict[str, Any]] = []
     run = JITFunction.run
 
@@ -56,12 +61,35 @@ def compile_call(call: Any, gradients: frozenset[str]) -> list[dict[str, Any]]:
 
     JITFunction.run = compile_only
     try:
-        plan = Plan(dataclasses.replace(call.problem, gradients=gradients), "triton", "triton", Tiles(0, 0), 0, {})
+        yield reports
+    finally:
+        JITFunction.run = run
+
+
+def compile_call(call: Any, gradients: frozenset[str], way: str) -> list[dict[str, Any]]:
+    """Forward and, where gradients are wanted, backward of a call; a report for each kernel compiled."""
+    problem = dataclasses.replace(call.problem, gradients=gradients)
+    plan = Plan(problem, "triton", "triton", Tiles(0, 0), 0, {}, backward_way=way)
+    with compiling() as reports:
         out, lse = forward.forward(plan, call.operands)
         if gradients:
             backward.backward(plan, call.operands, out, lse, torch.empty_like(out), None)
-    finally:
-        JITFunction.run = run
+    return reports
+
+
+def compile_pages(d: int, dtype: str, words: list[str]) -> list[dict[str, Any]]:
+    """Two sequences, their keys in pages of the size that the words name, 16 or 64 or 24."""
+    size = next(int(word.removeprefix("pages")) for word in words if word.startswith("pages"))
+    q = torch.empty((2, 1, 16, d), dtype=getattr(torch, dtype))
+    k, v = (torch.empty((2048 // size + 1, size, 2, d), dtype=q.dtype) for _ in range(2))
+    table = torch.zeros((2, 2048 // size + 1), dtype=torch.int32)
+    options = {"mask": tilewise.window(700, 0, "end") if "window" in words else None}
+    if "table" in words:
+        options |= {"softcap": 30.0, "sinks": 0.0, "bias": tilewise.alibi(torch.ones(16), "end")}
+    # The planner refuses Triton on a machine without a GPU.
+    pages_on_gpu.choose = lambda problem, *_: Plan(problem, "triton", None, Tiles(0, 0), 0, {})
+    with compiling() as reports:
+        paged_attention(q, k, v, block_table=table, lengths=[2000, 40], kernel="triton", **options)
     return reports
 
 
@@ -77,8 +105,10 @@ def _report(name: str, compiled: Any) -> dict[str, Any]:
         }
         return report | {"registers": registers, "stack": stack}
     code = compiled.asm["amdgcn"]
-    spills = re.findall(r"\.(?:sgpr|vgpr)_spill_count:\s*(\d+)", code)
-    return report | {"mfma": code.count("v_mfma"), "stack": sum(map(int, spills))}
+    # Scratch memory of a thread; scalar registers that do not fit go to lanes of vector registers, not to memory.
+    stack = re.search(r"\.private_segment_fixed_size:\s*(\d+)", code)
+    assert stack, code[-3000:]
+    return report | {"mfma": code.count("v_mfma"), "stack": int(stack[1])}
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -122,7 +152,12 @@ def main(arch: str, problems: str) -> None:
     launching.architecture = lambda device: arch
     for text in problems.split(";"):
         d, dtype, what = text.split(",")
-        for report in compile_call(*problem(int(d), dtype, what)):
+        if "pages" in what:
+            reports = compile_pages(int(d), dtype, what.split("+"))
+        else:
+            way = "atomics" if "atomics" in what else "split"
+            reports = compile_call(*problem(int(d), dtype, what), way)
+        for report in reports:
             print(json.dumps({"arch": arch, "problem": text} | report), flush=True)
 
 

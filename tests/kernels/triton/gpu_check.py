@@ -19,28 +19,35 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))
 
+import paged_cases
 from triton_cases import CASES, DEFAULTS
 
 SIZES = {"bfloat16": 300, "float16": 300, "float32": 200}
 
 
+Job = tuple[str, tuple[str, ...], list[str]]  # a script, its first arguments, the names of cases
+
+
 def case_results() -> Iterator[tuple[str, str | None]]:
-    """(what, error or None) for every case in every dtype."""
+    """(what, error or None) for every case in every dtype, in one piece and in pages."""
     names = [case.name for case in CASES]
     workers = max(2, (os.cpu_count() or 4) - 2)
     # Interleaved, so that neighbours, which are alike and take alike long, go to different processes.
-    jobs = [(dtype, size, names[n::8]) for n in range(8) for dtype, size in SIZES.items()]
+    jobs: list[Job] = [
+        ("triton_cases.py", (dtype, str(size)), names[n::8]) for n in range(8) for dtype, size in SIZES.items()
+    ]
+    jobs += [("paged_cases.py", (dtype,), list(paged_cases.NAMES[n::4])) for n in range(4) for dtype in SIZES]
     with ThreadPoolExecutor(workers) as pool:
         for results in pool.map(_run_cases, jobs):
             yield from results
 
 
-def _run_cases(job: tuple[str, int, list[str]]) -> list[tuple[str, str | None]]:
-    dtype, size, names = job
-    script = Path(__file__).with_name("triton_cases.py")
+def _run_cases(job: Job) -> list[tuple[str, str | None]]:
+    name, first, names = job
+    script = Path(__file__).with_name(name)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), "cuda", dtype, str(size), *names],
+        [sys.executable, "-W", "ignore", str(script), "cuda", *first, *names],
         capture_output=True,
         text=True,
         env=environment,
@@ -50,7 +57,7 @@ def _run_cases(job: tuple[str, int, list[str]]) -> list[tuple[str, str | None]]:
         record = json.loads(line)
         found[record["case"]] = record["error"]
     crash = f"the process ended with {done.returncode}: {done.stderr[-1500:]}"
-    return [(f"{dtype:9} {name}", found.get(name, crash)) for name in names]
+    return [(f"{first[0]:9} {name}", found.get(name, crash)) for name in names]
 
 
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,6 +113,24 @@ def predicate_in_slabs() -> None:
     assert (slow[0] - fast[0]).abs().max() < 2e-3 and (slow[1] - fast[1]).abs().max() < 1e-4
 
 
+def seed_in_a_graph() -> None:
+    """A captured graph draws what the seed holds when it runs, by the kernel that decodes and by the other."""
+    import tilewise
+
+    seed = torch.zeros((), dtype=torch.int64, device="cuda")
+    for queries in (1, 200):
+        q, k, v = (torch.randn(1, 4, n, 64, dtype=torch.float16, device="cuda") for n in (queries, 2000, 2000))
+        run(q, k, v, dropout=tilewise.Dropout(0.5, seed))  # compiled before the capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, _ = run(q, k, v, dropout=tilewise.Dropout(0.5, seed))
+        for number in (3, 2**40 + 1):
+            seed.fill_(number)
+            graph.replay()
+            assert torch.equal(out, run(q, k, v, dropout=tilewise.Dropout(0.5, number))[0]), (queries, number)
+
+
 def linear_memory() -> None:
     """Peak memory of a windowed, a labelled and a predicate call at 64k: no trace of Sq * Sk."""
     import tilewise
@@ -129,7 +154,14 @@ def linear_memory() -> None:
         assert used < (1 << 30), f"{name}: {used / 2**20:.0f} MiB"
 
 
-CHECKS: tuple[Callable[[], None], ...] = (many_heads, far_rows, long_causal, predicate_in_slabs, linear_memory)
+CHECKS: tuple[Callable[[], None], ...] = (
+    many_heads,
+    far_rows,
+    long_causal,
+    predicate_in_slabs,
+    seed_in_a_graph,
+    linear_memory,
+)
 
 
 def check_results() -> Iterator[tuple[str, str | None]]:

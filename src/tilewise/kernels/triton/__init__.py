@@ -1,1 +1,1 @@
-"""Attention for GPUs from torch, in Triton: forward and a deterministic backward for every lowered fact."""
+"""Attention for GPUs from torch, in Triton: forward and backward for every lowered fact, and keys in pages."""

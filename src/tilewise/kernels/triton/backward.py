@@ -1,4 +1,8 @@
-"""The backward pass as the contract asks for it: recomputed from lse, in linear memory, the same bits on every run."""
+"""The backward pass as the contract asks for it: recomputed from lse, in linear memory.
+
+Two passes, one for the queries and one for the keys, give the same bits on every run. The way "atomics" takes one for
+both, whose gradients to q are added in an order that changes from run to run; it is a way of problems that allow that.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,14 @@ import torch
 from ...contract import Gradients, Operands, Plan
 from .arguments import call_of, can_leak, heads_together
 from .bias_kernels import d_dense_kernel, d_table_kernel
-from .d_kv_kernel import d_kv_kernel
+from .d_kv_kernel import d_kv_kernel, unsound_d_q_kernel
 from .d_q_kernel import d_q_kernel
 from .device.records import Call, Rows, View, rows, view
 from .facts import Facts, facts_of
 from .forward import like_layout
 from .launch import blocks_of, launch, on_device_of
 from .rows_kernel import rows_kernel
-from .tiles import KEYS_AND_VALUES_APART, padded_width
+from .tiles import ATOMICS, keys_and_values_apart
 
 _ROWS_AT_ONCE = 32
 
@@ -42,9 +46,14 @@ def backward(
         return _zeros(operands, wanted)
     with on_device_of(operands.q):
         step = _begin(plan, operands, out, lse, d_out, d_lse)
-        d_k, d_v = step.d_kv() if wanted & {"k", "v"} else (None, None)
+        d_q = d_k = d_v = None
+        if "q" in wanted and wanted & {"k", "v"} and _in_one_pass(plan):
+            d_q, d_k, d_v = step.d_qkv()
+        else:
+            d_k, d_v = step.d_kv() if wanted & {"k", "v"} else (None, None)
+            d_q = step.d_q() if "q" in wanted else None
         return Gradients(
-            q=step.d_q() if "q" in wanted else None,
+            q=d_q,
             k=d_k if "k" in wanted else None,
             v=d_v if "v" in wanted else None,
             dense=tuple(step.d_dense(bias) if "bias" in wanted else None for bias in operands.dense),
@@ -84,21 +93,32 @@ class _Step:
             )  # fmt: skip
         return d_q
 
-    def d_kv(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, Hkv, Sk, D) and (B, Hkv, Sk, Dv)."""
+    def d_qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, Hq, Sq, D), (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv), in one pass."""
+        problem, q = self.plan.problem, self.operands.q
+        sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        d_k, d_v = self.d_kv(sums)
+        d_q = like_layout(problem.layout, tuple(q.shape), q, problem.part)
+        return torch.mul(sums, problem.scale, out=d_q), d_k, d_v
+
+    def d_kv(self, d_q: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, Hkv, Sk, D) and (B, Hkv, Sk, Dv); to d_q (B, Hq, Sq, D) float32 the gradient of q / scale is added."""
         problem, k, v = self.plan.problem, self.operands.k, self.operands.v
         d_k, d_v = (like_layout(problem.layout, tuple(array.shape), array, problem.part) for array in (k, v))
-        blocks = blocks_of("d_kv", self.plan, k.device)
-        passes = ((True, False), (False, True)) if padded_width(problem) >= KEYS_AND_VALUES_APART else ((True, True),)
+        blocks = blocks_of("d_kv" if d_q is None else "d_qkv", self.plan, k.device)
+        passes = ((True, False), (False, True)) if keys_and_values_apart(problem) else ((True, True),)
+        sums = view(d_q) if d_q is not None else None
         for slab in self.facts.slabs("keys", blocks):
+            grid, call = (slab.tiles * problem.batch * problem.kv_heads,), self.call._replace(mask=slab.mask)
             together = heads_together(problem, problem.kv_heads, slab.lists is not None)
+            walk = slab.lists, slab.first, slab.tiles, together
             for want_k, want_v in passes:
                 launch(
-                    d_kv_kernel, (slab.tiles * problem.batch * problem.kv_heads,),
-                    *self.tiles, view(d_k), view(d_v), self.call._replace(mask=slab.mask),
-                    slab.lists, slab.first, slab.tiles, together,
+                    d_kv_kernel, grid, *self.tiles, sums if want_k else None, view(d_k), view(d_v), call, *walk,
                     WANT_K=want_k, WANT_V=want_v, CAN_LEAK=can_leak(self.plan), blocks=blocks,
                 )  # fmt: skip
+            if sums is not None and can_leak(self.plan):
+                launch(unsound_d_q_kernel, grid, *self.tiles, sums, call, *walk, blocks=blocks)
         return d_k, d_v
 
     def d_dense(self, bias: torch.Tensor) -> torch.Tensor:
@@ -144,6 +164,12 @@ class _Step:
         """(Hq,): a sink's probability has no value, so its gradient is only what normalisation takes away."""
         share = torch.where(lse == float("-inf"), 0.0, torch.exp(sinks[None, :, None] - lse))
         return -(share * self.delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _in_one_pass(plan: Plan) -> bool:
+    # The way is this kernel's own only where the plan names it: a plan of another kernel may come along as well, whose
+    # results are not finite.
+    return plan.backward == "triton" and plan.backward_way == ATOMICS
 
 
 def _begin(

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from ...contract import KernelCard, Tiles, Unavailable
 from ...problem import AttentionProblem
-from .tiles import blocks_for, decode_split, packed_rows, packs, padded_width
+from .tiles import ATOMICS, SPLIT, blocks_for, decode_split, packed_rows, packs, padded_width
 
 # Positions are 32-bit in the kernels, and the last tile reaches a little beyond the last key.
 _MOST_KEYS = 2**31 - 1024
@@ -42,6 +42,11 @@ def _further(problem: AttentionProblem) -> tuple[str, ...]:
         (problem.q_len > _MOST_KEYS, f"it takes at most {_MOST_KEYS} queries and there are {problem.q_len}"),
     )
     return tuple(reason for holds, reason in reasons if holds)
+
+
+def _backward_ways(problem: AttentionProblem) -> tuple[str, ...]:
+    """One pass in no fixed order where that is allowed, of fewer products and so the better guess; else two passes."""
+    return (SPLIT,) if problem.deterministic else (ATOMICS, SPLIT)
 
 
 def _tiles(problem: AttentionProblem) -> Tiles:
@@ -78,6 +83,8 @@ CARD = KernelCard(
     automatic=frozenset({"cuda"}),
     needs_table=True,
     further=_further,
+    backward_ways=_backward_ways,
+    unordered=frozenset({ATOMICS}),
     rate=3e14,
     overhead=5e-5,
     available=_available,

@@ -1,6 +1,8 @@
 """Gradients of the keys and values: a tile of keys walks over the queries that see it, in all heads of its group.
 
-Each program owns its tile and adds in a fixed order, so the result is the same on every run; no atomics.
+Each program owns its tile and adds in a fixed order, so the result is the same on every run. By choice the gradient of
+the queries is added up on the way, which saves the pass that computes it and two of seven products; programs then add
+to the same rows in an order that changes from run to run (the backward pass of Dao et al., 2022).
 """
 
 from __future__ import annotations
@@ -16,16 +18,23 @@ from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
 
 @triton.jit(do_not_specialize=GRID)
 def d_kv_kernel(
-    q, k, v, d_out, level, delta, d_k, d_v, call, lists, first_tile, tiles, together,
+    q, k, v, d_out, level, delta, d_q, d_k, d_v, call, lists, first_tile, tiles, together,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_k and d_v of one tile of keys of one kv head; CAN_LEAK as in the forward kernel."""
+    """d_k and d_v of one tile of keys of one kv head; CAN_LEAK as in the forward kernel.
+
+    d_q: None, or float32 zeros (B, Hq, Sq, D), to which what the tile contributes is added, without the scale.
+    """
     tile, b, kv_head = place(tiles, together, call.shape.q_heads // call.shape.group, False)
     first = (first_tile + tile) * BLOCK_K
     k_tile = load_tile(k, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, False)
     v_tile = load_tile(v, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, False)
     acc_k = tl.zeros([BLOCK_K, call.shape.block_d if WANT_K else 1], tl.float32)
     acc_v = tl.zeros([BLOCK_K, call.shape.block_dv if WANT_V else 1], tl.float32)
+    # A key that is not finite makes the whole product NaN: then `unsound_d_q_kernel` adds to d_q.
+    sound = True
+    if CAN_LEAK and d_q is not None:
+        sound = all_finite(k_tile.to(tl.float32))
     for member in range(0, call.shape.group):
         h = kv_head * call.shape.group + member
         row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
@@ -33,49 +42,15 @@ def d_kv_kernel(
         for n in range(0, mixed):
             queries = mixed_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
             acc_k, acc_v = _absorb(
-                acc_k,
-                acc_v,
-                k_tile,
-                v_tile,
-                q,
-                d_out,
-                level,
-                delta,
-                queries,
-                first,
-                b,
-                h,
-                call,
-                WANT_K,
-                WANT_V,
-                True,
-                False,
-                BLOCK_Q,
-                BLOCK_K,
-            )
+                acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, d_q, sound, queries, first, b, h, call,
+                WANT_K, WANT_V, True, False, BLOCK_Q, BLOCK_K,
+            )  # fmt: skip
         for n in range(0, full):
             queries = full_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
             acc_k, acc_v = _absorb(
-                acc_k,
-                acc_v,
-                k_tile,
-                v_tile,
-                q,
-                d_out,
-                level,
-                delta,
-                queries,
-                first,
-                b,
-                h,
-                call,
-                WANT_K,
-                WANT_V,
-                False,
-                False,
-                BLOCK_Q,
-                BLOCK_K,
-            )
+                acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, d_q, sound, queries, first, b, h, call,
+                WANT_K, WANT_V, False, False, BLOCK_Q, BLOCK_K,
+            )  # fmt: skip
     if CAN_LEAK and not (all_finite(acc_k) & all_finite(acc_v)):
         acc_k = tl.zeros([BLOCK_K, call.shape.block_d if WANT_K else 1], tl.float32)
         acc_v = tl.zeros([BLOCK_K, call.shape.block_dv if WANT_V else 1], tl.float32)
@@ -84,14 +59,11 @@ def d_kv_kernel(
             row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
             mixed, full = counts_of(lists, row, call.shape.q_len, BLOCK_Q, False)
             for n in range(0, mixed + full):
-                if n < mixed:
-                    queries = mixed_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
-                else:
-                    queries = full_tile(lists, row, n - mixed, call.shape.q_len, BLOCK_Q) * BLOCK_Q
+                queries = _tile(lists, row, n, mixed, call.shape.q_len, BLOCK_Q) * BLOCK_Q
                 for part in range(0, BLOCK_Q, CAREFUL_ROWS):
                     acc_k, acc_v = _absorb(
-                        acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, queries + part, first, b, h, call,
-                        WANT_K, WANT_V, True, True, CAREFUL_ROWS, BLOCK_K,
+                        acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, None, True, queries + part, first, b, h,
+                        call, WANT_K, WANT_V, True, True, CAREFUL_ROWS, BLOCK_K,
                     )  # fmt: skip
     if WANT_K:
         store_tile(
@@ -101,16 +73,61 @@ def d_kv_kernel(
         store_tile(d_v, b, kv_head, first, call.shape.k_len, acc_v, BLOCK_K, call.shape.dv, call.shape.block_dv)
 
 
+@triton.jit(do_not_specialize=GRID)
+def unsound_d_q_kernel(
+    q, k, v, d_out, level, delta, d_q, call, lists, first_tile, tiles, together,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What `d_kv_kernel` leaves out of d_q: the shares of tiles with keys that are not finite.
+
+    A kernel of its own, in the same grid, so that the rare case takes no registers from the common one.
+    """
+    tile, b, kv_head = place(tiles, together, call.shape.q_heads // call.shape.group, False)
+    first = (first_tile + tile) * BLOCK_K
+    k_tile = load_tile(k, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, False)
+    if not all_finite(k_tile.to(tl.float32)):
+        nothing = tl.zeros([CAREFUL_ROWS, 1], tl.float32)
+        for member in range(0, call.shape.group):
+            h = kv_head * call.shape.group + member
+            row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
+            mixed, full = counts_of(lists, row, call.shape.q_len, BLOCK_Q, False)
+            for n in range(0, mixed + full):
+                queries = _tile(lists, row, n, mixed, call.shape.q_len, BLOCK_Q) * BLOCK_Q
+                for part in range(0, BLOCK_K, CAREFUL_ROWS):
+                    key = first + part
+                    k_rows = load_tile(
+                        k, b, kv_head, key, call.shape.k_len, CAREFUL_ROWS, call.shape.d, call.shape.block_d, False
+                    )
+                    v_rows = load_tile(
+                        v, b, kv_head, key, call.shape.k_len, CAREFUL_ROWS, call.shape.dv, call.shape.block_dv, False
+                    )
+                    _absorb(
+                        nothing, nothing, k_rows, v_rows, q, d_out, level, delta, d_q, True, queries, key, b, h, call,
+                        False, False, True, True, BLOCK_Q, CAREFUL_ROWS,
+                    )  # fmt: skip
+
+
+@triton.jit
+def _tile(lists, row, n, mixed, size, BLOCK: tl.constexpr):
+    """Number of the n-th tile, of which the first are mixed and the others full."""
+    if n < mixed:
+        number = mixed_tile(lists, row, n, size, BLOCK)
+    else:
+        number = full_tile(lists, row, n - mixed, size, BLOCK)
+    return number
+
+
 @triton.jit
 def _absorb(
-    acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, first_query, first, b, h, call,
+    acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, d_q, sound, first_query, first, b, h, call,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr, MIXED: tl.constexpr, CAREFUL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc_k (BLOCK_K, D) and acc_v (BLOCK_K, Dv) plus what one tile of queries contributes.
 
     Scores stand transposed, keys down and queries across, as both sums over queries want them. Rows beyond the last
-    query are read as zeros, with a level of +inf, and contribute nothing.
+    query are read as zeros, with a level of +inf, and contribute nothing. Where d_q is given and `sound`, the tile's
+    share is added to it, in whatever order the programs come.
     """
     row = first_query + tl.arange(0, BLOCK_Q)
     i, j = row[None, :], (first + tl.arange(0, BLOCK_K))[:, None]
@@ -126,12 +143,23 @@ def _absorb(
             acc_v = add_seen(acc_v, weights, seen, d_out_tile)
         else:
             acc_v = dot(weights.to(d_out_tile.dtype), d_out_tile, acc_v)
-    if WANT_K:
+    if WANT_K or d_q is not None:
         row_delta = load_row(delta, b, h, row, call.shape.q_len, 0.0)[None, :]
         d_weights = product(v_tile, tl.trans(d_out_tile))
         _, d_inner = slopes(p, d_weights, row_delta, keep, seen, bend, call, MIXED)
-        if CAREFUL:
+        if WANT_K and CAREFUL:
             acc_k = add_seen(acc_k, d_inner, seen, q_tile)
-        else:
+        elif WANT_K:
             acc_k = dot(d_inner.to(q_tile.dtype), q_tile, acc_k)
+        if d_q is not None:
+            if CAREFUL:
+                nothing = tl.zeros([BLOCK_Q, call.shape.block_d], tl.float32)
+                share = add_seen(nothing, tl.trans(d_inner), tl.trans(seen), k_tile)
+            else:
+                share = product(tl.trans(d_inner.to(k_tile.dtype)), k_tile)
+            column = tl.arange(0, call.shape.block_d)
+            corner = d_q.ptr + b.to(tl.int64) * d_q.b + h.to(tl.int64) * d_q.h
+            place = corner + row.to(tl.int64)[:, None] * d_q.row + column[None, :] * d_q.column
+            inside = (row < call.shape.q_len)[:, None] & (column < call.shape.d)[None, :] & sound
+            tl.atomic_add(place, share, mask=inside, sem="relaxed")
     return acc_k, acc_v

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .device.arithmetic import INF, LN2, LOG2E, dot, load_tile, product, store_tile
 from .device.careful import CAREFUL_ROWS, add_seen, all_finite
+from .device.pages import load_keys
 from .device.philox import kept
 from .device.scores import score
 from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
@@ -63,7 +64,9 @@ def absorb(
     """
     plain: tl.constexpr = call.softcap is None and len(call.dense) == 0 and call.table is None
     j = (first_key + tl.arange(0, BLOCK_K))[None, :]
-    k_tile = load_tile(k, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, not MIXED)
+    k_tile = load_keys(
+        k, call.pages, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, not MIXED
+    )
     products = product(q_tile, tl.trans(k_tile))
     s, seen, _ = score(products, call, b, h, i, j, MIXED)
     if plain and call.rising and not MIXED:
@@ -79,8 +82,8 @@ def absorb(
     if call.dropout is not None:
         p = tl.where(kept(call.dropout, b, h, i, j), p, 0.0)
     acc = acc * decay[:, None]
-    v_tile = load_tile(
-        v, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, not MIXED
+    v_tile = load_keys(
+        v, call.pages, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, not MIXED
     )
     if CAREFUL:
         acc = add_seen(acc, p, seen, v_tile)

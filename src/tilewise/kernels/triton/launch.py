@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 import triton
 
 from ...contract import Plan
-from .tiles import Blocks, Pass, blocks_for, decode_split
+from .tiles import Pass, blocks_for, decode_split
+from .tuned import Blocks
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, blocks: Blocks | None = None, **constants: Any) -> None:
@@ -24,7 +26,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, blocks: Blocks |
             "num_warps": blocks.warps,
             "num_stages": blocks.stages,
         }
-    kernel[grid](*arguments, **constants)
+    compiled = kernel[grid](*arguments, **constants)
+    if _tried and blocks is not None:
+        _tried[-1][2].append(compiled)
 
 
 def on_device_of(array: torch.Tensor) -> AbstractContextManager[Any]:
@@ -34,7 +38,28 @@ def on_device_of(array: torch.Tensor) -> AbstractContextManager[Any]:
 
 def blocks_of(purpose: Pass, plan: Plan, device: torch.device) -> Blocks:
     """The tile sizes of a pass on a device."""
+    for tried, blocks, _ in _tried:
+        if tried == purpose:
+            return blocks
     return blocks_for(purpose, architecture(device), plan.problem)
+
+
+# The pass and tile sizes that are being tried, if any, and the compiled kernels that were launched with tiles since.
+_tried: list[tuple[str, Blocks, list[Any]]] = []
+
+
+@contextmanager
+def using(purpose: str, blocks: Blocks) -> Iterator[list[Any]]:
+    """A pass runs in these tile sizes, whatever the table says; for tuning, by one thread at a time.
+
+    Gives the kernels that are launched with tiles, as Triton compiled them (None where it interprets).
+    """
+    compiled: list[Any] = []
+    _tried.append((purpose, blocks, compiled))
+    try:
+        yield compiled
+    finally:
+        _tried.pop()
 
 
 def split_of(device: torch.device) -> int:

@@ -41,9 +41,11 @@ def paged_attention(
     """Attention of B sequences to keys and values in pages; with `k` and `v`, new tokens are appended first.
 
     Key j of sequence n is row j % size of page block_table[n, j // size]. On a CPU the compiled kernel reads the pages
-    where they lie, and each row has the bits of the same keys in one piece, whatever the size of a page. Elsewhere, and
-    for what one call of that kernel does not take (masks of several intervals, labels or predicates, biases that mix
-    corners), the tokens are gathered first, in memory linear in their number.
+    where they lie, and each row has the bits of the same keys in one piece, whatever the size of a page. The Triton
+    kernel reads them there too, asked for by name or where the GPU's measured table holds it (not yet run on a GPU);
+    the bits of a row then depend neither on the size of a page nor on the other sequences, but may differ from those of
+    a call on its own. By other kernels, and for what one call of these two does not take (masks of several intervals,
+    labels or predicates, biases that mix corners), the tokens are gathered first, in memory linear in their number.
     Pages, rows of pages and entries of the table beyond a sequence's length are never read.
 
     Args:

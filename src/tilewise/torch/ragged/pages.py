@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import together
+from . import pages_on_gpu, together
 from .facts import Lengths
 from .packed import Options, attend
 from .sequences import Sequences
@@ -29,6 +29,8 @@ def attend_pages(
     pages = together.Pages(torch.from_numpy(np.ascontiguousarray(table, np.int32)), k_pages.shape[1])
     places = Lengths(*queries.arrays(), nowhere, lengths, q.shape[0])
     found = together.attend(q, k_pages, v_pages, places, options, max_q, pages=pages)
+    if found is None:
+        found = pages_on_gpu.attend(q, k_pages, v_pages, table, places, options, max_q)
     if found is not None:
         return found
     slots = slots_of(table, nowhere, lengths, k_pages.shape[1])

@@ -60,7 +60,8 @@ def varlen_attention(
         seqused_q, seqused_k: (B,) integers; only so many rows of each sequence count. The others are never read, and
             are 0 in the result.
         block_table: (B, entries) integers; then k and v are pages (P, size, Hkv, D) and (P, size, Hkv, Dv), and key j
-            of sequence n is row j % size of page block_table[n, j // size]; see `paged_attention`, which also appends.
+            of sequence n is row j % size of page block_table[n, j // size]; see `paged_attention`, which also appends,
+            and whose word on a row's bits then holds.
         mask: any mask. Its operands have B or 1 batch rows, and query and key axes of 1 or at least the longest
             sequence, cut to each: a boolean array is (B or 1, Hq or 1, max_seqlen_q, max_seqlen_k).
         bias: any bias, its array cut likewise, its slopes (Hq,) or (B, Hq); all with gradients.

@@ -66,6 +66,29 @@ class Dropout(NamedTuple):
     inverse_keep: float
 
 
+class Pages(NamedTuple):
+    """Keys and values in pages: key j of sequence b is row j % size of page table[b, j // size].
+
+    table: (B, entries) int32, `row` apart, of which entries beyond a sequence's keys are never read. size: rows of a
+    page, known to the compiler.
+    """
+
+    table: Any
+    row: Stride
+    size: Any
+
+
+class Packed(NamedTuple):
+    """Sequences of different lengths whose queries stand one after another, and the work on them.
+
+    sequences: (B, 4) int32, for each its first query's place, its queries, its keys, and where its part of a relative
+    table begins. items: (n, 4) int32, one for each program of a kv head; see the kernels.
+    """
+
+    sequences: Any
+    items: Any
+
+
 class Shape(NamedTuple):
     """Sizes of a call. The widths are known to the compiler: `d` and `dv` as they are, `block_*` as powers of two."""
 
@@ -80,13 +103,17 @@ class Shape(NamedTuple):
 
 
 class Call(NamedTuple):
-    """All that decides a score, apart from q and k; `rising` says whether scale is positive."""
+    """All that decides a score, apart from q and k; `rising` says whether scale is positive.
+
+    pages: where keys and values lie in pages, which are then (P, Hkv, size, D); their batch axis is that of the table.
+    """
 
     shape: Shape
     mask: Mask
     dense: tuple[View, ...]
     table: Rows | None
     dropout: Dropout | None
+    pages: Pages | None
     scale: float
     rising: Any
     softcap: float | None
