@@ -191,6 +191,6 @@ def test_pages_have_no_backward_pass(batch) -> None:
     with pytest.raises(RuntimeError, match=r"^pages: "):
         _native.backward(
             **arguments, d_out=_place(out), d_lse=0, d_q=(0,) * 4, d_k=(0,) * 4, d_v=(0,) * 4, gather=(),
-            diagonal=False, d_sinks=0,
+            d_sinks=0,
         )  # fmt: skip
     assert alive
