@@ -162,7 +162,7 @@ def test_gradients(batch, threads) -> None:
     _native.forward(**arguments)
     gradients = {
         "d_out": _place(d_out), "d_lse": 0, "d_q": _place(d_q), "d_k": _place(d_k), "d_v": _place(d_v), "gather": (),
-        "diagonal": False, "d_sinks": 0,
+        "d_sinks": 0,
     }  # fmt: skip
     _native.backward(**(arguments | {"threads": threads}), **gradients)
     expected = [np.zeros_like(x) for x in (d_q, d_k, d_v)]
