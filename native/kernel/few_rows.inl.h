@@ -30,8 +30,8 @@ template <class M> static void drop_out(const tw_problem &p, int64_t b, Row<M> &
     uint64_t numbers[block_keys], step;
     const uint64_t first = pair_number(p, b, row.h, row.i, key, &step);
     for (int j = 0; j < block_keys; ++j) numbers[j] = first + uint64_t(j) * step;
-    const Philox philox(p.dropout.seed, p.dropout.stream);
-    const uint64_t kept = kept_pairs(philox, p.dropout.threshold, numbers, block_keys, 0);
+    uint64_t kept;
+    keep_pairs(p.dropout, numbers, block_keys, 0, 1, &kept);
     for (int j = 0; j < block_keys; j += W)
         store(row.scores + j, select<sum_of<M>>(kept >> j, load(row.scores + j), vec<sum_of<M>>{}));
 }

@@ -30,7 +30,8 @@ TW_INLINE vu64 low_products(vu64 x, uint32_t factor) {
 #endif
 }
 
-// The high halves as low ones. A shuffle does not compete with multiplications, as a shift does.
+// The high halves as low ones, beside which the high ones may stay. Where a processor shuffles and shifts in different
+// units, half of a round's halves are moved by this and half by shifts.
 TW_INLINE vu64 high_halves(vu64 x) {
 #if defined(__AVX512F__)
     return (vu64)_mm512_maskz_shuffle_epi32(0xFFFF, (__m512i)x, _MM_PERM_DDBB);
@@ -80,39 +81,49 @@ template <int N> TW_INLINE void first_words(const Philox &philox, vu64 (&x)[N]) 
         TW_UNROLL for (int n = 0; n < N; ++n) {
             const vu64 a = low_products(x[n], 0xD2511F53u), b = low_products(c2[n], 0xCD9E8D57u);
             x[n] = exclusive_or(high_halves(b), c1[n], philox.keys[round][0]);
-            c2[n] = exclusive_or(high_halves(a), c3[n], philox.keys[round][1]);
+            c2[n] = exclusive_or(a >> 32, c3[n], philox.keys[round][1]);
             c1[n] = b;
             c3[n] = a;
         }
     TW_UNROLL for (int n = 0; n < N; ++n) x[n] &= 0xFFFFFFFFu;
 }
 
-// A bit for each pair that is kept, of those with these numbers plus `more`.
+// N vectors of pairs with each of n keys: bit `first` + l of keep[j] is set where pair l is kept, whose number is
+// numbers[l] + j * step.
 template <int N>
-static __attribute__((noinline)) uint64_t kept_of(const Philox &philox, uint64_t threshold, const uint64_t *numbers,
-                                                  uint64_t more) {
-    vu64 x[N];
-    TW_UNROLL for (int n = 0; n < N; ++n) x[n] = *reinterpret_cast<const vu64 *>(numbers + n * counters) + more;
-    first_words(philox, x);
-    uint64_t kept = 0;
-    TW_UNROLL for (int n = 0; n < N; ++n) {
+static __attribute__((noinline)) void keep_some(const Philox &philox, uint64_t threshold, const uint64_t *numbers,
+                                                uint64_t step, int n, int first, uint64_t *keep) {
+    vu64 next[N];
+    TW_UNROLL for (int v = 0; v < N; ++v) next[v] = *reinterpret_cast<const vu64 *>(numbers + v * counters);
+    for (int j = 0; j < n; ++j) {
+        vu64 x[N];
+        TW_UNROLL for (int v = 0; v < N; ++v) {
+            x[v] = next[v];
+            next[v] += step;
+        }
+        first_words(philox, x);
+        uint64_t kept = 0;
+        TW_UNROLL for (int v = 0; v < N; ++v) {
 #if defined(__AVX512F__)
-        kept |= uint64_t(_mm512_cmpge_epu64_mask((__m512i)x[n], _mm512_set1_epi64(int64_t(threshold)))) << n * counters;
+            const __m512i least = _mm512_set1_epi64(int64_t(threshold));
+            kept |= uint64_t(_mm512_cmpge_epu64_mask((__m512i)x[v], least)) << v * counters;
 #else
-        kept |= lane_bits((vi64)(x[n] >= threshold)) << n * counters;
+            kept |= lane_bits((vi64)(x[v] >= threshold)) << v * counters;
 #endif
+        }
+        keep[j] |= kept << first;
     }
-    return kept;
 }
 
-// The same for `count` pairs, whole vectors of them and at most 64.
-TW_INLINE uint64_t kept_pairs(const Philox &philox, uint64_t threshold, const uint64_t *numbers, int count, uint64_t more) {
+// The same for `width` pairs, whole vectors of them and at most 64; the other bits are 0.
+TW_INLINE void keep_pairs(const tw_dropout &d, const uint64_t *numbers, int width, uint64_t step, int n, uint64_t *keep) {
     constexpr int N = TW_VECTOR_BYTES == 64 ? 4 : 2;
-    uint64_t kept = 0;
+    const Philox philox(d.seed, d.stream);
+    for (int j = 0; j < n; ++j) keep[j] = 0;
     int l = 0;
-    for (; l + N * counters <= count; l += N * counters) kept |= kept_of<N>(philox, threshold, numbers + l, more) << l;
-    for (; l < count; l += counters) kept |= kept_of<1>(philox, threshold, numbers + l, more) << l;
-    return kept;
+    for (; l + N * counters <= width; l += N * counters)
+        keep_some<N>(philox, d.threshold, numbers + l, step, n, l, keep);
+    for (; l < width; l += counters) keep_some<1>(philox, d.threshold, numbers + l, step, n, l, keep);
 }
 
 // The first word for each of `count` counters (index[l], stream) under the key `seed`.

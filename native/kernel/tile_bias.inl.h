@@ -193,9 +193,7 @@ template <class A> TW_INLINE bool bar_by_bias(const A *bias, int n, int width, u
 // keep[key]: the lanes whose pair with that key survives dropout.
 template <class M>
 static void draw_dropout(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *keep) {
-    uint64_t numbers[most_lanes], step;
+    uint64_t numbers[most_lanes], step = 0;
     for (int l = 0; l < tile.width; ++l) numbers[l] = pair_number(p, b, tile.h[l], tile.i[l], key, &step);
-    const Philox philox(p.dropout.seed, p.dropout.stream);
-    for (int j = 0; j < n; ++j)
-        keep[j] = kept_pairs(philox, p.dropout.threshold, numbers, tile.width, uint64_t(j) * step);
+    keep_pairs(p.dropout, numbers, tile.width, step, n, keep);
 }
