@@ -66,7 +66,7 @@ struct tw_table {
 
 // Philox4x32-10: pair (b, h, i, j) is kept iff word 0 >= threshold (2^32 drops everything). The pair's number is
 // first + b * stride_b + h * stride_h + i * stride_i + j * stride_j modulo 2^64, so that a part of a larger call draws
-// what the larger call draws. stride_j = 0: the call is the whole, numbered in the order (b, h, i, j).
+// what the larger call draws. All strides 0: the call is the whole, numbered in the order (b, h, i, j).
 struct tw_dropout {
     int32_t enabled;
     uint64_t threshold, seed, stream;

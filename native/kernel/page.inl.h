@@ -38,6 +38,7 @@ namespace {
 #include "kernel/few_products.inl.h"
 #include "kernel/few_rows.inl.h"
 #include "kernel/forward.inl.h"
+#include "kernel/finite.inl.h"
 #include "kernel/slopes.inl.h"
 #include "kernel/bias_slopes.inl.h"
 #if defined(__AMX_BF16__)

@@ -3,7 +3,7 @@
 // The number under which the pair (b, h, i, j) draws, and what the next key adds to it.
 TW_INLINE uint64_t pair_number(const tw_problem &p, int64_t b, int64_t h, int64_t i, int64_t j, uint64_t *next_key) {
     const tw_dropout &d = p.dropout;
-    if (d.stride_j == 0) {
+    if (!(d.stride_b | d.stride_h | d.stride_i | d.stride_j)) {
         *next_key = 1;
         return uint64_t(((b * p.q_heads + h) * p.q_len + i) * p.k_len + j);
     }

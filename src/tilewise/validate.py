@@ -395,6 +395,8 @@ def _dropout(dropout: Dropout | None, family: Family) -> Dropout | None:
             raise ValueError("dropout: got first without strides, expected both or neither")
     elif len(strides) != 4 or not all(isinstance(n, int | np.integer) and -(2**63) <= n < 2**63 for n in strides):
         raise ValueError(f"dropout: got strides = {strides!r}, expected four integers of 64 bits")
+    elif not any(strides):
+        raise ValueError("dropout: got strides = (0, 0, 0, 0), expected pairs of different numbers")
     if not p:
         return None
     first: Any = 0 if strides is None else _words("first", dropout.first, family)
