@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tilewise.bench import measure
 from tilewise.bench.cases import CASES, MASKS, Case, arrays
-from tilewise.bench.peers import PEERS, installed
+from tilewise.bench.peers import PEERS, PLAIN, Refused, installed, question
 from tilewise.cli.app import app
 from tilewise.masks.materialize import materialize
 
@@ -43,11 +43,25 @@ def test_every_case_is_right_in_every_peer(case, peer):
     small = case.smaller(64)
     data = arrays(small)
     try:
-        run, values = PEERS[peer][1](small, data, "float32")
-    except Exception as refusal:
-        assert peer in ("onnxruntime", "openvino", "zentorch") and type(refusal).__name__ == "Refused"
+        asked = question(peer, small)
+        if asked is None:
+            assert peer == PLAIN and not case.options
+            return
+        run, values = PEERS[peer][1](asked, data, "float32")
+    except Refused:
+        assert peer in ("onnxruntime", "openvino", "zentorch") or (case.options and peer != PLAIN)
         return
-    assert measure.worst_error(small, data, values(run())) < 1e-5
+    assert measure.worst_error(asked, data, values(run())) < 1e-5
+
+
+def test_options_are_held_against_the_same_case_without_them():
+    case = Case("", 1, 2, 2, 40, 40, 8, "causal, dense", "training", True)
+    result = measure.measure(case, "float32", ["tilewise", PLAIN, "torch"], 100.0, 0.0, lambda text: None)
+    assert set(result.seconds) == {"tilewise", PLAIN} and set(result.refusals) == {"torch"}
+    assert question(PLAIN, replace(case, options=False)) is None
+    # What the options change is noticed: without them the result is another.
+    run, values = PEERS[PLAIN][1](case.plain(), arrays(case), "float32")
+    assert measure.worst_error(case, arrays(case), values(run())) > 0.01
 
 
 def test_a_wrong_peer_is_not_timed(monkeypatch):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import tilewise as tw
 from tilewise.contract import Dropout
 from tilewise.philox import keep_mask, philox
 
@@ -90,3 +91,21 @@ def test_streams_and_seeds_differ():
         for seed, stream in (((0, 0), 0), ((1, 0), 0), ((0, 1), 0), ((0, 0), 1))
     ]
     assert len({mask.tobytes() for mask in masks}) == 4
+
+
+@pytest.mark.parametrize("kernel", ["native", "portable"])
+@pytest.mark.parametrize("strides", [(0, 0, 1, 0), (0, 5, 0, 0), (9, 0, 0, 3)])
+def test_kernels_draw_by_the_strides_that_are_given(strides, kernel):
+    """Keys, rows or heads that share their bits, too."""
+    if kernel == "native":
+        pytest.importorskip("tilewise._native")
+    q, k, v = np.random.default_rng(3).standard_normal((3, 2, 4, 5, 6))
+    dropout = Dropout(0.5, 3, first=7, strides=strides)
+    expected = tw.attention(q, k, v, dropout=dropout, kernel="reference", allow_quadratic=True)
+    np.testing.assert_allclose(tw.attention(q, k, v, dropout=dropout, kernel=kernel), expected, atol=1e-12)
+
+
+def test_pairs_must_differ_in_their_numbers():
+    q = np.ones((1, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"^dropout: got strides = \(0, 0, 0, 0\)"):
+        tw.attention(q, q, q, dropout=Dropout(0.5, 3, strides=(0, 0, 0, 0)))

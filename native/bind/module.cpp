@@ -199,7 +199,7 @@ void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple
               uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
               nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part,
               nb::object pages, nb::object sequences, nb::tuple d_out,
-              uintptr_t d_lse, nb::tuple d_q, nb::tuple d_k, nb::tuple d_v, nb::tuple gather, bool diagonal, uintptr_t d_sinks) {
+              uintptr_t d_lse, nb::tuple d_q, nb::tuple d_k, nb::tuple d_v, nb::tuple gather, uintptr_t d_sinks) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
     p.part = part;
     read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, pages, sequences}, p);
@@ -216,7 +216,6 @@ void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple
         own.data = f.pointer<void *>();
         for (int64_t *field : {&own.stride_b, &own.stride_h, &own.stride_i, &own.stride_j}) *field = f.next();
     }
-    g.diagonal = diagonal;
     g.sinks = reinterpret_cast<void *>(d_sinks);
     unlocked([&](const char **message) { return tw_backward(&p, &g, message); });
 }
@@ -346,7 +345,7 @@ NB_MODULE(_native, m) {
     m.def("backward", &backward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
           "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "pages"_a = nb::none(),
-          "sequences"_a = nb::none(), "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a, "gather"_a, "diagonal"_a, "d_sinks"_a,
+          "sequences"_a = nb::none(), "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a, "gather"_a, "d_sinks"_a,
           "One backward pass, after the same keywords: tw_gradients of native/core/problem.h, address 0: not wanted.");
     m.def("tangent", &tangent, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),

@@ -368,7 +368,6 @@ void read_sums(Reader &r, int64_t wanted, const tw_problem &p, tw_gradients &g) 
         const Outer outer = outer_of(*sum, sum->dims[2]);
         // Pair (i, j) stands at j - i + Sq - 1.
         g.gather[g.gather_count++] = {static_cast<char *>(sum->data) + (p.q_len - 1) * bytes, outer.b, outer.h, -1, 1};
-        g.diagonal = 1;
     }
     if (wanted & SINKS) {
         const char *otherwise = "d_sinks: expected the accumulator's type, (Hq,)";

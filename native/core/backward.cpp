@@ -2,7 +2,9 @@
 //
 // A segment owns the gradients to its keys and values. What tiles gather (d_q, row sums) they gather segment after
 // segment in key order: a segment that comes too early waits at that tile. Segments are started in that order, so the
-// one waited for is always running, and no sum depends on how many segments or threads there are.
+// one waited for is always running, and no sum depends on how many segments or threads there are. A sum along a
+// diagonal has later rows in later segments: when a segment comes to a tile, those before it have passed that tile, and
+// so every earlier row, too.
 #include <string.h>
 
 #include <algorithm>
@@ -104,12 +106,11 @@ int run_backward(const tw_problem &p, const tw_gradients &g, const char **messag
     const double operations = 5.0 * double(heads) * double(rows) * double(p.k_len) * double(p.head_dim + p.value_dim);
     if (operations < serial_operations) threads = 1;
 
-    // Short segments where heads alone do not fill the threads. A diagonal crosses segments: there one holds all keys.
+    // Short segments where heads alone do not fill the threads.
     const auto segments_of = [&p](int64_t keys) { return std::max<int64_t>(1, (p.k_len + keys - 1) / keys); };
-    const bool alone = g.gather_count && g.diagonal;
     c.keys = segment_keys;
     while (c.keys > shortest_segment && wave * segments_of(c.keys) < 2 * int64_t(threads)) c.keys /= 2;
-    const int64_t fewest = alone ? p.k_len : (p.k_len + most_segments - 1) / most_segments;
+    const int64_t fewest = (p.k_len + most_segments - 1) / most_segments;
     c.keys = std::max(c.keys, (fewest + TW_BIT_TILE - 1) / TW_BIT_TILE * TW_BIT_TILE);
     c.segments = segments_of(c.keys);
     c.scratch_bytes = (kernels->segment_bytes(&p, std::min(c.keys, p.k_len)) + 127) / 128 * 128;

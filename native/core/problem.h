@@ -66,7 +66,7 @@ struct tw_table {
 
 // Philox4x32-10: pair (b, h, i, j) is kept iff word 0 >= threshold (2^32 drops everything). The pair's number is
 // first + b * stride_b + h * stride_h + i * stride_i + j * stride_j modulo 2^64, so that a part of a larger call draws
-// what the larger call draws. stride_j = 0: the call is the whole, numbered in the order (b, h, i, j).
+// what the larger call draws. All strides 0: the call is the whole, numbered in the order (b, h, i, j).
 struct tw_dropout {
     int32_t enabled;
     uint64_t threshold, seed, stream;
@@ -121,7 +121,7 @@ struct tw_problem {
 int tw_forward(const tw_problem *problem, const char **message);
 
 // An array that gathers the gradient of the scores: (b, h, i, j) goes to b * stride_b + h * stride_h + i * stride_i +
-// j * stride_j, so that a stride of 0 sums over an axis and stride_i = -stride_j sums along diagonals.
+// j * stride_j, so that a stride of 0 sums over an axis, and stride_i = -1 along diagonals. stride_j is 0 or 1.
 struct tw_gather {
     void *data; // accumulator's type, added to
     int64_t stride_b, stride_h, stride_i, stride_j;
@@ -135,7 +135,7 @@ struct tw_gradients {
     tw_tensor d_q;          // elements (accumulators where the problem is a part), written
     tw_tensor d_k, d_v;     // accumulator's type, added to
     tw_gather gather[TW_MAX_BIASES + 1]; // gradients of dense biases and of the table
-    int32_t gather_count, diagonal;      // diagonal: some array sums along diagonals
+    int32_t gather_count;
     void *sinks;            // (Hq,) in the accumulator's type, added to
 };
 int tw_backward(const tw_problem *problem, const tw_gradients *gradients, const char **message);

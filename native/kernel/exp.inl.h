@@ -43,7 +43,7 @@ template <class A> TW_INLINE vec<A> power_of_two(vec<A> shifted) {
 }
 
 // 2^x for x below the exponent's upper end; exactly 0 for x < smallest and -inf, exactly 1 for 0, NaN for NaN.
-template <class A> TW_INLINE vec<A> exp2(vec<A> x) {
+template <class A> TW_INLINE vec<A> exp2(vec<A> x, A smallest = exp_numbers<A>::smallest) {
     using N = exp_numbers<A>;
     vec<A> shifted, n, f;
     vec<A> h = exp2_parts<A>(x, shifted, n, f);
@@ -51,15 +51,15 @@ template <class A> TW_INLINE vec<A> exp2(vec<A> x) {
 #if defined(__AVX512F__)
     // One instruction scales, and its mask makes the zeros ("not less" lets NaN pass).
     if constexpr (sizeof(A) == 4) {
-        __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(N::smallest), _CMP_NLT_UQ);
+        __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(smallest), _CMP_NLT_UQ);
         return (vec<A>)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
     } else {
-        __mmask8 kept = _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(N::smallest), _CMP_NLT_UQ);
+        __mmask8 kept = _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(smallest), _CMP_NLT_UQ);
         return (vec<A>)_mm512_maskz_scalef_pd(kept, (__m512d)p, (__m512d)n);
     }
 #else
     p = p * power_of_two<A>(shifted);
-    return x < N::smallest ? vec<A>{} : p;
+    return x < smallest ? vec<A>{} : p;
 #endif
 }
 

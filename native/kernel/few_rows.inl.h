@@ -26,14 +26,14 @@ template <class M> static void adjust_scores(const tw_problem &p, int64_t b, Row
 
 // Takes away what dropout does not keep of a row's block of probabilities.
 template <class M> static void drop_out(const tw_problem &p, int64_t b, Row<M> &row, int64_t key) {
-    uint64_t index[block_keys];
-    uint32_t words[block_keys];
-    uint64_t step;
+    constexpr int W = lanes<sum_of<M>>;
+    uint64_t numbers[block_keys], step;
     const uint64_t first = pair_number(p, b, row.h, row.i, key, &step);
-    for (int j = 0; j < block_keys; ++j) index[j] = first + uint64_t(j) * step;
-    philox_words(p.dropout.seed, p.dropout.stream, index, block_keys, words);
-    for (int j = 0; j < block_keys; ++j)
-        row.scores[j] = words[j] >= p.dropout.threshold ? row.scores[j] : sum_of<M>(0);
+    for (int j = 0; j < block_keys; ++j) numbers[j] = first + uint64_t(j) * step;
+    uint64_t kept;
+    keep_pairs(p.dropout, numbers, block_keys, 0, 1, &kept);
+    for (int j = 0; j < block_keys; j += W)
+        store(row.scores + j, select<sum_of<M>>(kept >> j, load(row.scores + j), vec<sum_of<M>>{}));
 }
 
 // Turns a row's block of scores into probabilities.

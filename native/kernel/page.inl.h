@@ -2,7 +2,7 @@
 // so that the linker can never hand code of one instruction set to another.
 #include <stddef.h>
 #include <stdint.h>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -38,7 +38,9 @@ namespace {
 #include "kernel/few_products.inl.h"
 #include "kernel/few_rows.inl.h"
 #include "kernel/forward.inl.h"
+#include "kernel/finite.inl.h"
 #include "kernel/slopes.inl.h"
+#include "kernel/bias_slopes.inl.h"
 #if defined(__AMX_BF16__)
 #include "kernel/amx_slopes.inl.h"
 #endif

@@ -1,5 +1,5 @@
 // The backward pass of one tile and one block of 64 keys: probabilities made again from lse, gradients of the scores,
-// and their sums into d_q, d_k, d_v and the biases (Dao et al., FlashAttention, 2022). With x the scores in log2 units:
+// and their sums into d_q, d_k, d_v (and the biases: bias_slopes.inl.h) (Dao et al., FlashAttention, 2022). With x the scores in log2 units:
 //   p = 2^(x - lse)     ds = p (d_out . v + pull),  pull = d_lse - d_out . out     raw = ds times the softcap's slope
 //   d_v += p d_out      d_k += raw q                                               d_q += raw k
 // Scores, p, ds and d_q have queries in lanes, as forward. In d_k and d_v the lanes hold the head axis and the
@@ -28,32 +28,15 @@ template <class M> struct Slopes {
     void (*meet)(Slopes &, int64_t key, int n); // when a block is first seen: reads it and clears its gradients
     bool facts, biased, general, scores_wanted;
 };
+// Probabilities below this power of two are 0 here: their products with gradients, keys and queries would be denormal
+// numbers, which take the processor a hundred times as long, and vanish beside those of the row's other keys.
+template <class A> constexpr A faintest = exp_numbers<A>::smallest * A(0.8);
+
 enum { BLOCK_UNMET, BLOCK_FINITE, BLOCK_NOT_FINITE };
 
-template <class A> static bool finite_rows(const A *numbers, int64_t stride, int64_t rows, int64_t columns) {
-    vec<A> doubt = {}; // x - x is 0 for finite numbers, else NaN
-    for (int64_t r = 0; r < rows; ++r, numbers += stride) {
-        int64_t d = 0;
-        for (; d + lanes<A> <= columns; d += lanes<A>) doubt += load(numbers + d) - load(numbers + d);
-        if (d == columns) continue;
-        const vec<A> rest = widen_first(numbers + d, int(columns - d));
-        doubt += rest - rest;
-    }
-    return lane_bits(doubt != doubt) == 0;
-}
-
-#if defined(__AVX512BF16__)
-static bool finite_rows(const int32_t *numbers, int64_t stride, int64_t rows, int64_t columns) {
-    __mmask32 doubt = 0; // an exponent of ones
-    const __m512i exponent = _mm512_set1_epi16(0x7F80);
-    for (int64_t r = 0; r < rows; ++r, numbers += stride)
-        for (int64_t d = 0; d < columns; d += 16) {
-            const __m512i x = _mm512_maskz_loadu_epi32(__mmask16(first_bits(columns - d)), numbers + d);
-            doubt |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
-        }
-    return !doubt;
-}
-#endif
+template <class M>
+static void gather_slopes(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int64_t keys, const sum_of<M> *ds);
+template <class M> static void fetch_gathered(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int n);
 
 #if defined(__AMX_BF16__)
 static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *d_out, int64_t key, int n, uint64_t *words,
@@ -121,7 +104,7 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
             }
             if (s.biased) x[n][z] += load(s.bias + at * width + place);
         }
-        vec<A> weight = exp2<A>(x[n][z] - load(tile.shift + z * W));
+        vec<A> weight = exp2<A>(x[n][z] - load(tile.shift + z * W), faintest<A>);
         if (masked) weight = select<A>(words[n] >> (z * W), weight, vec<A>{});
         store(whole + place, weight);
         x[n][z] = PATH == GENERAL && keep ? select<A>(keep[n] >> (z * W), weight * inverse_keep, vec<A>{}) : weight;
@@ -226,21 +209,6 @@ TW_RARE void add_keys_carefully(const unit_of<M> *weights, int width, const unit
         }
 }
 
-// Adds ds [keys][tile.width], of the keys from `key`, to what gathers them.
-template <class M>
-TW_INLINE void gather_slopes(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int64_t keys, const sum_of<M> *ds) {
-    using A = sum_of<M>;
-    const tw_gradients &g = *s.gradients;
-    for (int t = 0; t < g.gather_count; ++t) {
-        const tw_gather &own = g.gather[t];
-        for (int l = 0; l < tile.rows; ++l) {
-            A *to = static_cast<A *>(own.data) + s.b * own.stride_b + tile.h[l] * own.stride_h +
-                    tile.i[l] * own.stride_i + key * own.stride_j;
-            for (int64_t j = 0; j < keys; ++j) to[j * own.stride_j] += ds[j * tile.width + l];
-        }
-    }
-}
-
 // Sums the places [begin, end) of the block at `key`, of which n keys exist. end is a whole group.
 template <class M, int NZ>
 static void add_run(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int n, int begin, int end,
@@ -286,6 +254,7 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
     if (!s.facts)
         for (int j = 0; j < block_keys; ++j) words[j] = j < n ? every_lane : 0;
     if (s.blocks[(key - s.first) / block_keys] == BLOCK_UNMET) s.meet(s, key, n);
+    fetch_gathered(s, tile, key, n);
     if (s.biased) {
         gather_bias(p, s.b, tile, key, n, s.bias);
         bar_by_bias<A>(s.bias, n, width, words);

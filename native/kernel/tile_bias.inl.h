@@ -78,6 +78,19 @@ template <class A, class T> static void add_keys(const T *row, int64_t stride, i
         store(bias, load(bias) + widen(row) * A(1.4426950408889634074));
 }
 
+// The same where all lanes read one row.
+template <class A, class T> static void add_row(const T *row, int n, int width, A *bias) {
+    constexpr int W = lanes<A>;
+    for (int j = 0; j < n; j += W) {
+        A numbers[W];
+        store(numbers, j + W <= n ? widen(row + j) : widen_first(row + j, n - j));
+        for (int i = 0; i < W && j + i < n; ++i) {
+            A *const to = bias + (j + i) * width;
+            store(to, load(to) + splat(numbers[i]) * A(1.4426950408889634074));
+        }
+    }
+}
+
 // Adds one bias, of type T, to all lanes.
 template <class T, class M>
 static void add_bias(const tw_bias &own, int64_t b, const Tile<M> &tile, int64_t key, int n, sum_of<M> *bias) {
@@ -85,14 +98,20 @@ static void add_bias(const tw_bias &own, int64_t b, const Tile<M> &tile, int64_t
     constexpr int W = lanes<A>;
     for (int first = 0; first < tile.width; first += W) {
         const T *rows[W];
-        bool beside = true; // whether the lanes' rows stand beside each other
+        bool beside = true, same = true; // whether the lanes' rows stand beside each other, or are one
         for (int l = 0; l < W; ++l) {
             const int64_t h = tile.h[first + l], i = tile.i[first + l];
             rows[l] = static_cast<const T *>(own.data) + b * own.stride_b + h * own.stride_h + i * own.stride_i + key * own.stride_j;
             beside = beside && rows[l] == rows[0] + l;
+            same = same && rows[l] == rows[0];
         }
-        if (own.stride_j == 1)
+        if (own.stride_j == 1 && same)
+            add_row<A>(rows[0], n, tile.width, bias + first);
+        else if (own.stride_j == 1) {
+            for (int l = 0; l < W; ++l) // most often the tile's next block is the next in memory
+                for (int j = 0; j < n; j += int(64 / sizeof(T))) __builtin_prefetch(rows[l] + block_keys + j, 0, 2);
             add_rows<A>(rows, n, tile.width, bias + first);
+        }
         else if (beside)
             add_keys<A>(rows[0], own.stride_j, n, tile.width, bias + first);
         else
@@ -155,6 +174,12 @@ static void gather_bias(const tw_problem &p, int64_t b, const Tile<M> &tile, int
 // A bias of -inf bars its pair as a mask does, whatever the key holds: takes such lanes out of the words of n keys, and
 // says whether there are any.
 template <class A> TW_INLINE bool bar_by_bias(const A *bias, int n, int width, uint64_t *words) {
+    vec<A> least = {};
+    for (int at = 0; at < n * width; at += lanes<A>) {
+        const vec<A> x = load(bias + at);
+        least = x < least ? x : least;
+    }
+    if (!lane_bits(least == -A(__builtin_inf()))) return false;
     uint64_t any = 0;
     for (int j = 0; j < n; ++j)
         for (int l = 0; l < width; l += lanes<A>) {
@@ -168,17 +193,7 @@ template <class A> TW_INLINE bool bar_by_bias(const A *bias, int n, int width, u
 // keep[key]: the lanes whose pair with that key survives dropout.
 template <class M>
 static void draw_dropout(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *keep) {
-    uint64_t index[most_lanes];
-    uint32_t words[most_lanes];
-    uint64_t step;
-    for (int l = 0; l < tile.width; ++l) index[l] = pair_number(p, b, tile.h[l], tile.i[l], key, &step);
-    for (int j = 0; j < n; ++j) {
-        philox_words(p.dropout.seed, p.dropout.stream, index, tile.width, words);
-        uint64_t kept = 0;
-        for (int l = 0; l < tile.width; ++l) {
-            kept |= uint64_t(words[l] >= p.dropout.threshold) << l;
-            index[l] += step;
-        }
-        keep[j] = kept;
-    }
+    uint64_t numbers[most_lanes], step = 0;
+    for (int l = 0; l < tile.width; ++l) numbers[l] = pair_number(p, b, tile.h[l], tile.i[l], key, &step);
+    keep_pairs(p.dropout, numbers, tile.width, step, n, keep);
 }

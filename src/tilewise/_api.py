@@ -55,7 +55,8 @@ def attention(
         invariance: "batch": a row's bits do not depend on what else is computed, where the kernel promises that. "row":
             nor on how many queries are: a row has the same bits in a prefill, in any chunk of one, and alone, for one
             page of instructions, as long as the keys it sees stand at the same places of the key axis; whatever else
-            Sq and Sk are. It costs speed where queries are few, and excludes dropout (see `explain`).
+            Sq and Sk are. It costs speed where queries are few (see `explain`). Dropout must then be numbered by a
+            whole that the call is a part of: `Dropout(first=, strides=)`.
 
     Returns:
         out (B, Hq, Sq, Dv), q's dtype, in the layout asked for; with `return_lse` the pair (out, lse), lse (B, Hq, Sq)

@@ -119,16 +119,16 @@ def check_invariance(invariance: str, dropout: Dropout | None) -> Invariance:
     """Check what a row's bits may not depend on.
 
     Raises:
-        ValueError: unknown, or "row" with dropout.
+        ValueError: unknown, or "row" with dropout whose numbering changes with the call's lengths.
     """
     if invariance == "batch":
         return "batch"
     if invariance != "row":
         raise ValueError(f"invariance: got {invariance!r}, expected 'batch' or 'row'")
-    if dropout is not None:
+    if dropout is not None and dropout.strides is None:
         raise ValueError(
-            "invariance: got 'row' with dropout, which drops pairs by their place among all the call's queries and "
-            "keys; expected 'batch', or no dropout"
+            "invariance: got 'row' with dropout, which numbers pairs by the call's own lengths; expected 'batch', or "
+            "Dropout(first=, strides=), which say where the call's pairs stand in a whole"
         )
     return "row"
 
@@ -395,6 +395,8 @@ def _dropout(dropout: Dropout | None, family: Family) -> Dropout | None:
             raise ValueError("dropout: got first without strides, expected both or neither")
     elif len(strides) != 4 or not all(isinstance(n, int | np.integer) and -(2**63) <= n < 2**63 for n in strides):
         raise ValueError(f"dropout: got strides = {strides!r}, expected four integers of 64 bits")
+    elif not any(strides):
+        raise ValueError("dropout: got strides = (0, 0, 0, 0), expected pairs of different numbers")
     if not p:
         return None
     first: Any = 0 if strides is None else _words("first", dropout.first, family)

@@ -108,9 +108,41 @@ def test_threads(shape, dtype) -> None:
     _same(answers[2], answers[0])
 
 
-def test_a_diagonal_crosses_segments() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_diagonal_crosses_segments(dtype) -> None:
+    """Segments that run at the same time add to the same table."""
     table = np.random.default_rng(3).standard_normal((1, 4, 1049)).astype(np.float32)
-    _check(*_large(bias=tw.relative(table), mask=tw.window(200, 100, "end")))
+    plan, operands = _large(dtype, bias=tw.relative(table), mask=tw.window(200, 100, "end"))
+    _check(plan, operands)
+    answers = []
+    for threads in (1, 2, 5, 5, 5):
+        tw.set_num_threads(threads)
+        answers.append(_differentiate(plan, operands)[0])
+    tw.set_num_threads(0)
+    for answer in answers[1:]:
+        _same(answer, answers[0])
+
+
+# The last tile is not full and the last keys fill no vector; with 3 query rows, heads share a vector of lanes.
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("q_len, k_len", [(3, 37), (61, 131)])
+@pytest.mark.parametrize("shape", [(2, 4, 1, 1), (1, 1, 1, 1), (1, 4, 0, 1), (1, 1, 0, 0), (2, 4, 1, 0), (2, 4, 0, 0)])
+def test_sums_of_biases(page, shape, q_len, k_len, dtype) -> None:
+    """Gradients of a bias (a 0 stands for all queries or all keys) and of a table beside it."""
+    rng = np.random.default_rng(5)
+    shape = (*shape[:2], shape[2] or q_len, shape[3] or k_len)
+    qkv = {key: array.astype(dtype) for key, array in arrays(0, 2, 4, 2, q_len, k_len, 16, 8).items()}
+    bias = rng.standard_normal(shape).astype("float64" if dtype == "float64" else "float32")  # as its gradient will be
+    bias[rng.random(shape) < 0.1] = -np.inf
+    both = tw.relative(rng.standard_normal((4, q_len + k_len - 1))) + bias if bias.size > 1 else bias
+    mask = tw.causal("end") & tw.dense(rng.random((1, 1, q_len, k_len)) < 0.8)
+    _check(*planned(**qkv, mask=mask, bias=both, dropout=tw.Dropout(0.2, 3), kernel="native", tiles=None))
+
+
+def test_probabilities_near_the_end_of_the_exponent(page) -> None:
+    """Slopes so steep that far keys' probabilities are on both sides of the smallest number there is."""
+    qkv = {key: array.astype(np.float32) for key, array in arrays(0, 2, 4, 2, 150, 300, 16, 8).items()}
+    _check(*planned(**qkv, bias=tw.alibi(np.linspace(0.2, 2.0, 4), "end"), kernel="native", tiles=None))
 
 
 def test_rows_in_parts(monkeypatch) -> None:

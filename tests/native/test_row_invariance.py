@@ -40,6 +40,13 @@ def _bits(rows: int, tokens: int) -> dict:
     return {"mask": tw.causal("end") & tw.dense(_pairs()[:, :, tokens - rows : tokens, :tokens] < 0.7)}
 
 
+def _dropout(rows: int, tokens: int, heads: int) -> dict:
+    """Numbered as a part of 1100 queries and keys, whatever rows are asked for."""
+    whole = 1100
+    strides = (0, whole * whole, whole, 1)  # 0: every batch row drops the same
+    return {**END, "dropout": tw.Dropout(0.3, seed=5, first=(tokens - rows) * whole, strides=strides)}
+
+
 # What is added to a call of `rows` last queries of `tokens` tokens by `heads` heads.
 KINDS = {
     "causal": lambda rows, tokens, heads: END,
@@ -50,6 +57,7 @@ KINDS = {
     "sinks": lambda rows, tokens, heads: {**END, "sinks": np.linspace(-1, 2, heads)},
     "bias": lambda rows, tokens, heads: _bias(rows, tokens),
     "dense mask": lambda rows, tokens, heads: _bits(rows, tokens),
+    "dropout": _dropout,
 }
 
 
@@ -116,6 +124,27 @@ def test_rows_keys_and_threads_that_a_row_does_not_see(dtype) -> None:
             got = tw.attention(two[0][:, :, rows], *two[1:], mask=mask, invariance="row", return_lse=True)
             _same([x[1:] for x in got], expected, rows)
     tw.set_num_threads(0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dropout_in_a_batch_and_with_more_keys(dtype) -> None:
+    """Keys that no row sees, another batch row before it, and one row of many."""
+    q, k, v = _arrays(dtype, 2, 1100)
+    options = {"kernel": "native", "return_lse": True, "invariance": "row"}
+    expected = tw.attention(q, k, v, **options, **_dropout(1100, 1100, 4))
+    stops = np.arange(1, 1101)[None, None, :, None]
+    for rows in (slice(0, 1100), slice(500, 530), slice(1030, 1031)):
+        part = [np.concatenate([-x, x], 0) for x in (q[:, :, rows], k, v)]
+        mask = tw.intervals(np.zeros_like(stops)[:, :, rows], stops[:, :, rows])
+        dropout = _dropout(rows.stop - rows.start, rows.stop, 4)["dropout"]
+        got = tw.attention(*part, **options, mask=mask, dropout=dropout)
+        _same([x[1:] for x in got], expected, rows)
+
+
+def test_dropout_must_be_numbered_by_a_whole() -> None:
+    q, k, v = _arrays("float32", 2, 90)
+    with pytest.raises(ValueError, match="^invariance: got 'row' with dropout"):
+        tw.attention(q, k, v, dropout=tw.Dropout(0.3, seed=5), invariance="row")
 
 
 def test_signs_of_zeros() -> None:

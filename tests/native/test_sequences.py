@@ -162,7 +162,7 @@ def test_gradients(batch, threads) -> None:
     _native.forward(**arguments)
     gradients = {
         "d_out": _place(d_out), "d_lse": 0, "d_q": _place(d_q), "d_k": _place(d_k), "d_v": _place(d_v), "gather": (),
-        "diagonal": False, "d_sinks": 0,
+        "d_sinks": 0,
     }  # fmt: skip
     _native.backward(**(arguments | {"threads": threads}), **gradients)
     expected = [np.zeros_like(x) for x in (d_q, d_k, d_v)]
@@ -191,6 +191,6 @@ def test_pages_have_no_backward_pass(batch) -> None:
     with pytest.raises(RuntimeError, match=r"^pages: "):
         _native.backward(
             **arguments, d_out=_place(out), d_lse=0, d_q=(0,) * 4, d_k=(0,) * 4, d_v=(0,) * 4, gather=(),
-            diagonal=False, d_sinks=0,
+            d_sinks=0,
         )  # fmt: skip
     assert alive

@@ -232,12 +232,11 @@ def backward(
     d_k: tuple,
     d_v: tuple,
     gather: tuple,
-    diagonal: bool,
     d_sinks: int,
     **call: Any,
 ) -> None:
     """As tilewise._native.backward."""
-    g = _GRADIENTS(gather_count=len(gather), diagonal=diagonal)
+    g = _GRADIENTS(gather_count=len(gather))
     whole = _Call(g, **call, write=False, as_forward=False)
     p = whole.problem
     whole.tensor(g.d_out, d_out, whole.item, p.q_heads, p.q_len, p.value_dim)

@@ -8,12 +8,19 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..contract import Dropout
 from ..masks.algebra import Mask
 from ..masks.lower import lower
+from ..masks.materialize import materialize
 from ..masks.primitives import causal, dense, lengths, window
 from ..masks.site import Site
 
 Kind = Literal["forward", "decode", "training"]
+DROPOUT = Dropout(0.1, seed=3)  # of the cases with options
+
+
+def _booleans(case: Case) -> np.ndarray:
+    return np.random.default_rng(5).random((1, 1, case.q_len, case.k_len)) < 0.75
 
 
 # How each mask is written, and the operand that stands in it; written, so that another revision can read it, too.
@@ -21,7 +28,8 @@ MASKS: dict[str, tuple[str, Callable[[Case], np.ndarray] | None]] = {
     "full": ("None", None),
     "causal": ('causal("end")', None),
     "window": ('causal("end") & window(512, 0, "end")', None),
-    "dense": ("dense(operand)", lambda case: np.random.default_rng(5).random((1, 1, case.q_len, case.k_len)) < 0.75),
+    "dense": ("dense(operand)", _booleans),
+    "causal, dense": ('causal("end") & dense(operand)', _booleans),
     "padding": ("lengths(k=operand)", lambda case: (np.linspace(0.24, 1.0, case.batch) * case.k_len).astype(np.int64)),
 }
 
@@ -33,8 +41,10 @@ class Case:
     Attributes:
         name: what people call it.
         batch, q_heads, kv_heads, q_len, k_len, dim: B, Hq, Hkv, Sq, Sk, D = Dv.
-        mask: "full", "causal", "dense" (random booleans), "padding" (62 % of the keys kept) or "window" (512, causal).
+        mask: "full", "causal", "dense" (random booleans), "causal, dense", "padding" (62 % of the keys kept) or
+            "window" (512, causal).
         kind: "forward", "decode" (judged by bytes read) or "training" (forward and backward).
+        options: whether there is a bias (1, 1, Sq, Sk), with its gradient in training, and dropout.
     """
 
     name: str
@@ -46,6 +56,7 @@ class Case:
     dim: int
     mask: str = "full"
     kind: Kind = "forward"
+    options: bool = False
 
     def mask_of(self) -> Mask | None:
         """The mask as a value of ours; operands are NumPy arrays, always the same."""
@@ -61,7 +72,7 @@ class Case:
             return full
         lowered = lower(mask, Site(self.batch, self.q_heads, self.q_len, self.k_len))
         if lowered.dense is not None:
-            return full * float(np.mean(lowered.dense))
+            return full * float(np.mean(materialize(mask, self.q_len, self.k_len)))
         if lowered.ranges is None:
             return full
         seen = np.maximum(lowered.ranges.stops - lowered.ranges.starts, 0).sum(-1)
@@ -72,6 +83,10 @@ class Case:
         if self.kind == "decode":
             return 2.0 * self.batch * self.kv_heads * self.k_len * self.dim * item_bytes
         return (14.0 if self.kind == "training" else 4.0) * self.dim * self.pairs()
+
+    def plain(self) -> Case:
+        """The same without options and booleans: what those are held against."""
+        return replace(self, mask=self.mask.removesuffix(", dense"), options=False)
 
     def smaller(self, factor: int) -> Case:
         """The same case with lengths divided, for a quick look."""
@@ -95,11 +110,15 @@ CASES = (
     Case("decode, batch 16", 16, 32, 8, 1, 8192, 128, kind="decode"),
     Case("training", 1, 8, 8, 4096, 4096, 64, kind="training"),
     Case("training, causal", 1, 8, 8, 4096, 4096, 64, "causal", kind="training"),
+    Case(
+        "training, causal, mask + bias gradient + dropout", 1, 8, 8, 2048, 2048, 64, "causal, dense", "training", True
+    ),
 )
 
 
 def arrays(case: Case) -> dict[str, Any]:
-    """q (B, Hq, Sq, D), k and v (B, Hkv, Sk, D), float32, always the same."""
+    """q (B, Hq, Sq, D), k and v (B, Hkv, Sk, D), bias (1, 1, Sq, Sk) with options, float32, always the same."""
     rng = np.random.default_rng(7)
     rows, keys = (case.batch, case.q_heads, case.q_len, case.dim), (case.batch, case.kv_heads, case.k_len, case.dim)
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in (("q", rows), ("k", keys), ("v", keys))}
+    shapes = {"q": rows, "k": keys, "v": keys, **({"bias": (1, 1, case.q_len, case.k_len)} if case.options else {})}
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}

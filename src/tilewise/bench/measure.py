@@ -5,15 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ..masks.lower import lower
 from ..masks.site import Site
-from .cases import Case, arrays
-from .peers import PEERS, Refused
+from ..philox import keep_mask
+from .cases import DROPOUT, Case, arrays
+from .peers import PEERS, Refused, question
 
 _ROWS = 6  # query rows that are held against float64
 
@@ -52,8 +53,11 @@ def measure(
     for name in names:
         tell(f"{case.name} {dtype}: checking {name}")
         try:
-            run, values = PEERS[name][1](case, data, dtype)
-            error = worst_error(case, data, values(run()))
+            asked = question(name, case)
+            if asked is None:
+                continue
+            run, values = PEERS[name][1](asked, data, dtype)
+            error = worst_error(asked, data, values(run()))
         except Refused as refusal:
             refusals[name] = str(refusal)
             continue
@@ -96,10 +100,18 @@ def worst_error(case: Case, data: dict[str, np.ndarray], out: np.ndarray) -> flo
         kv = h * case.kv_heads // case.q_heads
         scores = data["k"][b, kv].astype(np.float64) @ data["q"][b, h, i] / case.dim**0.5
         seen = lowered.visible(slice(i, i + 1), slice(0, case.k_len), slice(b, b + 1), slice(h, h + 1))
+        if case.options:
+            scores += data["bias"][0, 0, i]
         if seen is not None:
             scores = np.where(seen.reshape(-1), scores, -np.inf)
         weights = np.exp(scores - scores.max())
-        exact = weights / weights.sum() @ data["v"][b, kv]
+        weights /= weights.sum()
+        if case.options:
+            place = np.asarray(b), np.asarray(h), np.asarray(i), np.arange(case.k_len)
+            dropout = replace(DROPOUT, seed=(DROPOUT.seed, 0))
+            kept = keep_mask(dropout, *place, case.q_heads, case.q_len, case.k_len, np)
+            weights *= kept * dropout.inverse_keep
+        exact = weights @ data["v"][b, kv]
         worst = max(worst, float(np.abs(out[b, h, i] - exact).max() / np.abs(exact).max()))
     return worst
 

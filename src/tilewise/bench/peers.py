@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .cases import Case
+from .cases import DROPOUT, Case
 
 Run = Callable[[], Any]
 Prepare = Callable[[Case, dict[str, np.ndarray], str], tuple[Run, Callable[[Any], np.ndarray]]]
@@ -21,7 +21,7 @@ class Refused(Exception):
 def _torch_tensors(case: Case, data: dict[str, np.ndarray], dtype: str) -> tuple[Any, ...]:
     import torch
 
-    tensors = tuple(torch.from_numpy(data[name]).to(getattr(torch, dtype)) for name in ("q", "k", "v"))
+    tensors = tuple(torch.from_numpy(held).to(getattr(torch, dtype)) for held in data.values())
     return tuple(x.requires_grad_(case.kind == "training") for x in tensors)
 
 
@@ -46,12 +46,17 @@ def _ours(case: Case, data: dict[str, np.ndarray], dtype: str) -> tuple[Run, Any
 
     from .._api import attention
 
-    q, k, v = tensors = _torch_tensors(case, data, dtype)
+    q, k, v, *bias = tensors = _torch_tensors(case, data, dtype)
+    options = {"bias": bias[0], "dropout": DROPOUT} if case.options else {}
     mask = case.mask_of()
     if mask is not None:
         operands = iter([torch.from_numpy(operand) for operand in mask.operands()])
         mask = mask.replace_operands(lambda: next(operands))
-    return _torch_run(case, tensors, lambda: attention(q, k, v, mask=mask))
+    return _torch_run(case, tensors, lambda: attention(q, k, v, mask=mask, **options))
+
+
+def _plain(case: Case, data: dict[str, np.ndarray], dtype: str) -> tuple[Run, Any]:
+    return _ours(case, {name: data[name] for name in ("q", "k", "v")}, dtype)
 
 
 def _torch_sdpa(case: Case, data: dict[str, np.ndarray], dtype: str) -> tuple[Run, Any]:
@@ -209,8 +214,12 @@ def _booleans(case: Case) -> np.ndarray | None:
     return materialize(mask, case.q_len, case.k_len)
 
 
+# Ourselves in the same case without its options: what they cost.
+PLAIN = "plain"
+
 PEERS: dict[str, tuple[tuple[str, ...], Prepare]] = {
     "tilewise": (("torch",), _ours),
+    PLAIN: (("torch",), _plain),
     "torch": (("torch",), _torch_sdpa),
     "flex": (("torch",), _flex),
     "jax": (("jax",), _jax),
@@ -218,6 +227,19 @@ PEERS: dict[str, tuple[tuple[str, ...], Prepare]] = {
     "openvino": (("openvino",), _openvino),
     "zentorch": (("zentorch",), _zentorch),
 }
+
+
+def question(name: str, case: Case) -> Case | None:
+    """What a peer is asked in a case; None where it is not asked.
+
+    Raises:
+        Refused: it cannot compute that.
+    """
+    if name == PLAIN:
+        return case.plain() if case.options else None
+    if case.options and name != "tilewise":
+        raise Refused("its dropout draws other bits")
+    return case
 
 
 def installed() -> list[str]:

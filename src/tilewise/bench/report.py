@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .measure import Result
-from .peers import PEERS
+from .peers import PEERS, PLAIN
 
 
 def table(results: list[Result], peaks: dict[str, float]) -> str:
@@ -21,7 +21,7 @@ def table(results: list[Result], peaks: dict[str, float]) -> str:
     for result in results:
         unit = "GB/s" if result.case.kind == "decode" else "GFLOP/s"
         others = [f"{result.ratios[name]:.2f}" if name in result.ratios else "-" for name in names]
-        best = min(result.ratios.values(), default=None)
+        best = min((ratio for name, ratio in result.ratios.items() if name != PLAIN), default=None)
         lines.append(
             [
                 result.case.name,
@@ -53,7 +53,7 @@ def record(results: list[Result], peaks: dict[str, float], threads: int) -> dict
         "cpu": cpu_name(),
         "threads": threads,
         "peaks": peaks,
-        "versions": {name: _version(name) for name in (*PEERS, "numpy") if name != "flex"},
+        "versions": {name: _version(name) for name in (*PEERS, "numpy") if name not in ("flex", PLAIN)},
         "python": platform.python_version(),
         "results": [asdict(result) for result in results],
     }

@@ -23,7 +23,7 @@ from .cases import MASKS, Case, arrays
 def compare(
     revision: str, cases: list[Case], dtypes: list[str], seconds: float, tell: Callable[[str], None]
 ) -> list[tuple[str, str, float, float]]:
-    """(case, dtype, our seconds, the revision's time over ours), medians.
+    """(case, dtype, our seconds, the revision's time over ours), medians; cases with options are left out.
 
     Raises:
         ValueError: this is no git checkout, there is no such revision, or it cannot be built.
@@ -41,7 +41,7 @@ def compare(
                 "--target", str(site), str(tree),
             )  # fmt: skip
             with _Worker(_installed(source, Path(folder))) as ours, _Worker(site) as theirs:
-                for case in cases:
+                for case in (case for case in cases if not case.options):
                     for dtype in dtypes:
                         tell(f"{case.name} {dtype}")
                         rows.append((case.name, dtype, *_timed(ours, theirs, case, dtype, seconds, Path(folder))))

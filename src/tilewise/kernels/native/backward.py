@@ -53,7 +53,6 @@ def backward(plan: Plan, operands: Operands, out: Array, lse: Array, d_out: Arra
         "d_k": _NOT_WANTED if found.k is None else tensor(found.k, alive),
         "d_v": _NOT_WANTED if found.v is None else tensor(found.v, alive),
         "gather": tuple(part.place for part in (*sums, *([table] if table else []))),
-        "diagonal": table is not None,
         "d_sinks": 0 if sinks is None else memory(sinks).address,
     }
     for part, bits in slabs(operands.mask, p):

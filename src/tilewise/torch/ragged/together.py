@@ -88,7 +88,7 @@ class Call:
         places = dict(zip(("d_q", "d_k", "d_v"), [(0, 0, 0, 0) if x is None else _place(x) for x in sums], strict=True))
         _native.backward(
             **self.keywords, threads=torch.get_num_threads(), q=_place(q), k=_place(k), v=_place(v), out=_place(out),
-            lse=lse.data_ptr(), d_out=_place(d_out), d_lse=d_lse.data_ptr(), gather=(), diagonal=False, d_sinks=0,
+            lse=lse.data_ptr(), d_out=_place(d_out), d_lse=d_lse.data_ptr(), gather=(), d_sinks=0,
             **places,
         )  # fmt: skip
         return [None if x is None else x.to(q.dtype) for x in sums]
