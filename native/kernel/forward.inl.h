@@ -27,11 +27,6 @@ template <class T, class M> static size_t scratch_bytes(const tw_problem *p, int
     return size_t(tiles) * (state + earlier) + size_t(scores) * width + size_t(fetched_units<T, M>(*p)) * sizeof(A);
 }
 
-// Asks for the cache lines of n elements, which are used later.
-template <class T> TW_INLINE void ask_for_row(const T *row, int64_t n) {
-    for (int64_t d = 0; d < n; d += int64_t(64 / sizeof(T))) __builtin_prefetch(row + d, 0, 2);
-}
-
 template <class T, class M>
 static void fill_tile(const tw_problem &p, const tw_item &item, int64_t row, int64_t rows, Tile<M> &tile) {
     using A = sum_of<M>;
@@ -47,7 +42,6 @@ static void fill_tile(const tw_problem &p, const tw_item &item, int64_t row, int
         tile.h[l] = h;
         tile.i[l] = i;
         q[l] = tensor_row<const T>(p.q, item.b, h, i);
-        ask_for_row(q[l] + tile.width * p.q.stride_s, p.head_dim); // most often the next tile's
         if (p.labels.q) {
             const int32_t label = p.labels.q[item.b * p.labels.q_stride_b + h * p.labels.q_stride_h + i];
             tile.label_low = label < tile.label_low ? label : tile.label_low;
@@ -140,6 +134,7 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
 
     // Tiles share a chunk's keys; where there is one chunk, each is finished before the next, which takes its memory.
     const int64_t together = item->key_end - item->key_begin <= chunk_keys ? 1 : count;
+    s.element_asked = together == 1 && !p.part ? sizeof(T) : 0;
     Tile<M> *tiles[most_tiles_of_item] = {};
     for (int64_t t = 0; t < together; ++t) {
         tiles[t] = reinterpret_cast<Tile<M> *>(tile_memory + size_t(t) * rounded(sizeof(Tile<M>)));
@@ -156,9 +151,6 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
         for (int64_t t = 0; t < together; ++t) {
             const int64_t row = item->row_begin + (first + t) * width, left = item->row_end - row;
             fill_tile<T>(p, *item, row, left < width ? left : width, *tiles[t]);
-            if (together == 1 && !p.part) // it is finished soon
-                for (int l = 0; l < tiles[t]->rows; ++l)
-                    ask_for_row(tensor_row<const T>(p.out, item->b, tiles[t]->h[l], tiles[t]->i[l]), p.value_dim);
         }
         for (int64_t key = item->key_begin, end;; key = end) {
             end = joins && item->key_end - key > split_keys ? key + split_keys : item->key_end;
