@@ -19,25 +19,29 @@ TW_INLINE __m512 exp2_where(__mmask16 kept, __m512 x) {
     return _mm512_maskz_scalef_ps(kept, h, x);
 }
 
-// The scores of 32 keys with 16 lanes, K Q^T, up to storing them.
-TW_INLINE void begin_scores(Turn turn, const int32_t *keys, int64_t stride, const int32_t *query, int64_t head_units) {
+// The scores of 16 or 32 keys with 16 lanes, K Q^T, up to storing them.
+TW_INLINE void begin_scores(Turn turn, const int32_t *keys, int64_t stride, int count, const int32_t *query, int64_t head_units) {
     clear_tiles(turn);
     for (int64_t d = 0; d < head_units; d += tile_side) {
         _tile_loadd(4, keys + d, stride * int64_t(sizeof(int32_t)));
-        _tile_loadd(5, keys + d + tile_side * stride, stride * int64_t(sizeof(int32_t)));
         _tile_loadd(6, query + d * tile_lanes, tile_lanes * sizeof(int32_t));
-        multiply_rows(turn);
+        if (count > tile_side) {
+            _tile_loadd(5, keys + d + tile_side * stride, stride * int64_t(sizeof(int32_t)));
+            multiply_rows(turn);
+        } else
+            multiply_row(turn);
     }
 }
-TW_INLINE void end_scores(Turn turn, float *scores) {
+TW_INLINE void end_scores(Turn turn, int count, float *scores) {
     store_tile(turn, 0, scores, tile_lanes * sizeof(float));
-    store_tile(turn, 1, scores + tile_side * tile_lanes, tile_lanes * sizeof(float));
+    if (count > tile_side) store_tile(turn, 1, scores + tile_side * tile_lanes, tile_lanes * sizeof(float));
 }
 
 // A group of keys whose scores are made, but not yet weighed.
 struct Group {
     alignas(64) float scores[tile_keys * tile_lanes];
     int64_t key;
+    int count;             // 32, or 16 where no more exist
     const uint64_t *words; // the lanes that see each key, or NULL: all
     bool stored;           // else they are still in registers
 };
@@ -45,14 +49,14 @@ struct Group {
 TW_INLINE void begin_group(const Sweep<Tiles> &s, const Tile<Tiles> &tile, Group &group) {
     const int32_t *keys = s.keys + (group.key - s.chunk) * s.key_stride;
     order_memory();
-    begin_scores(FIRST, keys, s.key_stride, tile.query, s.head_units);
-    begin_scores(SECOND, keys, s.key_stride, tile.query + tile_side, s.head_units);
+    begin_scores(FIRST, keys, s.key_stride, group.count, tile.query, s.head_units);
+    begin_scores(SECOND, keys, s.key_stride, group.count, tile.query + tile_side, s.head_units);
     group.stored = false;
 }
 TW_INLINE void end_group(Group *group) {
     if (!group || group->stored) return;
-    end_scores(FIRST, group->scores);
-    end_scores(SECOND, group->scores + tile_side);
+    end_scores(FIRST, group->count, group->scores);
+    end_scores(SECOND, group->count, group->scores + tile_side);
     order_memory();
     group->stored = true;
 }
@@ -68,7 +72,7 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, Group 
     __m512 factor = _mm512_set1_ps(s.factor);
     if (PATH == GENERAL && s.problem->softcap > 0) {
         const float cap = float(s.problem->softcap * 1.4426950408889634074), twice_inverse = float(2 / s.problem->softcap);
-        for (int at = 0; at < tile_keys * tile_lanes; at += tile_side) {
+        for (int at = 0; at < group.count * tile_lanes; at += tile_side) {
             const vf x = load(group.scores + at) * s.factor;
             store(group.scores + at, cap * tanh_of_log2<float>(x * twice_inverse));
         }
@@ -81,21 +85,29 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, Group 
         return _mm512_fmadd_ps(x, factor, bias ? (__m512)load(bias + place) : _mm512_setzero_ps());
     };
 
+    // Finds the largest scores, and whether some are beyond their limits.
     alignas(64) float tops[tile_lanes];
-    uint64_t beyond = 0;
-    for (int z = 0; z < tile_lanes; z += tile_side) {
-        __m512 top[4];
-        TW_UNROLL for (int i = 0; i < 4; ++i) top[i] = -infinity;
-        TW_UNROLL for (int n = 0; n < tile_keys; ++n) {
-            const __mmask16 seen = PATH == PLAIN || !words ? __mmask16(0xFFFF) : __mmask16(words[n] >> z);
-            top[n % 4] = _mm512_mask_max_ps(top[n % 4], seen, top[n % 4], whole_score(n, z));
+    const auto find_tops = [&](const uint64_t *seen_by) {
+        uint64_t beyond = 0;
+        for (int z = 0; z < tile_lanes; z += tile_side) {
+            __m512 top[4];
+            TW_UNROLL for (int i = 0; i < 4; ++i) top[i] = -infinity;
+            for (int half = 0; half < group.count; half += tile_side)
+                TW_UNROLL for (int n = 0; n < tile_side; ++n) {
+                    const __mmask16 seen = seen_by ? __mmask16(seen_by[half + n] >> z) : __mmask16(0xFFFF);
+                    top[n % 4] = _mm512_mask_max_ps(top[n % 4], seen, whole_score(half + n, z), top[n % 4]);
+                }
+            // NaN is passed over: the sum is NaN too.
+            __m512 highest = larger_of(larger_of(top[0], top[1]), larger_of(top[2], top[3]));
+            if (PATH != GENERAL) highest = _mm512_mul_ps(highest, factor);
+            beyond |= _mm512_cmp_ps_mask(highest, (__m512)load(tile.limit + z), _CMP_GT_OQ);
+            _mm512_store_ps(tops + z, highest);
         }
-        // What NaN does to a maximum does not matter: the sum is NaN too.
-        __m512 highest = larger_of(larger_of(top[0], top[1]), larger_of(top[2], top[3]));
-        if (PATH != GENERAL) highest = _mm512_mul_ps(highest, factor);
-        beyond |= _mm512_cmp_ps_mask(highest, (__m512)load(tile.limit + z), _CMP_GT_OQ);
-        _mm512_store_ps(tops + z, highest);
-    }
+        return beyond;
+    };
+    // Where no score at all is beyond, no seen one is, and masks cost nothing here.
+    uint64_t beyond = find_tops(PATH == GENERAL ? words : nullptr);
+    if (PATH == MASKED && beyond) beyond = find_tops(words);
     if (__builtin_expect(beyond != 0, 0)) {
         end_group(next); // values are weighed in the same registers
         raise_reference<Tiles, 2>(s, tile, tops, group.key);
@@ -105,7 +117,8 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, Group 
     for (int z = 0; z < tile_lanes; z += tile_side) {
         const __m512 shift = (__m512)load(tile.shift + z);
         __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        TW_UNROLL for (int n = 0; n < tile_keys; n += 2) {
+        for (int half = 0; half < group.count; half += tile_side)
+            TW_UNROLL for (int n = half; n < half + tile_side; n += 2) {
             __m512 weight[2];
             TW_UNROLL for (int i = 0; i < 2; ++i) {
                 const __mmask16 seen = PATH == PLAIN || !words ? __mmask16(0xFFFF) : __mmask16(words[n + i] >> z);
@@ -123,6 +136,7 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, Group 
             }
             store(to + n / 2 * tile_lanes + z, narrow_across((vf)weight[0], (vf)weight[1]));
         }
+        for (int n = group.count; n < tile_keys; n += 2) store(to + n / 2 * tile_lanes + z, vi32{});
         store(tile.sum + z, load(tile.sum + z) + (vf)_mm512_add_ps(sums[0], sums[1]));
         end_group(next);
     }
@@ -174,6 +188,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
             }
             if (p.dropout.enabled) draw_dropout(p, s.batch, tile, key, n, keep);
             for (int g = 0; g < n; g += tile_keys) {
+                ask_for_rows(s, tile, key, g / 2, g / 2 + tile_side);
                 uint64_t some = 1, all = first_bits(tile_lanes);
                 if (masked) {
                     some = 0;
@@ -185,6 +200,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
                 }
                 Group &group = groups[turn ^= 1];
                 group.key = key + g;
+                group.count = n - g <= tile_side ? tile_side : tile_keys;
                 group.words = all != first_bits(tile_lanes) ? words + g : nullptr;
                 begin_group(s, tile, group);
                 weigh_waiting(s, tile, waiting, &group);

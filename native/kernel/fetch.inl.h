@@ -17,12 +17,32 @@ template <class M> struct Sweep {
     A factor;         // of the products, where queries are not multiplied by it: scale * log2(e)
     bool general;     // softcap, bias or dropout: every group takes the general path
     bool careful;     // bar invisible values lane by lane: they hold something that is not finite
-    int64_t chunk, run_begin;
+    int64_t element_asked; // bytes of an element of q and out where sweeps ask for their rows ahead, else 0
+    int64_t chunk, run_begin; // chunk: the key that the one entered begins at, or -1
 };
 
-// Goes to the chunk that begins at `key`.
+TW_INLINE void ask_for(const void *from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char *>(from) + at, 0, 2);
+}
+
+// While a tile sweeps its only chunk: asks for the rows of lanes [begin, end) that are written next, and for those that the
+// next tile reads (most often they follow in the same head). All at once they would wait for one another.
+template <class M> TW_INLINE void ask_for_rows(const Sweep<M> &s, const Tile<M> &tile, int64_t key, int begin, int end) {
+    if (!s.element_asked || key != s.chunk) return;
+    const tw_problem &p = *s.problem;
+    const auto row = [&](const tw_tensor &x, int64_t h, int64_t i) {
+        return static_cast<const char *>(x.data) + (s.batch * x.stride_b + h * x.stride_h + i * x.stride_s) * s.element_asked;
+    };
+    for (int l = begin; l < end; ++l) {
+        ask_for(row(p.out, tile.h[l], tile.i[l]), p.value_dim * s.element_asked);
+        ask_for(row(p.q, tile.h[l], tile.i[l] + tile.width), p.head_dim * s.element_asked);
+    }
+}
+
+// Goes to the chunk that begins at `key`, unless it is there.
 template <class T, class M> TW_INLINE void enter_chunk(Sweep<M> &s, int64_t key) {
     const tw_problem &p = *s.problem;
+    if (s.chunk == key) return;
     s.chunk = key;
     s.fetched = 0;
     if constexpr (sizeof(T) == sizeof(unit_of<M>)) {

@@ -130,38 +130,46 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     s.bias = reinterpret_cast<A *>(take((block_keys + TW_GROUP_KEYS) * width));
     choose_source<T>(s, reinterpret_cast<U *>(take(fetched_units<T, M>(p))));
     s.careful = false;
+    s.chunk = -1;
 
+    // Tiles share a chunk's keys; where there is one chunk, each is finished before the next, which takes its memory.
+    const int64_t together = item->key_end - item->key_begin <= chunk_keys ? 1 : count;
+    s.element_asked = together == 1 && !p.part ? sizeof(T) : 0;
     Tile<M> *tiles[most_tiles_of_item] = {};
-    for (int64_t t = 0; t < count; ++t) {
+    for (int64_t t = 0; t < together; ++t) {
         tiles[t] = reinterpret_cast<Tile<M> *>(tile_memory + size_t(t) * rounded(sizeof(Tile<M>)));
         tiles[t]->query = reinterpret_cast<U *>(take(s.head_units * width));
         tiles[t]->out = reinterpret_cast<A *>(take(s.value_dim * width));
-        const int64_t row = item->row_begin + t * width, left = item->row_end - row;
-        fill_tile<T>(p, *item, row, left < width ? left : width, *tiles[t]);
     }
     const bool joins = joins_splits(p) && !item->partial;
     Earlier<A> *earlier[most_tiles_of_item] = {};
-    for (int64_t t = 0; joins && t < count; ++t) {
+    for (int64_t t = 0; joins && t < together; ++t) {
         earlier[t] = reinterpret_cast<Earlier<A> *>(take(int64_t(rounded(sizeof(Earlier<A>)) / sizeof(A))));
         earlier[t]->out = reinterpret_cast<A *>(take(s.value_dim * width));
     }
-    for (int64_t key = item->key_begin, end;; key = end) {
-        end = joins && item->key_end - key > split_keys ? key + split_keys : item->key_end;
-        for (int64_t t = 0; t < count; ++t) {
-            if (key > item->key_begin) keep_state(*tiles[t], *earlier[t]);
-            reset(*tiles[t], s.value_dim);
+    for (int64_t first = 0; first < count; first += together) {
+        for (int64_t t = 0; t < together; ++t) {
+            const int64_t row = item->row_begin + (first + t) * width, left = item->row_end - row;
+            fill_tile<T>(p, *item, row, left < width ? left : width, *tiles[t]);
         }
-        sweep_all<T>(s, tiles, count, key, end);
-        for (int64_t t = 0; t < count; ++t) {
-            if (needs_care(*tiles[t], p.value_dim)) sweep_with_care<T>(s, *tiles[t], key, end);
-            if (key > item->key_begin) join(*earlier[t], *tiles[t], p.value_dim);
+        for (int64_t key = item->key_begin, end;; key = end) {
+            end = joins && item->key_end - key > split_keys ? key + split_keys : item->key_end;
+            for (int64_t t = 0; t < together; ++t) {
+                if (key > item->key_begin) keep_state(*tiles[t], *earlier[t]);
+                reset(*tiles[t], s.value_dim);
+            }
+            sweep_all<T>(s, tiles, together, key, end);
+            for (int64_t t = 0; t < together; ++t) {
+                if (needs_care(*tiles[t], p.value_dim)) sweep_with_care<T>(s, *tiles[t], key, end);
+                if (key > item->key_begin) join(*earlier[t], *tiles[t], p.value_dim);
+            }
+            if (end == item->key_end) break;
         }
-        if (end == item->key_end) break;
-    }
-    for (int64_t t = 0; t < count; ++t) {
-        if (item->partial)
-            finish_partial(p, *item, *tiles[t], t * width);
-        else
-            finish<T>(p, *item, *tiles[t]);
+        for (int64_t t = 0; t < together; ++t) {
+            if (item->partial)
+                finish_partial(p, *item, *tiles[t], (first + t) * width);
+            else
+                finish<T>(p, *item, *tiles[t]);
+        }
     }
 }

@@ -179,6 +179,7 @@ template <class M, int NZ> static void sweep_block(Sweep<M> &s, Tile<M> &tile, i
     if (p.dropout.enabled) draw_dropout(p, s.batch, tile, key, n, keep);
 
     for (int g = 0; g < n; g += NK) {
+        ask_for_rows(s, tile, key, g * width / block_keys, (g + NK) * width / block_keys);
         bool masked = sight == SEES_SOME;
         if (masked) {
             uint64_t some = 0, all = every_lane;
