@@ -90,14 +90,14 @@ static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *
         if (!some) continue;
         const int64_t first = key - s.first + g;
         order_memory();
-        begin_scores(FIRST, s.k + first * s.k_stride, s.k_stride, tile.query, s.k_stride);
-        begin_scores(SECOND, s.k + first * s.k_stride, s.k_stride, tile.query + tile_side, s.k_stride);
-        end_scores(FIRST, group.scores);
-        begin_scores(FIRST, s.v + first * s.v_stride, s.v_stride, d_out, s.v_stride);
-        end_scores(SECOND, group.scores + tile_side);
-        begin_scores(SECOND, s.v + first * s.v_stride, s.v_stride, d_out + tile_side, s.v_stride);
-        end_scores(FIRST, group.slopes);
-        end_scores(SECOND, group.slopes + tile_side);
+        begin_scores(FIRST, s.k + first * s.k_stride, s.k_stride, tile_keys, tile.query, s.k_stride);
+        begin_scores(SECOND, s.k + first * s.k_stride, s.k_stride, tile_keys, tile.query + tile_side, s.k_stride);
+        end_scores(FIRST, tile_keys, group.scores);
+        begin_scores(FIRST, s.v + first * s.v_stride, s.v_stride, tile_keys, d_out, s.v_stride);
+        end_scores(SECOND, tile_keys, group.scores + tile_side);
+        begin_scores(SECOND, s.v + first * s.v_stride, s.v_stride, tile_keys, d_out + tile_side, s.v_stride);
+        end_scores(FIRST, tile_keys, group.slopes);
+        end_scores(SECOND, tile_keys, group.slopes + tile_side);
         order_memory();
         if (s.general)
             slopes_of_group<GENERAL>(s, tile, group, g, words + g, s.problem->dropout.enabled ? keep + g : nullptr);

@@ -2,8 +2,6 @@
 // memory, since vectors cannot read tile registers. While the vectors weigh one group, the tile registers make the scores
 // of the next and add the values of the run before (amx_work.inl.h). States, rules and layouts are those of sweep.inl.h.
 
-TW_INLINE __m512 larger_of(__m512 a, __m512 b) { return _mm512_maskz_max_ps(0xFFFF, a, b); } // b where either is NaN
-
 // 2^x for x <= about 100; exactly 0 below -126 and in lanes whose bit of `kept` is not set, exactly 1 for 0, NaN for NaN.
 // 2^x = 2^floor(x) 2^f, with a polynomial for 2^f on [0, 1] of smallest largest relative error (1.5e-7, Remez), as two
 // instructions split x and scale by floor(x).
@@ -19,31 +17,36 @@ TW_INLINE __m512 exp2_where(__mmask16 kept, __m512 x) {
     return _mm512_maskz_scalef_ps(kept, h, x);
 }
 
-// The scores of 32 keys with 16 lanes, K Q^T, up to storing them.
-TW_INLINE void begin_scores(Turn turn, const int32_t *keys, int64_t stride, const int32_t *query, int64_t head_units) {
+// The scores of 16 or 32 keys with 16 lanes, K Q^T, up to storing them.
+TW_INLINE void begin_scores(Turn turn, const int32_t *keys, int64_t stride, int count, const int32_t *query, int64_t head_units) {
     clear_tiles(turn);
     for (int64_t d = 0; d < head_units; d += tile_side) {
         _tile_loadd(4, keys + d, stride * int64_t(sizeof(int32_t)));
-        _tile_loadd(5, keys + d + tile_side * stride, stride * int64_t(sizeof(int32_t)));
         _tile_loadd(6, query + d * tile_lanes, tile_lanes * sizeof(int32_t));
-        multiply_rows(turn);
+        if (count > tile_side) {
+            _tile_loadd(5, keys + d + tile_side * stride, stride * int64_t(sizeof(int32_t)));
+            multiply_rows(turn);
+        } else
+            multiply_row(turn);
     }
 }
-TW_INLINE void end_scores(Turn turn, float *scores) {
+TW_INLINE void end_scores(Turn turn, int count, float *scores) {
     store_tile(turn, 0, scores, tile_lanes * sizeof(float));
-    store_tile(turn, 1, scores + tile_side * tile_lanes, tile_lanes * sizeof(float));
+    if (count > tile_side) store_tile(turn, 1, scores + tile_side * tile_lanes, tile_lanes * sizeof(float));
 }
 
 // A group of keys, and its scores.
 struct Group {
     alignas(64) float scores[tile_keys * tile_lanes];
     int64_t key;
+    int count;             // 32, or 16 where no more exist
     const uint64_t *words; // the lanes that see each key, or NULL: all
 };
 
 TW_INLINE void begin_scores_of(Sweep<Tiles> &s, const Tile<Tiles> &tile, Group &group) {
     Background<Tiles> &work = s.background;
     work.scores = group.scores;
+    work.half_scores = group.count <= tile_side;
     work.keys = s.keys + (group.key - s.chunk) * s.key_stride;
     work.key_stride = s.key_stride;
     work.query = tile.query;
@@ -74,7 +77,7 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
     }
     const int64_t steps = steps_beside_group(s.background);
     int64_t due = 0;
-    for (int n = 0; n < tile_keys; n += 2) {
+    for (int n = 0; n < group.count; n += 2) {
         TW_UNROLL for (int z = 0; z < 2; ++z) {
             __m512 weight[2];
             TW_UNROLL for (int i = 0; i < 2; ++i) {
@@ -96,8 +99,10 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
             }
             store(to + n / 2 * tile_lanes + z * tile_side, narrow_across((vf)weight[0], (vf)weight[1]));
         }
-        for (due += steps; due >= tile_keys / 2; due -= tile_keys / 2) step(s.background);
+        for (due += 2 * steps; due >= group.count; due -= group.count) step(s.background);
     }
+    for (int n = group.count; n < tile_keys; n += 2)
+        TW_UNROLL for (int z = 0; z < 2; ++z) store(to + n / 2 * tile_lanes + z * tile_side, vi32{});
     settle(s.background);
     order_memory();
     const uint64_t beyond = uint64_t(uint16_t(~within[0])) | uint64_t(uint16_t(~within[1])) << tile_side;
@@ -135,13 +140,12 @@ TW_RARE void raise_to_group(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &gro
     alignas(64) float tops[tile_lanes];
     for (int z = 0; z < tile_lanes; z += tile_side) {
         __m512 top = -infinity; // of the others, too: beyond no limit
-        for (int n = 0; n < tile_keys; ++n) {
+        for (int n = 0; n < group.count; ++n) {
             const int place = n * tile_lanes + z;
             const __m512 own = bias ? (__m512)load(bias + place) : _mm512_setzero_ps();
             const __m512 x = _mm512_fmadd_ps((__m512)load(group.scores + place), factor, own);
             const uint64_t seen = beyond & (group.words ? group.words[n] : ~uint64_t(0));
-            // What NaN does to a maximum does not matter: the sum is NaN too.
-            top = _mm512_mask_max_ps(top, __mmask16(seen >> z), top, x);
+            top = _mm512_mask_max_ps(top, __mmask16(seen >> z), x, top); // NaN is passed over: the sum is NaN too
         }
         _mm512_store_ps(tops + z, top);
     }
@@ -154,7 +158,7 @@ template <ScorePath PATH>
 static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const float *bias, const uint64_t *keep) {
     if (PATH == GENERAL && s.problem->softcap > 0) {
         const float cap = float(s.problem->softcap * 1.4426950408889634074), twice_inverse = float(2 / s.problem->softcap);
-        for (int at = 0; at < tile_keys * tile_lanes; at += tile_side) {
+        for (int at = 0; at < group.count * tile_lanes; at += tile_side) {
             const vf x = load(group.scores + at) * s.factor;
             store(group.scores + at, cap * tanh_of_log2<float>(x * twice_inverse));
         }
@@ -226,6 +230,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
                 }
                 Group &group = groups[turn ^= 1];
                 group.key = key + g;
+                group.count = n - g <= tile_side ? tile_side : tile_keys;
                 group.words = all != first_bits(tile_lanes) ? words + g : nullptr;
                 begin_scores_of(s, tile, group);
                 weigh_waiting();

@@ -63,7 +63,8 @@ TW_INLINE void clear_tiles(Turn turn) {
     }
 }
 
-// The unit's tiles += A B, with A in the registers 4 and 5 and B in 6 and 7: one A and two B, or two A and one B.
+// The unit's tiles += A B, with A in the registers 4 and 5 and B in 6 and 7: one A and two B, one A and one B, or two A
+// and one B.
 TW_INLINE void multiply_columns(Turn turn) {
     if (turn == FIRST) {
         _tile_dpbf16ps(0, 4, 6);
@@ -72,6 +73,9 @@ TW_INLINE void multiply_columns(Turn turn) {
         _tile_dpbf16ps(2, 4, 6);
         _tile_dpbf16ps(3, 4, 7);
     }
+}
+TW_INLINE void multiply_row(Turn turn) {
+    if (turn == FIRST) _tile_dpbf16ps(0, 4, 6); else _tile_dpbf16ps(2, 4, 6);
 }
 TW_INLINE void multiply_rows(Turn turn) {
     if (turn == FIRST) {

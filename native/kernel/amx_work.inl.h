@@ -15,6 +15,7 @@ template <> struct Background<Tiles> {
     float *scores = nullptr; // [32 keys][32 lanes], or NULL: all made
     const int32_t *keys, *query;
     int64_t key_stride, head_units, d = 0;
+    bool half_scores; // whether only 16 of the keys exist
     float *out; // [rows][32 lanes]
     const int32_t *weights, *values;
     int64_t groups = 0, group = 0, rows = 0, row = 0; // row >= rows: all added
@@ -68,21 +69,23 @@ TW_INLINE void settle(Background<Tiles> &work) {
 
 template <int PART> TW_INLINE void step_of_scores(Background<Tiles> &work) {
     settle_part<PART>(work);
-    if (work.d == 0) clear_part<PART>();
-    const int64_t bytes = work.key_stride * int64_t(sizeof(int32_t));
-    const int32_t *keys = work.keys + work.d, *query = work.query + work.d * tile_lanes;
-    if (PART == 0) {
-        _tile_loadd(4, keys, bytes);
-        _tile_loadd(6, query, tile_lanes * sizeof(int32_t));
+    if (PART < 2 || !work.half_scores) {
+        if (work.d == 0) clear_part<PART>();
+        const int64_t bytes = work.key_stride * int64_t(sizeof(int32_t));
+        const int32_t *keys = work.keys + work.d, *query = work.query + work.d * tile_lanes;
+        if (PART == 0) {
+            _tile_loadd(4, keys, bytes);
+            _tile_loadd(6, query, tile_lanes * sizeof(int32_t));
+        }
+        if (PART == 1) _tile_loadd(7, query + tile_side, tile_lanes * sizeof(int32_t));
+        if (PART == 2) _tile_loadd(5, keys + tile_side * work.key_stride, bytes);
+        multiply_part<PART>();
     }
-    if (PART == 1) _tile_loadd(7, query + tile_side, tile_lanes * sizeof(int32_t));
-    if (PART == 2) _tile_loadd(5, keys + tile_side * work.key_stride, bytes);
-    multiply_part<PART>();
     if (PART < 3) return;
     work.owed = nullptr;
     if ((work.d += tile_side) < work.head_units) return;
     work.owed = work.scores;
-    work.owed_half = false;
+    work.owed_half = work.half_scores;
     work.scores = nullptr;
 }
 

@@ -58,7 +58,7 @@ static void close_tile(const tw_problem *problem, const tw_gradients *gradients,
     using A = sum_of<M>;
     const Tile<M> &tile = *static_cast<const Tile<M> *>(record);
     A factors[most_lanes];
-    for (int l = 0; l < tile.rows; ++l) factors[l] = A(p.scale);
+    for (int l = 0; l < tile.width; ++l) factors[l] = A(p.scale);
     if (p.part)
         tile_to_rows<A>(gradients->d_q, b, tile, factors, p.head_dim);
     else

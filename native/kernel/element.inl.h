@@ -85,6 +85,10 @@ template <class T, class V> TW_INLINE void narrow_first(T *p, V x, int n) {
     narrow(rounded, x);
     for (int l = 0; l < n; ++l) p[l] = rounded[l];
 }
+#if defined(__AVX512F__)
+TW_INLINE void narrow_first(float *p, vf x, int n) { _mm512_mask_storeu_ps(p, __mmask16(first_bits(n)), (__m512)x); }
+TW_INLINE void narrow_first(double *p, vd x, int n) { _mm512_mask_storeu_pd(p, __mmask8(first_bits(n)), (__m512d)x); }
+#endif
 
 // Numbers of a row that is made whole vectors by zeros.
 template <class A> TW_INLINE int64_t padded(int64_t n) { return (n + lanes<A> - 1) / lanes<A> * lanes<A>; }

@@ -29,13 +29,14 @@ template <class M> struct Sweep {
     A factor;         // of the products, where queries are not multiplied by it: scale * log2(e)
     bool general;     // softcap, bias or dropout: every group takes the general path
     bool careful;     // bar invisible values lane by lane: they hold something that is not finite
-    int64_t chunk, run_begin;
+    int64_t chunk, run_begin; // chunk: the key that the one entered begins at, or -1
     Background<M> background;
 };
 
-// Goes to the chunk that begins at `key`.
+// Goes to the chunk that begins at `key`, unless it is there.
 template <class T, class M> TW_INLINE void enter_chunk(Sweep<M> &s, int64_t key) {
     const tw_problem &p = *s.problem;
+    if (s.chunk == key) return;
     s.chunk = key;
     s.fetched = 0;
     if constexpr (sizeof(T) == sizeof(unit_of<M>)) {

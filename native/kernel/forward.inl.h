@@ -30,6 +30,11 @@ template <class T, class M> static size_t scratch_bytes(const tw_problem *p, int
     return size_t(tiles) * (state + earlier) + size_t(scores) * width + size_t(fetched_units<T, M>(*p)) * sizeof(A);
 }
 
+// Asks for the cache lines of n elements, which are used later.
+template <class T> TW_INLINE void ask_for_row(const T *row, int64_t n) {
+    for (int64_t d = 0; d < n; d += int64_t(64 / sizeof(T))) __builtin_prefetch(row + d, 0, 2);
+}
+
 template <class T, class M>
 static void fill_tile(const tw_problem &p, const tw_item &item, int64_t row, int64_t rows, Tile<M> &tile) {
     using A = sum_of<M>;
@@ -45,6 +50,7 @@ static void fill_tile(const tw_problem &p, const tw_item &item, int64_t row, int
         tile.h[l] = h;
         tile.i[l] = i;
         q[l] = tensor_row<const T>(p.q, item.b, h, i);
+        ask_for_row(q[l] + tile.width * p.q.stride_s, p.head_dim); // most often the next tile's
         if (p.labels.q) {
             const int32_t label = p.labels.q[item.b * p.labels.q_stride_b + h * p.labels.q_stride_h + i];
             tile.label_low = label < tile.label_low ? label : tile.label_low;
@@ -136,38 +142,48 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     s.bias = reinterpret_cast<A *>(take((block_keys + TW_GROUP_KEYS) * width));
     choose_source<T>(s, reinterpret_cast<U *>(take(fetched_units<T, M>(p))));
     s.careful = false;
+    s.chunk = -1;
 
+    // Tiles share a chunk's keys; where there is one chunk, each is finished before the next, which takes its memory.
+    const int64_t together = item->key_end - item->key_begin <= chunk_keys<M>(p) ? 1 : count;
     Tile<M> *tiles[most_tiles_of_item] = {};
-    for (int64_t t = 0; t < count; ++t) {
+    for (int64_t t = 0; t < together; ++t) {
         tiles[t] = reinterpret_cast<Tile<M> *>(tile_memory + size_t(t) * rounded(sizeof(Tile<M>)));
         tiles[t]->query = reinterpret_cast<U *>(take(s.head_units * width));
         tiles[t]->out = reinterpret_cast<A *>(take(s.value_dim * width));
-        const int64_t row = item->row_begin + t * width, left = item->row_end - row;
-        fill_tile<T>(p, *item, row, left < width ? left : width, *tiles[t]);
     }
     const bool joins = joins_splits(p) && !item->partial;
     Earlier<A> *earlier[most_tiles_of_item] = {};
-    for (int64_t t = 0; joins && t < count; ++t) {
+    for (int64_t t = 0; joins && t < together; ++t) {
         earlier[t] = reinterpret_cast<Earlier<A> *>(take(int64_t(rounded(sizeof(Earlier<A>)) / sizeof(A))));
         earlier[t]->out = reinterpret_cast<A *>(take(s.value_dim * width));
     }
-    for (int64_t key = item->key_begin, end;; key = end) {
-        end = joins && item->key_end - key > split_keys ? key + split_keys : item->key_end;
-        for (int64_t t = 0; t < count; ++t) {
-            if (key > item->key_begin) keep_state(*tiles[t], *earlier[t]);
-            reset(*tiles[t], s.value_dim);
+    for (int64_t first = 0; first < count; first += together) {
+        for (int64_t t = 0; t < together; ++t) {
+            const int64_t row = item->row_begin + (first + t) * width, left = item->row_end - row;
+            fill_tile<T>(p, *item, row, left < width ? left : width, *tiles[t]);
+            if (together == 1 && !p.part) // it is finished soon
+                for (int l = 0; l < tiles[t]->rows; ++l)
+                    ask_for_row(tensor_row<const T>(p.out, item->b, tiles[t]->h[l], tiles[t]->i[l]), p.value_dim);
         }
-        sweep_all<T>(s, tiles, count, key, end);
-        for (int64_t t = 0; t < count; ++t) {
-            if (needs_care(*tiles[t], p.value_dim)) sweep_with_care<T>(s, *tiles[t], key, end);
-            if (key > item->key_begin) join(*earlier[t], *tiles[t], p.value_dim);
+        for (int64_t key = item->key_begin, end;; key = end) {
+            end = joins && item->key_end - key > split_keys ? key + split_keys : item->key_end;
+            for (int64_t t = 0; t < together; ++t) {
+                if (key > item->key_begin) keep_state(*tiles[t], *earlier[t]);
+                reset(*tiles[t], s.value_dim);
+            }
+            sweep_all<T>(s, tiles, together, key, end);
+            for (int64_t t = 0; t < together; ++t) {
+                if (needs_care(*tiles[t], p.value_dim)) sweep_with_care<T>(s, *tiles[t], key, end);
+                if (key > item->key_begin) join(*earlier[t], *tiles[t], p.value_dim);
+            }
+            if (end == item->key_end) break;
         }
-        if (end == item->key_end) break;
-    }
-    for (int64_t t = 0; t < count; ++t) {
-        if (item->partial)
-            finish_partial(p, *item, *tiles[t], t * width);
-        else
-            finish<T>(p, *item, *tiles[t]);
+        for (int64_t t = 0; t < together; ++t) {
+            if (item->partial)
+                finish_partial(p, *item, *tiles[t], (first + t) * width);
+            else
+                finish<T>(p, *item, *tiles[t]);
+        }
     }
 }

@@ -1,20 +1,7 @@
-// Which keys of a block of 64 do the lanes of a tile see? First as a word per row (bit = key), where ranges and dense
-// masks are cheap; then turned into a word per key (bit = lane), where labels and tile bits join and scores are masked.
+// Which keys of a block of 64 do the lanes of a tile see? A tile asks for a word per key (bit = lane), as scores are masked;
+// few rows ask for a word per row (bit = key).
 
 enum Sight { SEES_NOTHING, SEES_SOME, SEES_ALL };
-
-// Turns a 64 x 64 square of bits about its diagonal, by swapping ever smaller off-diagonal squares.
-TW_INLINE void transpose_bits(uint64_t *square) {
-    uint64_t mask = 0x00000000FFFFFFFFull;
-    for (int size = 32; size; size >>= 1, mask ^= mask << size) {
-        for (int base = 0; base < 64; base += 2 * size)
-            for (int r = base; r < base + size; ++r) {
-                uint64_t swapped = ((square[r] >> size) ^ square[r + size]) & mask;
-                square[r] ^= swapped << size;
-                square[r + size] ^= swapped;
-            }
-    }
-}
 
 // Bits of the keys [key, key + n) that lie in the row's ranges.
 TW_INLINE uint64_t range_bits(const tw_ranges &ranges, int64_t row, int64_t key, int64_t n) {
@@ -80,6 +67,71 @@ TW_INLINE uint64_t row_sight(const tw_problem &p, int64_t b, int64_t h, int64_t 
     return row;
 }
 
+// Narrows words[0..n) (bit = lane) by the rows' ranges. A row's ranges are disjoint: as keys pass, each start and stop turns
+// its lane over.
+template <class M>
+TW_INLINE Sight narrow_by_ranges(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
+    const tw_ranges &ranges = p.ranges;
+    uint64_t turned[block_keys] = {}, seen = 0; // lanes that key j turns over; those that see the key reached
+    for (int l = 0; l < tile.width; ++l) {
+        const uint64_t lane = uint64_t(1) << l;
+        const int64_t row = range_row(ranges, b, tile.h[l], tile.i[l]);
+        for (int r = 0; r < ranges.count; ++r) {
+            const int64_t start = read_range(ranges, ranges.starts, row + r) - key;
+            const int64_t stop = read_range(ranges, ranges.stops, row + r) - key;
+            if (start >= stop || start >= n || stop <= 0) continue;
+            if (start <= 0)
+                seen ^= lane;
+            else
+                turned[start] ^= lane;
+            if (stop < n) turned[stop] ^= lane;
+        }
+    }
+    uint64_t some = 0, all = first_bits(tile.width);
+    for (int j = 0; j < n; ++j) {
+        seen ^= turned[j];
+        words[j] &= seen;
+        some |= seen;
+        all &= seen;
+    }
+    return !some ? SEES_NOTHING : all == first_bits(tile.width) ? SEES_ALL : SEES_SOME;
+}
+
+// Narrows words[0..n) by the dense mask. Bytes of eight rows become one row of bytes, whose bits are those lanes.
+template <class M>
+TW_INLINE void narrow_by_mask(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
+    const tw_dense_mask &mask = p.mask;
+    constexpr int eights = (TW_TILE_VECTORS * lanes<sum_of<M>> + 7) / 8, parts = block_keys / TW_VECTOR_BYTES;
+    uint8_t seen[eights][block_keys];
+    const uint8_t *const first = mask.data + b * mask.stride_b + key * mask.stride_j;
+    for (int e = 0; e < eights; ++e) {
+        vu8 bits[parts] = {};
+        for (int l = 8 * e; l < 8 * (e + 1) && l < tile.width; ++l) {
+            const uint8_t *row = first + tile.h[l] * mask.stride_h + tile.i[l] * mask.stride_i;
+            uint8_t copy[block_keys] = {};
+            if (mask.stride_j == 0)
+                row = static_cast<const uint8_t *>(__builtin_memset(copy, *row, block_keys));
+            else if (mask.stride_j != 1 || n < block_keys) {
+                for (int j = 0; j < n; ++j) copy[j] = row[j * mask.stride_j];
+                row = copy;
+            }
+            const uint8_t lane = uint8_t(1 << l % 8);
+            TW_UNROLL for (int v = 0; v < parts; ++v)
+                bits[v] |= (vu8)(*reinterpret_cast<const vu8 *>(row + v * TW_VECTOR_BYTES) != 0) & lane;
+        }
+        TW_UNROLL for (int v = 0; v < parts; ++v) *reinterpret_cast<vu8 *>(seen[e] + v * TW_VECTOR_BYTES) = bits[v];
+    }
+    for (int j = 0; j < block_keys; ++j) {
+        uint64_t word = 0;
+        TW_UNROLL for (int e = 0; e < eights; ++e) word |= uint64_t(seen[e][j]) << 8 * e;
+        words[j] &= word;
+    }
+    // Rows lie far apart, each a cache line that no other block reads: ask for those that the next chunk will read, once
+    // this block's are there.
+    for (int l = 0; l < tile.width; ++l)
+        __builtin_prefetch(first + tile.h[l] * mask.stride_h + tile.i[l] * mask.stride_i + run_keys * mask.stride_j, 0, 2);
+}
+
 // Narrows words[0..n) (bit = lane) by the labels. Disjoint or single labels are seen without comparing pairs.
 template <class M>
 TW_INLINE Sight narrow_by_labels(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
@@ -135,30 +187,17 @@ TW_INLINE Sight narrow_by_bits(const tw_problem &p, int64_t b, const Tile<M> &ti
 // The words of the n keys from `key` (a multiple of 64); words beyond n are 0. Filled only where some are seen.
 template <class M>
 static Sight look(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
-    const uint64_t every_key = first_bits(n), every_lane = first_bits(tile.width);
-    bool rows_full = true;
-    if (p.mask.data || (p.ranges.count && !within_common_range(p, tile, key, n))) {
-        uint64_t some = 0, all = every_key;
-        for (int l = 0; l < tile.width; ++l) {
-            const uint64_t row = cheap_sight(p, b, tile.h[l], tile.i[l], key, n);
-            words[l] = row;
-            some |= row;
-            all &= row;
-        }
-        if (!some) return SEES_NOTHING;
-        rows_full = all == every_key;
-    }
-    if (rows_full) {
-        for (int j = 0; j < block_keys; ++j) words[j] = j < n ? every_lane : 0;
-    } else {
-        for (int l = tile.width; l < most_lanes; ++l) words[l] = 0;
-        transpose_bits(words);
-    }
+    const uint64_t every_lane = first_bits(tile.width);
+    for (int j = 0; j < block_keys; ++j) words[j] = j < n ? every_lane : 0;
+    const bool asked = p.ranges.count && !within_common_range(p, tile, key, n);
+    Sight ranges = asked ? narrow_by_ranges(p, b, tile, key, n, words) : SEES_ALL;
+    if (ranges == SEES_NOTHING) return SEES_NOTHING;
+    if (p.mask.data) narrow_by_mask(p, b, tile, key, n, words);
     Sight labels = p.labels.q ? narrow_by_labels(p, b, tile, key, n, words) : SEES_ALL;
     if (labels == SEES_NOTHING) return SEES_NOTHING;
     Sight bits = p.bits.index ? narrow_by_bits(p, b, tile, key, n, words) : SEES_ALL;
     if (bits == SEES_NOTHING) return SEES_NOTHING;
-    if (rows_full && labels == SEES_ALL && bits == SEES_ALL) return SEES_ALL;
+    if (!p.mask.data && ranges == SEES_ALL && labels == SEES_ALL && bits == SEES_ALL) return SEES_ALL;
     uint64_t some = 0, all = every_lane;
     for (int j = 0; j < n; ++j) some |= words[j], all &= words[j];
     return !some ? SEES_NOTHING : all == every_lane ? SEES_ALL : SEES_SOME;

@@ -9,6 +9,7 @@ typedef float vf __attribute__((vector_size(TW_VECTOR_BYTES), aligned(4), may_al
 typedef double vd __attribute__((vector_size(TW_VECTOR_BYTES), aligned(8), may_alias));
 typedef int32_t vi32 __attribute__((vector_size(TW_VECTOR_BYTES), aligned(4), may_alias));
 typedef int64_t vi64 __attribute__((vector_size(TW_VECTOR_BYTES), aligned(8), may_alias));
+typedef uint8_t vu8 __attribute__((vector_size(TW_VECTOR_BYTES), aligned(1), may_alias));
 
 // For accumulators of type A: the vector, the integers that its comparisons give, and one such integer.
 template <class A> struct vectors;
