@@ -181,14 +181,16 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
     Group groups[2], *waiting = nullptr; // for its turn: the next group's scores are made beside it
     uint64_t all_words[2][block_keys], keep[block_keys];
     int turn = 0, block = 0;
+    const auto end_full_run = [&](int64_t stop) {
+        if (stop - s.run_begin == run_keys) end_run(s, tile, stop, stop);
+    };
     const auto weigh_waiting = [&] {
         if (!waiting) return;
         if (waiting->words)
             weigh_group<MASKED>(s, tile, *waiting, nullptr, nullptr);
         else
             weigh_group<PLAIN>(s, tile, *waiting, nullptr, nullptr);
-        const int64_t done = waiting->key + tile_keys;
-        if (done - s.run_begin == run_keys) end_run(s, tile, done, done);
+        end_full_run(waiting->key + tile_keys);
         waiting = nullptr;
     };
     const auto stop_run = [&](int64_t stop, int64_t next) {
@@ -235,11 +237,13 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
                 begin_scores_of(s, tile, group);
                 weigh_waiting();
                 finish_scores(s.background);
-                if (general)
+                if (general) {
                     weigh_group<GENERAL>(s, tile, group, biased ? s.bias + g * tile_lanes : nullptr,
                                          p.dropout.enabled ? keep + g : nullptr);
-                else
+                    end_full_run(group.key + tile_keys);
+                } else {
                     waiting = &group;
+                }
             }
         }
         key = next_key(tile, stop, end);
