@@ -35,7 +35,8 @@ int tw_given_up(void);
 
 // The kernels of one element type; none, where a page leaves it to the next one.
 struct tw_kernels {
-    int64_t tile_rows, chunk_keys; // query rows of one tile, and keys that all tiles of an item use before the next
+    int64_t tile_rows;                             // query rows of one tile
+    int64_t (*chunk_keys)(const tw_problem *); // keys that all tiles of an item use before the next
     size_t (*scratch_bytes)(const tw_problem *, int64_t tiles);
     // Runs an item of at most `tiles` tiles in `scratch` (64-byte aligned, as large as scratch_bytes says).
     void (*forward)(const tw_problem *, const tw_item *, int64_t tiles, void *scratch);

@@ -1,8 +1,6 @@
 // A sweep of one tile of 32 queries over keys, in tile registers: a group of 32 keys at a time, whose scores pass through
-// memory, since vectors cannot read tile registers. While the vectors weigh one group, the tile registers already make
-// the scores of the next. States, rules and layouts are those of sweep.inl.h.
-
-TW_INLINE __m512 larger_of(__m512 a, __m512 b) { return _mm512_maskz_max_ps(0xFFFF, a, b); } // b where either is NaN
+// memory, since vectors cannot read tile registers. While the vectors weigh one group, the tile registers make the scores
+// of the next and add the values of the run before (amx_work.inl.h). States, rules and layouts are those of sweep.inl.h.
 
 // 2^x for x <= about 100; exactly 0 below -126 and in lanes whose bit of `kept` is not set, exactly 1 for 0, NaN for NaN.
 // 2^x = 2^floor(x) 2^f, with a polynomial for 2^f on [0, 1] of smallest largest relative error (1.5e-7, Remez), as two
@@ -37,118 +35,141 @@ TW_INLINE void end_scores(Turn turn, int count, float *scores) {
     if (count > tile_side) store_tile(turn, 1, scores + tile_side * tile_lanes, tile_lanes * sizeof(float));
 }
 
-// A group of keys whose scores are made, but not yet weighed.
+// A group of keys, and its scores.
 struct Group {
     alignas(64) float scores[tile_keys * tile_lanes];
     int64_t key;
     int count;             // 32, or 16 where no more exist
     const uint64_t *words; // the lanes that see each key, or NULL: all
-    bool stored;           // else they are still in registers
 };
 
-TW_INLINE void begin_group(const Sweep<Tiles> &s, const Tile<Tiles> &tile, Group &group) {
-    const int32_t *keys = s.keys + (group.key - s.chunk) * s.key_stride;
-    order_memory();
-    begin_scores(FIRST, keys, s.key_stride, group.count, tile.query, s.head_units);
-    begin_scores(SECOND, keys, s.key_stride, group.count, tile.query + tile_side, s.head_units);
-    group.stored = false;
-}
-TW_INLINE void end_group(Group *group) {
-    if (!group || group->stored) return;
-    end_scores(FIRST, group->count, group->scores);
-    end_scores(SECOND, group->count, group->scores + tile_side);
-    order_memory();
-    group->stored = true;
+TW_INLINE void begin_scores_of(Sweep<Tiles> &s, const Tile<Tiles> &tile, Group &group) {
+    Background<Tiles> &work = s.background;
+    work.scores = group.scores;
+    work.half_scores = group.count <= tile_side;
+    work.keys = s.keys + (group.key - s.chunk) * s.key_stride;
+    work.key_stride = s.key_stride;
+    work.query = tile.query;
+    work.head_units = s.head_units;
+    work.d = 0;
 }
 
-// Reference, probabilities and sums of a group. next: a group whose scores are to be stored meanwhile, or NULL. bias,
-// keep: of the group's first key, or NULL; for the general path alone. Masks, biases of 0 and the path change no bit of
-// what a lane sees.
+// What scores are still to be multiplied by.
+template <ScorePath PATH> TW_INLINE float factor_of(const Sweep<Tiles> &s) {
+    return PATH == GENERAL && s.problem->softcap > 0 ? 1 : s.factor;
+}
+
+// Probabilities and sums of a group, with the references as they are. Returns the lanes that have a score beyond their
+// limit; if there are any, nothing is added to the sums unless it must.
 template <ScorePath PATH>
-static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, Group *next, const float *bias,
-                        const uint64_t *keep) {
-    const __m512 infinity = _mm512_set1_ps(__builtin_inff());
+static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, const float *bias, const uint64_t *keep,
+                      bool must) {
+    const __m512 infinity = _mm512_set1_ps(__builtin_inff()), factor = _mm512_set1_ps(factor_of<PATH>(s));
     const uint64_t *words = group.words;
-    __m512 factor = _mm512_set1_ps(s.factor);
+    int32_t *to = s.probabilities + (group.key - s.run_begin) / 2 * tile_lanes;
+    __m512 shift[2], room[2], sums[2][2];
+    __mmask16 within[2];
+    TW_UNROLL for (int z = 0; z < 2; ++z) {
+        shift[z] = (__m512)load(tile.shift + z * tile_side);
+        room[z] = _mm512_sub_ps((__m512)load(tile.limit + z * tile_side), shift[z]);
+        sums[z][0] = sums[z][1] = _mm512_setzero_ps();
+        within[z] = 0xFFFF;
+    }
+    const int64_t steps = steps_beside_group(s.background);
+    int64_t due = 0;
+    for (int n = 0; n < group.count; n += 2) {
+        TW_UNROLL for (int z = 0; z < 2; ++z) {
+            __m512 weight[2];
+            TW_UNROLL for (int i = 0; i < 2; ++i) {
+                const int place = (n + i) * tile_lanes + z * tile_side;
+                __m512 x = _mm512_fmsub_ps((__m512)load(group.scores + place), factor, shift[z]);
+                if (PATH == GENERAL && bias) x = _mm512_add_ps(x, (__m512)load(bias + place));
+                if (PATH == MASKED || (PATH == GENERAL && words))
+                    x = _mm512_mask_mov_ps(-infinity, __mmask16(words[n + i] >> z * tile_side), x);
+                within[z] = _mm512_mask_cmp_ps_mask(within[z], x, room[z], _CMP_NGT_UQ);
+                weight[i] = exp2_where(0xFFFF, x);
+                sums[z][i] = _mm512_add_ps(sums[z][i], weight[i]);
+                if constexpr (PATH == GENERAL) {
+                    if (keep) weight[i] = _mm512_maskz_mov_ps(__mmask16(keep[n + i] >> z * tile_side), weight[i]);
+                    if (s.careful) {
+                        const __mmask16 lost = _mm512_cmp_ps_mask(x, -infinity, _CMP_EQ_OQ);
+                        weight[i] = _mm512_mask_mov_ps(weight[i], lost, _mm512_set1_ps(unseen<float>));
+                    }
+                }
+            }
+            store(to + n / 2 * tile_lanes + z * tile_side, narrow_across((vf)weight[0], (vf)weight[1]));
+        }
+        for (due += 2 * steps; due >= group.count; due -= group.count) step(s.background);
+    }
+    for (int n = group.count; n < tile_keys; n += 2)
+        TW_UNROLL for (int z = 0; z < 2; ++z) store(to + n / 2 * tile_lanes + z * tile_side, vi32{});
+    settle(s.background);
+    order_memory();
+    const uint64_t beyond = uint64_t(uint16_t(~within[0])) | uint64_t(uint16_t(~within[1])) << tile_side;
+    if (!beyond || must)
+        TW_UNROLL for (int z = 0; z < 2; ++z)
+            store(tile.sum + z * tile_side, load(tile.sum + z * tile_side) + (vf)_mm512_add_ps(sums[z][0], sums[z][1]));
+    return beyond;
+}
+
+// tile.out += P V over the keys [s.run_begin, end): as work beside the next groups. The next run starts at `next`.
+static void end_run(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t end, int64_t next) {
+    const int64_t first = s.run_begin - s.chunk, count = units_of<Tiles>(end - s.run_begin);
+    s.run_begin = next;
+    if (count <= 0) return;
+    Background<Tiles> &work = s.background;
+    finish_work(work);
+    const int32_t *values = s.values + first / 2 * s.value_stride;
+    if (s.careful) return add_values_of_run(s.probabilities, values, count, s.value_dim, true, tile.out);
+    work.weights = s.probabilities;
+    work.values = values;
+    work.out = tile.out;
+    work.groups = (count + tile_side - 1) / tile_side;
+    work.rows = s.value_dim;
+    work.group = work.row = 0;
+    s.probabilities = s.other_probabilities;
+    s.other_probabilities = const_cast<int32_t *>(work.weights);
+}
+
+// Raises the references of the lanes `beyond` to what they see in the group.
+template <ScorePath PATH>
+TW_RARE void raise_to_group(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, const float *bias, uint64_t beyond) {
+    end_run(s, tile, group.key, group.key); // values weighed with the old references come first
+    finish_work(s.background);
+    const __m512 infinity = _mm512_set1_ps(__builtin_inff()), factor = _mm512_set1_ps(factor_of<PATH>(s));
+    alignas(64) float tops[tile_lanes];
+    for (int z = 0; z < tile_lanes; z += tile_side) {
+        __m512 top = -infinity; // of the others, too: beyond no limit
+        for (int n = 0; n < group.count; ++n) {
+            const int place = n * tile_lanes + z;
+            const __m512 own = bias ? (__m512)load(bias + place) : _mm512_setzero_ps();
+            const __m512 x = _mm512_fmadd_ps((__m512)load(group.scores + place), factor, own);
+            const uint64_t seen = beyond & (group.words ? group.words[n] : ~uint64_t(0));
+            top = _mm512_mask_max_ps(top, __mmask16(seen >> z), x, top); // NaN is passed over: the sum is NaN too
+        }
+        _mm512_store_ps(tops + z, top);
+    }
+    raise_reference<Tiles, 2>(tile, tops, s.value_dim);
+}
+
+// Reference, probabilities and sums of a group whose scores are made. bias, keep: of the group's first key, or NULL; for
+// the general path alone. Masks, biases of 0 and the path change no bit of what a lane sees.
+template <ScorePath PATH>
+static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const float *bias, const uint64_t *keep) {
     if (PATH == GENERAL && s.problem->softcap > 0) {
         const float cap = float(s.problem->softcap * 1.4426950408889634074), twice_inverse = float(2 / s.problem->softcap);
         for (int at = 0; at < group.count * tile_lanes; at += tile_side) {
             const vf x = load(group.scores + at) * s.factor;
             store(group.scores + at, cap * tanh_of_log2<float>(x * twice_inverse));
         }
-        factor = _mm512_set1_ps(1);
     }
-    const auto whole_score = [&](int n, int z) {
-        const int place = n * tile_lanes + z;
-        const __m512 x = (__m512)load(group.scores + place);
-        if (PATH != GENERAL) return x; // multiplied by the factor once the largest is known
-        return _mm512_fmadd_ps(x, factor, bias ? (__m512)load(bias + place) : _mm512_setzero_ps());
-    };
-
-    // Finds the largest scores, and whether some are beyond their limits.
-    alignas(64) float tops[tile_lanes];
-    const auto find_tops = [&](const uint64_t *seen_by) {
-        uint64_t beyond = 0;
-        for (int z = 0; z < tile_lanes; z += tile_side) {
-            __m512 top[4];
-            TW_UNROLL for (int i = 0; i < 4; ++i) top[i] = -infinity;
-            for (int half = 0; half < group.count; half += tile_side)
-                TW_UNROLL for (int n = 0; n < tile_side; ++n) {
-                    const __mmask16 seen = seen_by ? __mmask16(seen_by[half + n] >> z) : __mmask16(0xFFFF);
-                    top[n % 4] = _mm512_mask_max_ps(top[n % 4], seen, whole_score(half + n, z), top[n % 4]);
-                }
-            // NaN is passed over: the sum is NaN too.
-            __m512 highest = larger_of(larger_of(top[0], top[1]), larger_of(top[2], top[3]));
-            if (PATH != GENERAL) highest = _mm512_mul_ps(highest, factor);
-            beyond |= _mm512_cmp_ps_mask(highest, (__m512)load(tile.limit + z), _CMP_GT_OQ);
-            _mm512_store_ps(tops + z, highest);
-        }
-        return beyond;
-    };
-    // Where no score at all is beyond, no seen one is, and masks cost nothing here.
-    uint64_t beyond = find_tops(PATH == GENERAL ? words : nullptr);
-    if (PATH == MASKED && beyond) beyond = find_tops(words);
-    if (__builtin_expect(beyond != 0, 0)) {
-        end_group(next); // values are weighed in the same registers
-        raise_reference<Tiles, 2>(s, tile, tops, group.key);
-    }
-
-    int32_t *to = s.probabilities + (group.key - s.chunk) / 2 * tile_lanes;
-    for (int z = 0; z < tile_lanes; z += tile_side) {
-        const __m512 shift = (__m512)load(tile.shift + z);
-        __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int half = 0; half < group.count; half += tile_side)
-            TW_UNROLL for (int n = half; n < half + tile_side; n += 2) {
-            __m512 weight[2];
-            TW_UNROLL for (int i = 0; i < 2; ++i) {
-                const __mmask16 seen = PATH == PLAIN || !words ? __mmask16(0xFFFF) : __mmask16(words[n + i] >> z);
-                __m512 x = _mm512_fmsub_ps((__m512)load(group.scores + (n + i) * tile_lanes + z), factor, shift);
-                if (PATH == GENERAL && bias) x = _mm512_add_ps(x, (__m512)load(bias + (n + i) * tile_lanes + z));
-                weight[i] = exp2_where(seen, x);
-                sums[i] = _mm512_add_ps(sums[i], weight[i]);
-                if constexpr (PATH == GENERAL) {
-                    if (keep) weight[i] = _mm512_maskz_mov_ps(__mmask16(keep[n + i] >> z), weight[i]);
-                    if (s.careful) {
-                        const __mmask16 lost = _mm512_cmp_ps_mask(whole_score(n + i, z), -infinity, _CMP_EQ_OQ);
-                        weight[i] = _mm512_mask_mov_ps(weight[i], __mmask16(~seen | lost), _mm512_set1_ps(unseen<float>));
-                    }
-                }
-            }
-            store(to + n / 2 * tile_lanes + z, narrow_across((vf)weight[0], (vf)weight[1]));
-        }
-        for (int n = group.count; n < tile_keys; n += 2) store(to + n / 2 * tile_lanes + z, vi32{});
-        store(tile.sum + z, load(tile.sum + z) + (vf)_mm512_add_ps(sums[0], sums[1]));
-        end_group(next);
-    }
-}
-
-TW_INLINE void weigh_waiting(Sweep<Tiles> &s, Tile<Tiles> &tile, Group *&waiting, Group *next) {
-    if (!waiting) return end_group(next);
-    if (waiting->words)
-        weigh_group<MASKED>(s, tile, *waiting, next, nullptr, nullptr);
-    else
-        weigh_group<PLAIN>(s, tile, *waiting, next, nullptr, nullptr);
-    waiting = nullptr;
+    bool fresh = true; // a lane that has seen nothing is beyond its limit with whatever it sees
+    for (int z = 0; z < tile_lanes; z += tile_side)
+        fresh &= lane_bits(load(tile.limit + z) != -__builtin_inff()) == 0;
+    uint64_t beyond = fresh ? first_bits(tile_lanes) : weigh<PATH>(s, tile, group, bias, keep, false);
+    if (__builtin_expect(beyond == 0, 1)) return;
+    raise_to_group<PATH>(s, tile, group, bias, beyond);
+    weigh<PATH>(s, tile, group, bias, keep, true);
 }
 
 // The keys [begin, end) of the chunk entered, as far as the tile's spans reach.
@@ -157,12 +178,24 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
     const bool facts = p.ranges.count || p.mask.data || p.labels.q || p.bits.index, biased = p.bias_count || p.table.data;
     // A scale that is not positive would turn the maximum of the products into something else.
     const bool general = s.general || s.careful || !(s.factor > 0);
-    Group groups[2], *waiting = nullptr;
+    Group groups[2], *waiting = nullptr; // for its turn: the next group's scores are made beside it
     uint64_t all_words[2][block_keys], keep[block_keys];
     int turn = 0, block = 0;
+    const auto end_full_run = [&](int64_t stop) {
+        if (stop - s.run_begin == run_keys) end_run(s, tile, stop, stop);
+    };
+    const auto weigh_waiting = [&] {
+        if (!waiting) return;
+        if (waiting->words)
+            weigh_group<MASKED>(s, tile, *waiting, nullptr, nullptr);
+        else
+            weigh_group<PLAIN>(s, tile, *waiting, nullptr, nullptr);
+        end_full_run(waiting->key + tile_keys);
+        waiting = nullptr;
+    };
     const auto stop_run = [&](int64_t stop, int64_t next) {
-        weigh_waiting(s, tile, waiting, nullptr);
-        flush<Tiles, 2>(s, tile, stop, next);
+        weigh_waiting();
+        end_run(s, tile, stop, next);
     };
     s.run_begin = next_key(tile, begin, end);
     for (int64_t key = s.run_begin; key < end;) {
@@ -202,13 +235,16 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
                 group.key = key + g;
                 group.count = n - g <= tile_side ? tile_side : tile_keys;
                 group.words = all != first_bits(tile_lanes) ? words + g : nullptr;
-                begin_group(s, tile, group);
-                weigh_waiting(s, tile, waiting, &group);
-                if (general)
-                    weigh_group<GENERAL>(s, tile, group, nullptr, biased ? s.bias + g * tile_lanes : nullptr,
+                begin_scores_of(s, tile, group);
+                weigh_waiting();
+                finish_scores(s.background);
+                if (general) {
+                    weigh_group<GENERAL>(s, tile, group, biased ? s.bias + g * tile_lanes : nullptr,
                                          p.dropout.enabled ? keep + g : nullptr);
-                else
+                    end_full_run(group.key + tile_keys);
+                } else {
                     waiting = &group;
+                }
             }
         }
         key = next_key(tile, stop, end);

@@ -1,6 +1,17 @@
 // Where a sweep finds keys and values: in place, or copied a block at a time into the units that its products want, when
 // the first tile sees the block, for all tiles of the item.
 
+// What goes on beside the vectors' work: nothing, but for tile registers (amx_work.inl.h).
+template <class M> struct Background {};
+
+// Keys that all tiles of an item use before the next. Tile registers want to keep a tile's own arrays in the first-level
+// cache for long and copy their keys and values anyway: as many as leave room in the second for the tiles.
+template <class M> TW_INLINE int64_t chunk_keys(const tw_problem &p) {
+    if (!M::tiled) return run_keys;
+    const int64_t dims = p.head_dim + p.value_dim;
+    return dims <= 256 ? 4 * run_keys : dims <= 512 ? 2 * run_keys : run_keys;
+}
+
 // What does not change during an item, and the run of keys whose probabilities wait for their values.
 template <class M> struct Sweep {
     using A = sum_of<M>;
@@ -10,15 +21,17 @@ template <class M> struct Sweep {
     const U *values; // [keys in units][Dv]
     int64_t key_stride, value_stride, head_units, value_dim, batch, kv_head;
     void (*fetch)(Sweep &, int64_t key, int n); // NULL: read in place
-    U *fetched_keys, *fetched_values;           // chunk_keys of each
+    U *fetched_keys, *fetched_values;           // of a chunk
     uint32_t fetched;                           // bit per block of the chunk
-    U *probabilities; // [chunk_keys in units][width], of the keys from chunk
-    A *bias;          // [block_keys][width]
+    U *probabilities; // [run_keys in units][width], of the keys from chunk or, in tile registers, from run_begin
+    U *other_probabilities; // of the run before, where its values are added in the background
+    A *bias;                // [block_keys][width]
     A factor;         // of the products, where queries are not multiplied by it: scale * log2(e)
     bool general;     // softcap, bias or dropout: every group takes the general path
     bool careful;     // bar invisible values lane by lane: they hold something that is not finite
     int64_t element_asked; // bytes of an element of q and out where sweeps ask for their rows ahead, else 0
     int64_t chunk, run_begin; // chunk: the key that the one entered begins at, or -1
+    Background<M> background;
 };
 
 TW_INLINE void ask_for(const void *from, int64_t bytes) {
@@ -80,7 +93,8 @@ template <class T, class M> TW_INLINE bool copies(const tw_problem &p) {
 // Units of a chunk's copy.
 template <class T, class M> TW_INLINE int64_t fetched_units(const tw_problem &p) {
     if (!copies<T, M>(p)) return 0;
-    return chunk_keys * padded_units<M>(p.head_dim) + chunk_keys / M::numbers * padded<sum_of<M>>(p.value_dim);
+    const int64_t keys = chunk_keys<M>(p);
+    return keys * padded_units<M>(p.head_dim) + keys / M::numbers * padded<sum_of<M>>(p.value_dim);
 }
 
 // Says where keys and values are: in place, or in `copy` as soon as they are fetched.
@@ -94,6 +108,6 @@ template <class T, class M> TW_INLINE void choose_source(Sweep<M> &s, unit_of<M>
         s.key_stride = padded_units<M>(p.head_dim);
         s.value_stride = padded<sum_of<M>>(p.value_dim);
         s.keys = s.fetched_keys = copy;
-        s.values = s.fetched_values = copy + chunk_keys * s.key_stride;
+        s.values = s.fetched_values = copy + chunk_keys<M>(p) * s.key_stride;
     }
 }

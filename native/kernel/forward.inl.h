@@ -17,11 +17,14 @@ template <class A> TW_INLINE bool takes_few_rows(const tw_problem &p) { return !
 // threads and many need not be.
 TW_INLINE bool joins_splits(const tw_problem &p) { return p.row_invariant && p.k_len > split_keys; }
 
+template <class M> static int64_t keys_of_chunk(const tw_problem *p) { return chunk_keys<M>(*p); }
+
 template <class T, class M> static size_t scratch_bytes(const tw_problem *p, int64_t tiles) {
     using A = sum_of<M>;
     const size_t width = size_t(tile_rows<A>) * sizeof(A);
     if (takes_few_rows<A>(*p)) return few_rows_bytes<M>(p, few_rows<A>);
-    const int64_t scores = (chunk_keys + TW_GROUP_KEYS) / M::numbers + block_keys + TW_GROUP_KEYS; // and their biases
+    const int64_t runs = M::tiled ? 2 : 1; // whose probabilities are kept
+    const int64_t scores = runs * (run_keys + TW_GROUP_KEYS) / M::numbers + block_keys + TW_GROUP_KEYS; // and their biases
     const size_t state = rounded(sizeof(Tile<M>)) + size_t(unit_rows<M>(p->head_dim) + sum_rows<M>(p->value_dim)) * width;
     const size_t earlier = joins_splits(*p) ? rounded(sizeof(Earlier<A>)) + size_t(sum_rows<M>(p->value_dim)) * width : 0;
     return size_t(tiles) * (state + earlier) + size_t(scores) * width + size_t(fetched_units<T, M>(*p)) * sizeof(A);
@@ -69,6 +72,7 @@ template <class M> TW_INLINE void sweep(Sweep<M> &s, Tile<M> &tile, int64_t begi
 // Sweeps all `count` tiles over the keys [begin, end) of the item.
 template <class T, class M>
 static void sweep_all(Sweep<M> &s, Tile<M> *const *tiles, int64_t count, int64_t begin, int64_t end) {
+    const int64_t chunk = chunk_keys<M>(*s.problem);
     for (int64_t key = begin;;) {
         int64_t next = end;
         for (int64_t t = 0; t < count; ++t) {
@@ -76,10 +80,11 @@ static void sweep_all(Sweep<M> &s, Tile<M> *const *tiles, int64_t count, int64_t
             next = own < next ? own : next;
         }
         if (next >= end || tw_given_up()) return;
-        next -= next % chunk_keys;
-        key = next + chunk_keys < end ? next + chunk_keys : end;
+        next -= next % chunk;
+        key = next + chunk < end ? next + chunk : end;
         enter_chunk<T>(s, next);
         for (int64_t t = 0; t < count; ++t) sweep(s, *tiles[t], next, key);
+        if constexpr (M::tiled) finish_work(s.background); // which reads the chunk's values
     }
 }
 
@@ -126,14 +131,15 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     s.value_dim = sum_rows<M>(p.value_dim);
     s.general = p.softcap > 0 || p.bias_count || p.table.data || p.dropout.enabled;
     s.factor = A(p.scale * 1.4426950408889634074);
-    s.probabilities = reinterpret_cast<U *>(take((chunk_keys + TW_GROUP_KEYS) / M::numbers * width));
+    s.probabilities = reinterpret_cast<U *>(take((run_keys + TW_GROUP_KEYS) / M::numbers * width));
+    if (M::tiled) s.other_probabilities = reinterpret_cast<U *>(take((run_keys + TW_GROUP_KEYS) / M::numbers * width));
     s.bias = reinterpret_cast<A *>(take((block_keys + TW_GROUP_KEYS) * width));
     choose_source<T>(s, reinterpret_cast<U *>(take(fetched_units<T, M>(p))));
     s.careful = false;
     s.chunk = -1;
 
     // Tiles share a chunk's keys; where there is one chunk, each is finished before the next, which takes its memory.
-    const int64_t together = item->key_end - item->key_begin <= chunk_keys ? 1 : count;
+    const int64_t together = item->key_end - item->key_begin <= chunk_keys<M>(p) ? 1 : count;
     s.element_asked = together == 1 && !p.part ? sizeof(T) : 0;
     Tile<M> *tiles[most_tiles_of_item] = {};
     for (int64_t t = 0; t < together; ++t) {

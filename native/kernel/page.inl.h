@@ -31,6 +31,7 @@ namespace {
 #include "kernel/fetch.inl.h"
 #include "kernel/sweep.inl.h"
 #if defined(__AMX_BF16__)
+#include "kernel/amx_work.inl.h"
 #include "kernel/amx_sweep.inl.h"
 #endif
 #include "kernel/finish.inl.h"
@@ -51,7 +52,7 @@ namespace {
 
 template <class T, class M> constexpr tw_kernels kernels_of() {
     using A = sum_of<M>;
-    return {tile_rows<A>,    chunk_keys,          scratch_bytes<T, M>, forward<T, M>,     merge<T, A>,
+    return {tile_rows<A>,    keys_of_chunk<M>,    scratch_bytes<T, M>, forward<T, M>,     merge<T, A>,
             record_bytes<M>, segment_bytes<T, M>, open_tile<T, M>,     run_segment<T, M>, close_tile<T, M>,
             close_sinks<M>,  tangent_bytes<T, A>, tangent<T, A>};
 }

@@ -46,20 +46,17 @@ template <class M, int NZ> TW_INLINE void flush(Sweep<M> &s, Tile<M> &tile, int6
     const U *v = s.values + first * s.value_stride;
     s.run_begin = next;
     if (count <= 0) return;
-    if constexpr (M::tiled)
-        add_values_of_run(p, v, count, s.value_dim, s.careful, tile.out);
-    else if (s.careful)
+    if (s.careful)
         add_values<M, NZ, true>(p, v, s.value_stride, count, s.value_dim, tile.out);
     else
         add_values<M, NZ, false>(p, v, s.value_stride, count, s.value_dim, tile.out);
 }
 
 // Raises the reference of every lane whose group maximum `top` is beyond its limit, and rescales what it has summed.
-template <class M, int NZ>
-TW_RARE void raise_reference(Sweep<M> &s, Tile<M> &tile, const sum_of<M> *top, int64_t key) {
+// Values weighed with the old reference have to be added before.
+template <class M, int NZ> TW_RARE void raise_reference(Tile<M> &tile, const sum_of<M> *top, int64_t value_dim) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>, width = NZ * W;
-    flush<M, NZ>(s, tile, key, key); // values weighed with the old reference come first
     vec<A> factor[NZ];
     bool rescale = false;
     for (int z = 0; z < NZ; ++z) {
@@ -73,7 +70,7 @@ TW_RARE void raise_reference(Sweep<M> &s, Tile<M> &tile, const sum_of<M> *top, i
         store(tile.sum + z * W, load(tile.sum + z * W) * factor[z]);
     }
     if (!rescale) return;
-    for (int64_t d = 0; d < s.value_dim; ++d)
+    for (int64_t d = 0; d < value_dim; ++d)
         for (int z = 0; z < NZ; ++z)
             store(tile.out + d * width + z * W, load(tile.out + d * width + z * W) * factor[z]);
 }
@@ -131,7 +128,8 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
     if (__builtin_expect(beyond != 0, 0)) {
         A tops[width];
         TW_UNROLL for (int z = 0; z < NZ; ++z) store(tops + z * W, top[z]);
-        raise_reference<M, NZ>(s, tile, tops, key);
+        flush<M, NZ>(s, tile, key, key);
+        raise_reference<M, NZ>(tile, tops, s.value_dim);
     }
 
     TW_UNROLL for (int z = 0; z < NZ; ++z) {

@@ -129,7 +129,7 @@ TW_INLINE void narrow_by_mask(const tw_problem &p, int64_t b, const Tile<M> &til
     // Rows lie far apart, each a cache line that no other block reads: ask for those that the next chunk will read, once
     // this block's are there.
     for (int l = 0; l < tile.width; ++l)
-        __builtin_prefetch(first + tile.h[l] * mask.stride_h + tile.i[l] * mask.stride_i + chunk_keys * mask.stride_j, 0, 2);
+        __builtin_prefetch(first + tile.h[l] * mask.stride_h + tile.i[l] * mask.stride_i + run_keys * mask.stride_j, 0, 2);
 }
 
 // Narrows words[0..n) (bit = lane) by the labels. Disjoint or single labels are seen without comparing pairs.
