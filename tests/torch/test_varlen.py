@@ -279,6 +279,13 @@ def test_nothing_at_all():
         )
 
 
+def test_distances_of_no_query_and_no_key():
+    q, k, v = (x[:0] for x in packed())
+    bias = tw.alibi(normal(HEADS), "end")
+    out, lse = varlen_attention(q, k, v, [0, 0], [0, 0], bias=bias, kernel="native", return_lse=True)
+    assert out.shape == (0, HEADS, 5) and lse.shape == (HEADS, 0)
+
+
 def test_rows_outside_all_sequences():
     q, k, v = packed(q_rows=30, k_rows=40)
     q[:2], k[:3], v[:3], q[25:], k[33:], v[33:] = (math.nan,) * 6
