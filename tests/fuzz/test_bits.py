@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,24 @@ pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("loud_memory")]
 Place = tuple[slice, slice, slice, int]  # batch rows, kv heads, query rows, number of keys
 
 
-@dataclass
 class Whole:
-    """A call, and the options of its parts: `options(heads, place)`, where `heads` are the query heads of a place."""
+    """A call, and the options of its parts: `options(heads, place)`, where `heads` are the query heads of a place.
 
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    seen: np.ndarray  # (B, Hq, Sq, Sk)
-    options: Callable[[slice, Place], dict[str, Any]]
+    `seen` says of each pair, (B, Hq, Sq, Sk), whether the mask shows it.
+    """
+
+    def __init__(
+        self,
+        tensors: list[np.ndarray],
+        seen: np.ndarray,
+        options: Callable[[slice, Place], dict[str, Any]],
+    ) -> None:
+        self.q, self.k, self.v = tensors
+        self.seen, self.options = seen, options
+
+    def __repr__(self) -> str:
+        given = {name: type(value).__name__ for name, value in self.part(self.all())[1].items() if value is not None}
+        return f"{self.q.dtype} q {self.q.shape}, k {self.k.shape}, v {self.v.shape}, {given}"
 
     def heads(self, kv_heads: slice) -> slice:
         group = self.q.shape[1] // self.k.shape[1]
@@ -115,7 +123,7 @@ def _wholes(draw: st.DrawFn, dtype: str) -> Whole:
             given["dropout"] = tw.Dropout(dropout.p, dropout.seed, dropout.stream, first % 2**64, dropout.strides)
         return given
 
-    return Whole(*(x.astype(dtype) for x in (q, k, v)), seen, options)
+    return Whole([x.astype(dtype) for x in (q, k, v)], seen, options)
 
 
 @st.composite

@@ -55,6 +55,11 @@ class _Batch:
         self.dense = torch.tensor(self.rng.standard_normal(shape if kind in ("dense", "keys") else (1, 1, 1, 1)))
         self.bias = {"alibi": tw.alibi(slopes, "end"), "t5": tw.t5(weights), "none": None}.get(kind, self.dense)
 
+    def __repr__(self) -> str:
+        shapes = [tuple(x.shape) for x in self.tensors]
+        given = {name: value for name, value in self.options().items() if value is not None}
+        return f"{self.tensors[0].dtype} {shapes}, lengths {self.lengths}, mask {self.mask!r}, {sorted(given)}"
+
     def options(self) -> dict[str, Any]:
         return {**self.common, "mask": _masks[self.mask](), "bias": self.bias, "dropout": self.dropout}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import HypothesisWarning
 
 import tilewise as tw
 from tilewise.masks.algebra import Mask
@@ -52,7 +54,10 @@ def search(once: Callable[..., None], *drawn: st.SearchStrategy[Any], examples: 
     end = time.monotonic() + 60 * MINUTES / SEARCHES
     while True:
         checked = settings(max_examples=examples, **_SEARCH)(given(*drawn)(once))
-        seed(time.time_ns())(checked)()
+        with warnings.catch_warnings():
+            # Where a call fails, that its arrays are long to print is no error to show in place of its own.
+            warnings.simplefilter("ignore", HypothesisWarning)
+            seed(time.time_ns())(checked)()
         if time.monotonic() >= end:
             return
 
