@@ -174,6 +174,14 @@ def test_dropout_is_that_of_each_sequence():
     assert not torch.equal(twice[:3], twice[3:]), "two sequences do not drop alike"
 
 
+def test_streams_beyond_64_bits_begin_again():
+    """In one call for all sequences as in one for each."""
+    q, k, v = packed()
+    calls = {"dropout": tw.Dropout(0.4, 9, 2**64 - 1), "return_lse": True}
+    found = [varlen_attention(q, k, v, CU_Q, CU_K, kernel=kernel, **calls) for kernel in ("native", "portable")]
+    close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_are_those_of_the_sequence_alone(dtype):
     """Whatever its neighbours: lengths like its own, longer ones, garbage."""
