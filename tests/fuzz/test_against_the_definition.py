@@ -30,9 +30,12 @@ def test_kernels(kernel: str, family: str) -> None:
         with on_page(page):
             check(example, kernel, family, dtype, gradients=gradients)
 
-    # XLA's threads read the page's name while they like, so it must not change from call to call.
-    chosen = st.just("") if family == "jax" else pages()
-    search(once, examples(), dtypes, st.booleans(), chosen, examples=10 if family == "jax" else 50)
+    if family == "jax":
+        # XLA's threads read the page's name while they like, so it must not change from call to call; jax has float64
+        # only where a whole process asks for it.
+        search(once, examples(), dtypes.filter(lambda name: name != "float64"), st.booleans(), st.just(""), examples=10)
+    else:
+        search(once, examples(), dtypes, st.booleans(), pages())
 
 
 def test_tangents() -> None:
