@@ -85,25 +85,33 @@ template <class T, class M> static void fetch_block(Sweep<M> &s, int64_t key, in
     s.fetched |= 1u << first / block_keys;
 }
 
-// Whether rows have to be copied: their elements are no units, or a chunk of them may lie in several pages.
-template <class T, class M> TW_INLINE bool copies(const tw_problem &p) {
-    return sizeof(T) != sizeof(unit_of<M>) || p.pages.table;
+// Whether rows of keys or values lie so far apart (heads stand between them) that a chunk of them falls on few sets of the
+// first-level cache, and on as many pages as it has rows.
+template <class T> TW_INLINE bool scattered(const tw_tensor &x, int64_t n) {
+    return x.stride_s >= 2 * n && x.stride_s * int64_t(sizeof(T)) >= 1024;
+}
+
+// Whether an item of so many tiles copies rows: their elements are no units, or a chunk of them may lie in several pages,
+// or they are scattered and enough tiles use the copy. It changes no bit.
+template <class T, class M> TW_INLINE bool copies(const tw_problem &p, int64_t tiles) {
+    if (sizeof(T) != sizeof(unit_of<M>) || p.pages.table) return true;
+    return tiles >= 4 && (scattered<T>(p.k, p.head_dim) || scattered<T>(p.v, p.value_dim));
 }
 
 // Units of a chunk's copy.
-template <class T, class M> TW_INLINE int64_t fetched_units(const tw_problem &p) {
-    if (!copies<T, M>(p)) return 0;
+template <class T, class M> TW_INLINE int64_t fetched_units(const tw_problem &p, int64_t tiles) {
+    if (!copies<T, M>(p, tiles)) return 0;
     const int64_t keys = chunk_keys<M>(p);
     return keys * padded_units<M>(p.head_dim) + keys / M::numbers * padded<sum_of<M>>(p.value_dim);
 }
 
 // Says where keys and values are: in place, or in `copy` as soon as they are fetched.
-template <class T, class M> TW_INLINE void choose_source(Sweep<M> &s, unit_of<M> *copy) {
+template <class T, class M> TW_INLINE void choose_source(Sweep<M> &s, int64_t tiles, unit_of<M> *copy) {
     const tw_problem &p = *s.problem;
     s.fetch = nullptr;
     s.key_stride = p.k.stride_s;
     s.value_stride = p.v.stride_s;
-    if (copies<T, M>(p)) {
+    if (copies<T, M>(p, tiles)) {
         s.fetch = fetch_block<T, M>;
         s.key_stride = padded_units<M>(p.head_dim);
         s.value_stride = padded<sum_of<M>>(p.value_dim);

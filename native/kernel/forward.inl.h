@@ -27,7 +27,7 @@ template <class T, class M> static size_t scratch_bytes(const tw_problem *p, int
     const int64_t scores = runs * (run_keys + TW_GROUP_KEYS) / M::numbers + block_keys + TW_GROUP_KEYS; // and their biases
     const size_t state = rounded(sizeof(Tile<M>)) + size_t(unit_rows<M>(p->head_dim) + sum_rows<M>(p->value_dim)) * width;
     const size_t earlier = joins_splits(*p) ? rounded(sizeof(Earlier<A>)) + size_t(sum_rows<M>(p->value_dim)) * width : 0;
-    return size_t(tiles) * (state + earlier) + size_t(scores) * width + size_t(fetched_units<T, M>(*p)) * sizeof(A);
+    return size_t(tiles) * (state + earlier) + size_t(scores) * width + size_t(fetched_units<T, M>(*p, tiles)) * sizeof(A);
 }
 
 template <class T, class M>
@@ -134,7 +134,7 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     s.probabilities = reinterpret_cast<U *>(take((run_keys + TW_GROUP_KEYS) / M::numbers * width));
     if (M::tiled) s.other_probabilities = reinterpret_cast<U *>(take((run_keys + TW_GROUP_KEYS) / M::numbers * width));
     s.bias = reinterpret_cast<A *>(take((block_keys + TW_GROUP_KEYS) * width));
-    choose_source<T>(s, reinterpret_cast<U *>(take(fetched_units<T, M>(p))));
+    choose_source<T>(s, count, reinterpret_cast<U *>(take(fetched_units<T, M>(p, count))));
     s.careful = false;
     s.chunk = -1;
 
