@@ -7,10 +7,8 @@ template <class M> TW_INLINE int vectors_for(int64_t rows) {
 }
 template <class A> constexpr int64_t tile_rows = TW_TILE_VECTORS * lanes<A>;
 
-// Query rows of a kv head in the whole problem. It decides between the two orientations, which sum in different orders;
-// a slab of rows must not, and nothing may where rows must not depend on their number.
+// Query rows of a kv head that this call computes.
 TW_INLINE int64_t rows_in_call(const tw_problem &p) { return p.q_heads / p.kv_heads * (p.row_end - p.row_begin); }
-TW_INLINE int64_t rows_of(const tw_problem &p) { return p.q_heads / p.kv_heads * p.q_len; }
 template <class A> TW_INLINE bool takes_few_rows(const tw_problem &p) { return !p.row_invariant && rows_of(p) <= few_rows<A>; }
 
 // Whether an item sums split by split: where rows must not depend on their number, so that few rows can be split among
@@ -22,7 +20,7 @@ template <class M> static int64_t keys_of_chunk(const tw_problem *p) { return ch
 template <class T, class M> static size_t scratch_bytes(const tw_problem *p, int64_t tiles) {
     using A = sum_of<M>;
     const size_t width = size_t(tile_rows<A>) * sizeof(A);
-    if (takes_few_rows<A>(*p)) return few_rows_bytes<M>(p, few_rows<A>);
+    if (takes_few_rows<A>(*p)) return few_rows_bytes<M>(*p);
     const int64_t runs = M::tiled ? 2 : 1; // whose probabilities are kept
     const int64_t scores = runs * (run_keys + TW_GROUP_KEYS) / M::numbers + block_keys + TW_GROUP_KEYS; // and their biases
     const size_t state = rounded(sizeof(Tile<M>)) + size_t(unit_rows<M>(p->head_dim) + sum_rows<M>(p->value_dim)) * width;
