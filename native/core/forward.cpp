@@ -1,6 +1,6 @@
 // tw_forward: cuts the problem into items and runs them on the page in use.
 //
-// An item is up to 16 tiles of query rows of one (batch, kv head). Neither the cut nor the order changes a row's bits.
+// An item is up to 32 tiles of query rows of one (batch, kv head). Neither the cut nor the order changes a row's bits.
 // Where a kv head has few rows (decode), its keys are cut too, at fixed places that depend on the sizes of the problem
 // alone, and the pieces are merged in key order. Where rows must not depend on their number, every item sums so.
 #include <stdlib.h>
