@@ -182,7 +182,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
     uint64_t all_words[2][block_keys], keep[block_keys];
     int turn = 0, block = 0;
     const auto end_full_run = [&](int64_t stop) {
-        if (stop - s.run_begin == run_keys) end_run(s, tile, stop, stop);
+        if (stop - s.run_begin >= run_keys) end_run(s, tile, stop, stop);
     };
     const auto weigh_waiting = [&] {
         if (!waiting) return;
