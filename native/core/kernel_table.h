@@ -18,6 +18,7 @@ struct tw_item {
     void *partial;
     // For the caller alone: which of its problems this belongs to, and how many splits of the keys there are.
     int64_t number, splits;
+    const tw_item *next; // what the same thread will most likely run next, or NULL
 };
 
 // A segment of the keys of one (batch, kv head), for the backward pass: all its tiles in order, against these keys.

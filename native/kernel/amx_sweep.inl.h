@@ -221,6 +221,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
             }
             if (p.dropout.enabled) draw_dropout(p, s.batch, tile, key, n, keep);
             for (int g = 0; g < n; g += tile_keys) {
+                ask_ahead(s.ahead);
                 ask_for_rows(s, tile, key, g / 2, g / 2 + tile_side);
                 uint64_t some = 1, all = first_bits(tile_lanes);
                 if (masked) {

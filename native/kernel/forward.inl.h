@@ -135,6 +135,8 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     choose_source<T>(s, count, reinterpret_cast<U *>(take(fetched_units<T, M>(p, count))));
     s.careful = false;
     s.chunk = -1;
+    s.item = item;
+    s.tiles = count;
 
     // Tiles share a chunk's keys; where there is one chunk, each is finished before the next, which takes its memory.
     const int64_t together = item->key_end - item->key_begin <= chunk_keys<M>(p) ? 1 : count;
