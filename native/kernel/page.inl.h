@@ -32,6 +32,7 @@ namespace {
 #include "kernel/sweep.inl.h"
 #if defined(__AMX_BF16__)
 #include "kernel/amx_work.inl.h"
+#include "kernel/amx_products.inl.h"
 #include "kernel/amx_sweep.inl.h"
 #endif
 #include "kernel/finish.inl.h"

@@ -5,6 +5,19 @@
 // Scores, p, ds and d_q have queries in lanes, as forward. In d_k and d_v the lanes hold the head axis and the
 // tile's rows are added one after another. Every sum runs in the order of keys or of rows, whatever the segments.
 
+// Tiles of queries that pass over a segment together: two halve what is read and written of the gradients to keys and
+// values. A slot is what is kept of a block with one of them.
+template <class M> constexpr int tiles_together = M::tiled ? 2 : 1;
+
+// Places for the scores of a block of keys with a tile, spare ones included.
+template <class M> constexpr int64_t score_places = int64_t(block_keys + TW_GROUP_KEYS) * tile_rows<sum_of<M>>;
+
+// The lanes that see each key of a block, and those that dropout keeps (more: amx_slopes.inl.h).
+template <class M> struct SlopeWork {
+    uint64_t words[1][block_keys], keep[1][block_keys];
+    static constexpr int slot = 0;
+};
+
 // What does not change during a segment. A tile keeps lse in `shift`, pull in `sum`, and d_q in `out`. Units stand along
 // the head axis where that is summed over; across keys or across rows where those are.
 template <class M> struct Slopes {
@@ -18,15 +31,16 @@ template <class M> struct Slopes {
     int64_t k_stride, v_stride, across_stride, head_width, value_width; // the widths: D and Dv in whole vectors
     U *copy_k, *copy_v, *copy_across;   // the same, where they cannot be read in place
     A *d_k, *d_v;                       // [keys][width]
-    U *q_rows, *d_out_rows;             // [units of rows][width]: the tile's rows
-    U *p, *raw;                         // [block_keys + TW_GROUP_KEYS][units of rows]
-    U *raw_across;                      // [units of as many keys][rows]
+    U *q_rows, *d_out_rows;             // [tiles together][units of rows][width]: the tiles' rows
+    U *p, *raw;                         // [tiles together][block_keys + TW_GROUP_KEYS][units of rows]
+    U *raw_across;                      // [tiles together][units of as many keys][rows]
     A *ds, *bias;                       // [block_keys + TW_GROUP_KEYS][rows]; ds where it is gathered
     A *cap_slopes;                      // [TW_GROUP_KEYS][rows]: the softcap's
     A factor;                           // of the products, where queries are not multiplied by it: scale * log2(e)
     uint8_t *blocks;                    // what is known of each block of keys
     void (*meet)(Slopes &, int64_t key, int n); // when a block is first seen: reads it and clears its gradients
     bool facts, biased, general, scores_wanted;
+    SlopeWork<M> work;
 };
 // Probabilities below this power of two are 0 here: their products with gradients, keys and queries would be denormal
 // numbers, which take the processor a hundred times as long, and vanish beside those of the row's other keys.
@@ -39,8 +53,8 @@ static void gather_slopes(const Slopes<M> &s, const Tile<M> &tile, int64_t key, 
 template <class M> static void fetch_gathered(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int n);
 
 #if defined(__AMX_BF16__)
-static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *d_out, int64_t key, int n, uint64_t *words,
-                            const uint64_t *keep);
+template <> struct SlopeWork<Tiles>;
+static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *d_out, int64_t key, int n);
 #endif
 
 template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, int n) {
@@ -248,7 +262,7 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
     using A = sum_of<M>;
     constexpr int W = lanes<A>, width = NZ * W, NK = TW_GROUP_KEYS;
     const tw_problem &p = *s.problem;
-    uint64_t words[block_keys], keep[block_keys];
+    uint64_t *words = s.work.words[s.work.slot], *keep = s.work.keep[s.work.slot];
     if (s.facts && look(p, s.b, tile, key, n, words) == SEES_NOTHING) return;
     const uint64_t every_lane = first_bits(width);
     if (!s.facts)
@@ -260,7 +274,7 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
         bar_by_bias<A>(s.bias, n, width, words);
     }
     if (p.dropout.enabled) draw_dropout(p, s.b, tile, key, n, keep);
-    if constexpr (M::tiled) return slopes_in_tiles(s, tile, d_out, key, n, words, keep);
+    if constexpr (M::tiled) return slopes_in_tiles(s, tile, d_out, key, n);
     int run = 0;
     for (int g = 0; g < n; g += NK) {
         uint64_t some = 0, all = every_lane;
