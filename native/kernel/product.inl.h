@@ -109,8 +109,11 @@ TW_INLINE void copy_row(const bfloat *from, int64_t n, int32_t *to) {
 TW_INLINE void copy_across(const bfloat *low, const bfloat *high, int64_t n, int32_t *to) {
     for (int64_t d = 0; d < n; d += 16) {
         const __mmask16 exist = __mmask16(first_bits(n - d));
-        vu32 both = __builtin_convertvector((vu16)_mm256_maskz_loadu_epi16(exist, low + d), vu32);
-        if (high) both |= __builtin_convertvector((vu16)_mm256_maskz_loadu_epi16(exist, high + d), vu32) << 16;
+        __m512i both = _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_maskz_loadu_epi16(exist, low + d));
+        if (high) {
+            const __m512i second = _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_maskz_loadu_epi16(exist, high + d));
+            both = _mm512_or_si512(both, _mm512_maskz_slli_epi32(0xFFFF, second, 16));
+        }
         store(to + d, (vi32)both);
     }
 }
