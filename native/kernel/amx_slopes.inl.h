@@ -1,19 +1,19 @@
 // The backward pass of tiles of 32 queries and blocks of 64 keys, in tile registers, in groups of 32 keys. What is computed,
 // and in which layouts, is said in slopes.inl.h.
 //
-// Two tiles pass over a block together. What their lanes add to its keys and values waits until both are done, so that
-// these sums are read and written once for both, as a tile's own are once for the block.
+// Four tiles pass over a block one after another. What their lanes add to its keys and values waits until all are done, so
+// that these sums are read and written once for all, as a tile's own are once for the block.
 
 // S^T and dP^T of a group, until they are turned into p, ds and raw.
 struct SlopeGroup {
     alignas(64) float scores[tile_keys * tile_lanes], slopes[tile_keys * tile_lanes];
 };
 
-constexpr int64_t slot_units = score_places<Tiles> / Tiles::numbers; // of p, raw or raw_across
+constexpr int64_t slot_units = score_places<Tiles> / Tiles::numbers; // of p or raw
 
 template <> struct SlopeWork<Tiles> {
-    SlopeGroup groups[block_keys / tile_keys];
-    uint64_t words[tiles_together<Tiles>][block_keys], keep[tiles_together<Tiles>][block_keys];
+    SlopeGroup group;
+    uint64_t words[tiles_together<Tiles>][block_keys], keep[block_keys];
     const Tile<Tiles> *tiles[tiles_together<Tiles>];
     uint32_t met[tiles_together<Tiles>] = {}; // which groups any lane sees
     int slot = 0;                             // the tile's at hand
@@ -22,15 +22,15 @@ template <> struct SlopeWork<Tiles> {
 // p, ds and raw of the group of 32 keys at place `at` of the block, in the slot at hand.
 template <ScorePath PATH> static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int64_t at) {
     const tw_problem &problem = *s.problem;
-    const SlopeGroup &group = s.work.groups[at / tile_keys];
+    const SlopeGroup &group = s.work.group;
     const uint64_t *words = s.work.words[s.work.slot] + at;
-    const uint64_t *keep = problem.dropout.enabled ? s.work.keep[s.work.slot] + at : nullptr;
+    const uint64_t *keep = problem.dropout.enabled ? s.work.keep + at : nullptr;
     const float *bias = s.bias + at * tile_lanes;
     const bool capped = PATH == GENERAL && problem.softcap > 0, gathered = s.gradients->gather_count > 0;
     const float cap = float(problem.softcap * 1.4426950408889634074), twice_inverse = float(2 / problem.softcap);
     const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)), factor = _mm512_set1_ps(s.factor);
     const int64_t own = s.work.slot * slot_units + at * tile_side;
-    int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + own;
+    int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
     __m512 shift[2], pull[2];
     TW_UNROLL for (int z = 0; z < 2; ++z) {
         shift[z] = (__m512)load(tile.shift + z * tile_side);
@@ -81,7 +81,7 @@ TW_INLINE bool careful(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int64_t 
 static void add_to_tile(const Slopes<Tiles> &s, Tile<Tiles> &tile, int64_t block) {
     const uint32_t met = s.work.met[s.work.slot];
     const int64_t begin = met & 1 ? 0 : tile_keys, end = met & 2 ? block_keys : tile_keys;
-    const int32_t *raw_across = s.raw_across + s.work.slot * slot_units + begin * tile_side;
+    const int32_t *raw_across = s.raw_across + begin / 2 * tile_lanes;
     const int32_t *k = s.k_across + (block - s.first + begin) / 2 * s.across_stride;
     if (!careful(s, tile, block)) {
         TileProduct sums;
@@ -186,8 +186,6 @@ static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *
     uint32_t &met = work.met[work.slot];
     const uint64_t every_lane = first_bits(tile_lanes);
     const uint64_t lanes_in_use = first_bits(tile.rows); // spare lanes would be added to keys
-    bool masked[block_keys / tile_keys];
-    OwedTiles owed;
     work.tiles[work.slot] = &tile;
     for (int g = 0; g < n; g += tile_keys) {
         uint64_t some = 0, all = every_lane;
@@ -198,25 +196,20 @@ static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *
         }
         if (!some) continue;
         met |= 1u << g / tile_keys;
-        masked[g / tile_keys] = all != every_lane;
         const int64_t first = key - s.first + g;
-        SlopeGroup &group = work.groups[g / tile_keys];
-        multiply_lanes(s.k + first * s.k_stride, s.k_stride, tile.query, group.scores, owed);
-        multiply_lanes(s.v + first * s.v_stride, s.v_stride, d_out, group.slopes, owed);
-    }
-    if (!met) return;
-    settle(owed);
-    for (int g = 0; g < n; g += tile_keys) {
-        if (!(met >> g / tile_keys & 1)) continue;
+        OwedTiles owed;
+        multiply_lanes(s.k + first * s.k_stride, s.k_stride, tile.query, work.group.scores, owed);
+        multiply_lanes(s.v + first * s.v_stride, s.v_stride, d_out, work.group.slopes, owed);
+        settle(owed);
         if (s.general)
             slopes_of_group<GENERAL>(s, tile, g);
-        else if (masked[g / tile_keys])
+        else if (all != every_lane)
             slopes_of_group<MASKED>(s, tile, g);
         else
             slopes_of_group<PLAIN>(s, tile, g);
         gather_slopes(s, tile, key + g, g + tile_keys < n ? tile_keys : n - g, s.ds + g * tile_lanes);
     }
-    if (s.gradients->d_q.data) add_to_tile(s, tile, key);
+    if (met && s.gradients->d_q.data) add_to_tile(s, tile, key);
 }
 
 // After all tiles' turns with the block at `key`.

@@ -88,7 +88,7 @@ template <class T, class M> static size_t segment_numbers(const tw_problem &p, i
     int64_t numbers = whole * (head + value) + tiles_together<M> * units_of<M>(tile_rows<A>) * (head + value);
     if (sizeof(T) != sizeof(unit_of<M>)) numbers += whole * (padded_units<M>(p.head_dim) + padded_units<M>(p.value_dim));
     if (M::numbers > 1) numbers += whole / M::numbers * head;
-    numbers += 2 * score_places<M> + 3 * tiles_together<M> * (score_places<M> / M::numbers);
+    numbers += 2 * score_places<M> + (2 * tiles_together<M> + 1) * (score_places<M> / M::numbers);
     numbers += TW_GROUP_KEYS * tile_rows<A>;
     return size_t(numbers);
 }
@@ -194,7 +194,7 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
     s.d_out_rows = take_units(tiles_together<M> * row_units * s.value_width);
     s.p = take_units(tiles_together<M> * (score_places<M> / M::numbers));
     s.raw = s.raw_across = take_units(tiles_together<M> * (score_places<M> / M::numbers));
-    if constexpr (M::numbers > 1) s.raw_across = take_units(tiles_together<M> * (score_places<M> / M::numbers));
+    if constexpr (M::numbers > 1) s.raw_across = take_units(score_places<M> / M::numbers);
     s.ds = take(score_places<M>);
     s.bias = take(score_places<M>);
     s.cap_slopes = take(TW_GROUP_KEYS * tile_rows<A>);
@@ -203,9 +203,9 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
 
     const size_t each = record_bytes<M>(problem);
     const auto record = [&](int64_t t) { return reinterpret_cast<Tile<M> *>(segment->records + size_t(t) * each); };
-    // Segments wait for one another a few tiles at a time, so where they are many, each should take few.
+    // Segments that run at the same time wait for one another's tiles: where there are few for each, they go one by one.
     const int64_t segments = (p.k_len + keys - 1) / keys;
-    const int64_t together = segment->tiles < 8 * segments ? 1 : tiles_together<M>;
+    const int64_t together = segment->tiles < 4 * tiles_together<M> * segments ? 1 : tiles_together<M>;
     for (int64_t t = 0; t < segment->tiles; t += together) {
         const int64_t stop_tile = t + together < segment->tiles ? t + together : segment->tiles;
         int64_t key = s.last + 1;

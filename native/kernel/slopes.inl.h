@@ -5,16 +5,17 @@
 // Scores, p, ds and d_q have queries in lanes, as forward. In d_k and d_v the lanes hold the head axis and the
 // tile's rows are added one after another. Every sum runs in the order of keys or of rows, whatever the segments.
 
-// Tiles of queries that pass over a segment together: two halve what is read and written of the gradients to keys and
-// values. A slot is what is kept of a block with one of them.
-template <class M> constexpr int tiles_together = M::tiled ? 2 : 1;
+// Tiles of queries that pass over a segment together, a block at a time. What four of them add to the gradients to a block's
+// keys and values, tile registers add at once: where there are more numbers than the first-level cache holds, reading and
+// writing these takes as long as multiplying. A slot is what is kept of a block with one of the tiles until then.
+template <class M> constexpr int tiles_together = M::tiled ? 4 : 1;
 
 // Places for the scores of a block of keys with a tile, spare ones included.
 template <class M> constexpr int64_t score_places = int64_t(block_keys + TW_GROUP_KEYS) * tile_rows<sum_of<M>>;
 
 // The lanes that see each key of a block, and those that dropout keeps (more: amx_slopes.inl.h).
 template <class M> struct SlopeWork {
-    uint64_t words[1][block_keys], keep[1][block_keys];
+    uint64_t words[1][block_keys], keep[block_keys];
     static constexpr int slot = 0;
 };
 
@@ -33,7 +34,7 @@ template <class M> struct Slopes {
     A *d_k, *d_v;                       // [keys][width]
     U *q_rows, *d_out_rows;             // [tiles together][units of rows][width]: the tiles' rows
     U *p, *raw;                         // [tiles together][block_keys + TW_GROUP_KEYS][units of rows]
-    U *raw_across;                      // [tiles together][units of as many keys][rows]
+    U *raw_across;                      // [units of as many keys][rows]
     A *ds, *bias;                       // [block_keys + TW_GROUP_KEYS][rows]; ds where it is gathered
     A *cap_slopes;                      // [TW_GROUP_KEYS][rows]: the softcap's
     A factor;                           // of the products, where queries are not multiplied by it: scale * log2(e)
@@ -262,7 +263,7 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
     using A = sum_of<M>;
     constexpr int W = lanes<A>, width = NZ * W, NK = TW_GROUP_KEYS;
     const tw_problem &p = *s.problem;
-    uint64_t *words = s.work.words[s.work.slot], *keep = s.work.keep[s.work.slot];
+    uint64_t *words = s.work.words[s.work.slot], *keep = s.work.keep;
     if (s.facts && look(p, s.b, tile, key, n, words) == SEES_NOTHING) return;
     const uint64_t every_lane = first_bits(width);
     if (!s.facts)
