@@ -203,9 +203,11 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
 
     const size_t each = record_bytes<M>(problem);
     const auto record = [&](int64_t t) { return reinterpret_cast<Tile<M> *>(segment->records + size_t(t) * each); };
-    // Segments that run at the same time wait for one another's tiles: where there are few for each, they go one by one.
+    // Segments that run at the same time wait for one another's tiles: where there are few for each, they go one by one. So
+    // they do where a bias is read and its gradient written: more rows at a time than pages are at hand.
     const int64_t segments = (p.k_len + keys - 1) / keys;
-    const int64_t together = segment->tiles < 4 * tiles_together<M> * segments ? 1 : tiles_together<M>;
+    const bool few = segments > 1 && segment->tiles < 4 * tiles_together<M> * segments, alone = few || p.bias_count;
+    const int64_t together = alone ? 1 : tiles_together<M>;
     for (int64_t t = 0; t < segment->tiles; t += together) {
         const int64_t stop_tile = t + together < segment->tiles ? t + together : segment->tiles;
         int64_t key = s.last + 1;
