@@ -124,7 +124,7 @@ def test_a_diagonal_crosses_segments(dtype) -> None:
 
 
 def _seen_by_some_tiles() -> np.ndarray:
-    # Rows are cut into tiles of 32: of four that pass together, each meets other blocks of 64 keys, and other halves of them.
+    # Tiles have 32 rows: of four that pass together, each meets other blocks of 64 keys, and other halves of them.
     seen = np.random.default_rng(4).random((300, 400)) < 0.9
     seen[40:90, 70:120] = seen[96:128] = seen[130:200, 128:160] = seen[:, 192:256] = seen[200:224, 256:] = False
     return seen
