@@ -1,8 +1,4 @@
-// The XLA FFI handlers "tilewise_forward", "tilewise_backward" and "tilewise_tangent", on hand-declared structs of XLA's C
-// interface.
-//
-// The structs are declared here because building against newer headers would report a newer version, which older XLA
-// refuses; version 0.1 is taken by all since jaxlib 0.4.31. tests/native compares them with jaxlib's own headers.
+// The XLA FFI handlers "tilewise_forward", "tilewise_backward" and "tilewise_tangent".
 //
 // Operands, in this order; those whose bit of `present` is 0 are left out. Primed sizes are 1 (broadcast) or full.
 //   always  q, k, v           layout 0: (B,Hq,Sq,D) (B,Hkv,Sk,D) (B,Hkv,Sk,Dv); 1: (B,Sq,Hq,D) (B,Sk,Hkv,D) (B,Sk,Hkv,Dv)
@@ -30,91 +26,15 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bind/xla_c_api.h"
 #include "core/problem.h"
 
+using namespace tw_xla;
+
 namespace {
 
-// XLA's structs, as far as they are used here. Every one begins with its size and a list of extensions.
-struct Extension {
-    size_t struct_size;
-    int type;
-    Extension *next;
-};
-struct Head {
-    size_t struct_size;
-    Extension *extensions;
-};
-struct Buffer {
-    Head head;
-    int dtype;
-    void *data;
-    int64_t rank;
-    int64_t *dims;
-};
-struct Span {
-    const char *text;
-    size_t length;
-};
-struct Scalar {
-    int dtype;
-    void *value;
-};
-struct Buffers {
-    Head head;
-    int64_t size;
-    int *types;
-    Buffer **items;
-};
-struct Attributes {
-    Head head;
-    int64_t size;
-    int *types;
-    Span **names;
-    void **items;
-};
-struct ErrorRequest {
-    Head head;
-    const char *message;
-    int code;
-};
-struct Version {
-    Head head;
-    int major, minor;
-};
-struct Metadata {
-    size_t struct_size;
-    Version version;
-    uint32_t traits;
-};
-struct MetadataExtension {
-    Extension base;
-    Metadata *metadata;
-};
-struct Api {
-    Head head;
-    Version version;
-    const void *internal;
-    void *(*create_error)(ErrorRequest *);
-};
-
-enum { ARGUMENT_BUFFER = 1, ATTRIBUTE_SCALAR = 3, STAGE_EXECUTE = 3, EXTENSION_METADATA = 1 };
-enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, UNIMPLEMENTED = 12 };
-enum { PRED = 1, S32 = 4, S64 = 5, U32 = 8, U64 = 9, F16 = 10, F32 = 11, F64 = 12, BF16 = 16 };
 enum { RANGES = 1, LABELS = 2, MASK = 4, BITS = 8, TABLE = 16, SINKS = 32, DROPOUT = 64 };
 enum { D_Q = 1, D_K = 2, D_V = 4, FIRST_BIAS = 256 }; // of `wanted` and `moving`, beside TABLE and SINKS
-
-} // namespace
-
-struct tw_xla_call_frame {
-    Head head;
-    const Api *api;
-    void *context;
-    int stage;
-    Buffers arguments, results;
-    Attributes attributes;
-};
-
-namespace {
 
 // Reads a frame field by field and keeps the first complaint.
 class Reader {

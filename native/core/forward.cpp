@@ -1,6 +1,6 @@
 // tw_forward: cuts the problem into items and runs them on the page in use.
 //
-// An item is up to 16 tiles of query rows of one (batch, kv head). Neither the cut nor the order changes a row's bits.
+// An item is up to 32 tiles of query rows of one (batch, kv head). Neither the cut nor the order changes a row's bits.
 // Where a kv head has few rows (decode), its keys are cut too, at fixed places that depend on the sizes of the problem
 // alone, and the pieces are merged in key order. Where rows must not depend on their number, every item sums so.
 #include <stdlib.h>
@@ -158,7 +158,7 @@ void add_items(const tw_problem &p, const Cut &cut, int64_t n, tw_item *&item, t
                 const int64_t begin = c * cut.rows_per_item, end = std::min(cut.rows, begin + cut.rows_per_item);
                 const int64_t h = kv_head * cut.group + begin / per_head;
                 const int64_t key_end = cut.split() ? std::min(p.k_len, (s + 1) * split_keys) : p.k_len;
-                *item = {b, kv_head, begin, end, s * split_keys, key_end, 0, cut.split() ? partial : nullptr, n, cut.splits};
+                *item = {b, kv_head, begin, end, s * split_keys, key_end, 0, cut.split() ? partial : nullptr, n, cut.splits, nullptr};
                 partial += cut.partial_bytes;
                 const int64_t last = kv_head * cut.group + (end - 1) / per_head;
                 item->cost = double(end - begin) *
@@ -195,6 +195,8 @@ int run_forward(const tw_problem &p, const char **message) {
     // The longest first, so that no thread is left with a long one at the end.
     if ((p.ranges.count || p.sequences.q_len) && whole.threads > 1)
         std::stable_sort(call.items, item, [](const tw_item &a, const tw_item &b) { return a.cost > b.cost; });
+
+    for (int64_t i = 0; i + whole.threads < whole.count; ++i) call.items[i].next = call.items + i + whole.threads;
 
     parallel_for(whole.count, whole.threads, run_item, &call);
     if (whole.merges) parallel_for(whole.merges, whole.threads, merge_item, &call);

@@ -6,7 +6,7 @@
 extern "C" {
 
 // split_keys: keys of a split, whose states are joined in key order; a multiple of the kernels' chunk.
-enum { most_tiles_of_item = 16, split_keys = 1024 };
+enum { most_tiles_of_item = 32, split_keys = 1024 };
 
 // A piece of work: query rows [row_begin, row_end) of one (batch, kv head), against keys [key_begin, key_end).
 // Rows count through the kv head's whole group of query heads: row = g * (problem rows) + (i - problem.row_begin).
@@ -18,6 +18,7 @@ struct tw_item {
     void *partial;
     // For the caller alone: which of its problems this belongs to, and how many splits of the keys there are.
     int64_t number, splits;
+    const tw_item *next; // what the same thread will most likely run next, or NULL
 };
 
 // A segment of the keys of one (batch, kv head), for the backward pass: all its tiles in order, against these keys.

@@ -182,7 +182,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
     uint64_t all_words[2][block_keys], keep[block_keys];
     int turn = 0, block = 0;
     const auto end_full_run = [&](int64_t stop) {
-        if (stop - s.run_begin == run_keys) end_run(s, tile, stop, stop);
+        if (stop - s.run_begin >= run_keys) end_run(s, tile, stop, stop);
     };
     const auto weigh_waiting = [&] {
         if (!waiting) return;
@@ -221,6 +221,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
             }
             if (p.dropout.enabled) draw_dropout(p, s.batch, tile, key, n, keep);
             for (int g = 0; g < n; g += tile_keys) {
+                ask_ahead(s.ahead);
                 ask_for_rows(s, tile, key, g / 2, g / 2 + tile_side);
                 uint64_t some = 1, all = first_bits(tile_lanes);
                 if (masked) {

@@ -86,7 +86,7 @@ template <class T, class M> static size_t segment_numbers(const tw_problem &p, i
     const int64_t whole = (keys + block_keys - 1) / block_keys * block_keys;
     const int64_t head = padded<A>(p.head_dim), value = padded<A>(p.value_dim);
     int64_t numbers = whole * (head + value) + tiles_together<M> * units_of<M>(tile_rows<A>) * (head + value);
-    if (sizeof(T) != sizeof(unit_of<M>)) numbers += whole * (padded_units<M>(p.head_dim) + padded_units<M>(p.value_dim));
+    if (copies<T, M>(p, INT64_MAX)) numbers += whole * (padded_units<M>(p.head_dim) + padded_units<M>(p.value_dim));
     if (M::numbers > 1) numbers += whole / M::numbers * head;
     numbers += 2 * score_places<M> + (2 * tiles_together<M> + 1) * (score_places<M> / M::numbers);
     numbers += TW_GROUP_KEYS * tile_rows<A>;
@@ -173,16 +173,17 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
     const auto take_units = [&take](int64_t count) { return reinterpret_cast<U *>(take(count)); };
     s.d_k = take(whole * s.head_width);
     s.d_v = take(whole * s.value_width);
-    if constexpr (sizeof(T) == sizeof(U)) {
-        s.k = tensor_row<const T>(p.k, s.b, s.kv_head, s.first);
-        s.v = tensor_row<const T>(p.v, s.b, s.kv_head, s.first);
-        s.k_stride = p.k.stride_s;
-        s.v_stride = p.v.stride_s;
-    } else {
+    s.copied = copies<T, M>(p, segment->tiles);
+    if (s.copied) {
         s.k_stride = padded_units<M>(p.head_dim);
         s.v_stride = padded_units<M>(p.value_dim);
         s.k = s.copy_k = take_units(whole * s.k_stride);
         s.v = s.copy_v = take_units(whole * s.v_stride);
+    } else if constexpr (sizeof(T) == sizeof(U)) {
+        s.k = tensor_row<const T>(p.k, s.b, s.kv_head, s.first);
+        s.v = tensor_row<const T>(p.v, s.b, s.kv_head, s.first);
+        s.k_stride = p.k.stride_s;
+        s.v_stride = p.v.stride_s;
     }
     s.k_across = s.k;
     s.across_stride = s.k_stride;

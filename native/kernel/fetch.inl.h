@@ -12,6 +12,15 @@ template <class M> TW_INLINE int64_t chunk_keys(const tw_problem &p) {
     return dims <= 256 ? 4 * run_keys : dims <= 512 ? 2 * run_keys : run_keys;
 }
 
+// Rows of keys and values that will be wanted next: the next chunk's, or those of the item that follows. They are asked for
+// along the sweep, since memory is slow to begin and the processor's own prefetchers end where an array's rows do. In tile
+// registers alone: other products take longer than memory.
+struct RowsAhead {
+    const char *k, *v;
+    int64_t k_stride, v_stride, k_bytes, v_bytes; // in bytes
+    int64_t left, rows, groups, due;              // rows not asked for yet; rows are spread over so many groups
+};
+
 // What does not change during an item, and the run of keys whose probabilities wait for their values.
 template <class M> struct Sweep {
     using A = sum_of<M>;
@@ -31,6 +40,9 @@ template <class M> struct Sweep {
     bool careful;     // bar invisible values lane by lane: they hold something that is not finite
     int64_t element_asked; // bytes of an element of q and out where sweeps ask for their rows ahead, else 0
     int64_t chunk, run_begin; // chunk: the key that the one entered begins at, or -1
+    const tw_item *item;
+    int64_t tiles; // of the item
+    RowsAhead ahead; // of tile registers
     Background<M> background;
 };
 
@@ -52,12 +64,49 @@ template <class M> TW_INLINE void ask_for_rows(const Sweep<M> &s, const Tile<M> 
     }
 }
 
+// Called for each group of keys of each tile.
+TW_INLINE void ask_ahead(RowsAhead &ahead) {
+    for (ahead.due += ahead.rows; ahead.due >= ahead.groups && ahead.left; --ahead.left, ahead.due -= ahead.groups) {
+        ask_for(ahead.k, ahead.k_bytes);
+        ask_for(ahead.v, ahead.v_bytes);
+        ahead.k += ahead.k_stride;
+        ahead.v += ahead.v_stride;
+    }
+}
+
+// Finds the rows that are wanted after the chunk that begins at `key`.
+template <class T, class M> static void look_ahead(Sweep<M> &s, int64_t key) {
+    const tw_problem &p = *s.problem;
+    const int64_t chunk = chunk_keys<M>(p);
+    const tw_item *item = s.item;
+    s.ahead = {};
+    if (p.pages.table) return;
+    key += chunk;
+    if (key >= item->key_end) {
+        const tw_item *next = item->next;
+        if (!next || next->number != item->number) return;
+        // A head of one chunk is there already.
+        if (next->b == item->b && next->kv_head == item->kv_head && next->key_end - next->key_begin <= chunk) return;
+        item = next;
+        key = item->key_begin;
+    }
+    s.ahead.k = reinterpret_cast<const char *>(tensor_row<const T>(p.k, item->b, item->kv_head, key));
+    s.ahead.v = reinterpret_cast<const char *>(tensor_row<const T>(p.v, item->b, item->kv_head, key));
+    s.ahead.k_stride = p.k.stride_s * int64_t(sizeof(T));
+    s.ahead.v_stride = p.v.stride_s * int64_t(sizeof(T));
+    s.ahead.k_bytes = p.head_dim * int64_t(sizeof(T));
+    s.ahead.v_bytes = p.value_dim * int64_t(sizeof(T));
+    s.ahead.left = s.ahead.rows = item->key_end - key < chunk ? item->key_end - key : chunk;
+    s.ahead.groups = s.tiles * (chunk / 32); // a group of tile registers has 32 keys
+}
+
 // Goes to the chunk that begins at `key`, unless it is there.
 template <class T, class M> TW_INLINE void enter_chunk(Sweep<M> &s, int64_t key) {
     const tw_problem &p = *s.problem;
     if (s.chunk == key) return;
     s.chunk = key;
     s.fetched = 0;
+    if constexpr (M::tiled) look_ahead<T>(s, key);
     if constexpr (sizeof(T) == sizeof(unit_of<M>)) {
         if (s.fetch) return;
         s.keys = tensor_row<const T>(p.k, s.batch, s.kv_head, key);
@@ -85,25 +134,33 @@ template <class T, class M> static void fetch_block(Sweep<M> &s, int64_t key, in
     s.fetched |= 1u << first / block_keys;
 }
 
-// Whether rows have to be copied: their elements are no units, or a chunk of them may lie in several pages.
-template <class T, class M> TW_INLINE bool copies(const tw_problem &p) {
-    return sizeof(T) != sizeof(unit_of<M>) || p.pages.table;
+// Whether rows of keys or values lie so far apart (heads stand between them) that a chunk of them falls on few sets of the
+// first-level cache, and on as many pages as it has rows.
+template <class T> TW_INLINE bool scattered(const tw_tensor &x, int64_t n) {
+    return x.stride_s >= 2 * n && x.stride_s * int64_t(sizeof(T)) >= 1024;
+}
+
+// Whether an item of so many tiles copies rows: their elements are no units, or a chunk of them may lie in several pages,
+// or they are scattered and enough tiles use the copy. It changes no bit.
+template <class T, class M> TW_INLINE bool copies(const tw_problem &p, int64_t tiles) {
+    if (sizeof(T) != sizeof(unit_of<M>) || p.pages.table) return true;
+    return tiles >= 4 && (scattered<T>(p.k, p.head_dim) || scattered<T>(p.v, p.value_dim));
 }
 
 // Units of a chunk's copy.
-template <class T, class M> TW_INLINE int64_t fetched_units(const tw_problem &p) {
-    if (!copies<T, M>(p)) return 0;
+template <class T, class M> TW_INLINE int64_t fetched_units(const tw_problem &p, int64_t tiles) {
+    if (!copies<T, M>(p, tiles)) return 0;
     const int64_t keys = chunk_keys<M>(p);
     return keys * padded_units<M>(p.head_dim) + keys / M::numbers * padded<sum_of<M>>(p.value_dim);
 }
 
 // Says where keys and values are: in place, or in `copy` as soon as they are fetched.
-template <class T, class M> TW_INLINE void choose_source(Sweep<M> &s, unit_of<M> *copy) {
+template <class T, class M> TW_INLINE void choose_source(Sweep<M> &s, int64_t tiles, unit_of<M> *copy) {
     const tw_problem &p = *s.problem;
     s.fetch = nullptr;
     s.key_stride = p.k.stride_s;
     s.value_stride = p.v.stride_s;
-    if (copies<T, M>(p)) {
+    if (copies<T, M>(p, tiles)) {
         s.fetch = fetch_block<T, M>;
         s.key_stride = padded_units<M>(p.head_dim);
         s.value_stride = padded<sum_of<M>>(p.value_dim);

@@ -3,6 +3,10 @@
 
 template <class A> constexpr int64_t few_rows = lanes<A> / 2;
 
+// Query rows of a kv head in the whole problem. It decides how rows are summed; a slab of rows must not, and nothing may
+// where rows must not depend on their number.
+TW_INLINE int64_t rows_of(const tw_problem &p) { return p.q_heads / p.kv_heads * p.q_len; }
+
 // One row of the group. State as in Tile, with the sum still spread over the lanes.
 template <class M> struct Row {
     using A = sum_of<M>;
@@ -17,14 +21,19 @@ template <class M> struct Row {
     alignas(64) unit_of<M> weights[block_keys]; // the same after dropout, in units
 };
 
+// What an item keeps beside its rows: nothing, but for tile registers (amx_few_rows.inl.h).
+template <class M> struct FewTiles {
+    static int64_t space(const tw_problem &) { return 0; } // in accumulators
+};
+
 // Numbers of a row's out: whole vectors of units across two keys.
 template <class M> TW_INLINE int64_t out_numbers(const tw_problem &p) {
     return M::numbers * padded_units<M>(p.value_dim);
 }
 
-template <class M> static size_t few_rows_bytes(const tw_problem *p, int64_t rows) {
-    const int64_t numbers = padded_units<M>(p->head_dim) + out_numbers<M>(*p);
-    return size_t(rows) * (rounded(sizeof(Row<M>)) + rounded(size_t(numbers) * sizeof(sum_of<M>)));
+template <class M> TW_INLINE size_t row_bytes(const tw_problem &p) {
+    const int64_t numbers = padded_units<M>(p.head_dim) + out_numbers<M>(p);
+    return rounded(sizeof(Row<M>)) + rounded(size_t(numbers) * sizeof(sum_of<M>));
 }
 
 // Scores of W keys with one row: W sums over the head axis, then one reduction.

@@ -75,19 +75,29 @@ static uint64_t look_by_row(const tw_problem &p, int64_t b, Row<M> *const *rows,
     return some;
 }
 
+template <class M> static size_t few_rows_bytes(const tw_problem &p) {
+    using A = sum_of<M>;
+    return size_t(few_rows<A>) * row_bytes<M>(p) + size_t(FewTiles<M>::space(p)) * sizeof(A);
+}
+
 template <class T, class M>
-static void sweep_rows(const tw_problem &p, const tw_item &item, Row<M> *const *rows, int64_t count, bool careful) {
+static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &tiles, Row<M> *const *rows, int64_t count,
+                       bool careful) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
-    const T *each_key[block_keys], *each_value[block_keys], *each_next[block_keys]; // where rows lie in pages
+    const T *each_key[block_keys], *each_value[block_keys], *each_next[block_keys], *each_next_value[block_keys]; // where rows lie in pages
     const A factor = M::numbers > 1 ? A(p.scale * 1.4426950408889634074) : A(1); // else the queries have it
+    bool in_tiles = false;
+    if constexpr (M::tiled) in_tiles = tiles.used;
     for (int64_t key = item.key_begin; key < item.key_end; key += block_keys) {
         const int n = int(item.key_end - key < block_keys ? item.key_end - key : int64_t(block_keys));
         const uint64_t some = look_by_row(p, item.b, rows, count, key, n);
         if (!some) continue;
         const Rows<T> keys = key_rows(p, p.k, item.b, item.kv_head, key, n, each_key);
         const Rows<T> values = key_rows(p, p.v, item.b, item.kv_head, key, n, each_value);
-        for (int j = 0; j < n; j += W) {
+        if constexpr (M::tiled)
+            if (in_tiles) scores_in_tiles(tiles, keys, n, p.head_dim, rows, count, factor);
+        for (int j = 0; j < n && !in_tiles; j += W) {
             const T *own[W]; // a ragged end repeats the last key; no row sees the repetitions
             TW_UNROLL for (int l = 0; l < W; ++l) own[l] = keys[j + l < n ? j + l : n - 1];
             for (int64_t r = 0; r < count; ++r) {
@@ -105,6 +115,15 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, Row<M> *const *
         Ahead<T> next = {{nullptr, 0, nullptr}, p.head_dim};
         if (key + 2 * block_keys <= item.key_end)
             next.rows = key_rows(p, p.k, item.b, item.kv_head, key + block_keys, block_keys, each_next);
+        if (in_tiles) {
+            Ahead<T> next_values = {{nullptr, 0, nullptr}, p.value_dim};
+            if (next.rows.first)
+                next_values.rows = key_rows(p, p.v, item.b, item.kv_head, key + block_keys, block_keys, each_next_value);
+            const uint64_t read = careful ? rows[0]->seen : some;
+            if constexpr (M::tiled)
+                add_weighted_in_tiles(tiles, rows, count, values, p.value_dim, read, next, next_values);
+            continue;
+        }
         if (!careful)
             for (; r + 4 <= count; r += 4) add_weighted<M, 4>(rows + r, values, p.value_dim, some, r ? Ahead<T>{} : next);
         for (; r < count; ++r)
@@ -134,13 +153,18 @@ static void forward_few_rows(const tw_problem *problem, const tw_item *item, voi
     const int64_t count = item->row_end - item->row_begin, per_head = p.row_end - p.row_begin;
     const int64_t group = p.q_heads / p.kv_heads;
     const A factor = A(p.scale * 1.4426950408889634074);
-    const size_t row_bytes = few_rows_bytes<M>(problem, 1);
+    const Registers<M> registers(few_rows<A>);
     Row<M> *rows[few_rows<A>] = {};
+    FewTiles<M> tiles;
+    if constexpr (M::tiled)
+        place(p, rows_of(p), tiles, reinterpret_cast<int32_t *>(static_cast<char *>(scratch) + few_rows<A> * row_bytes<M>(p)));
     for (int64_t r = 0; r < count; ++r) {
-        char *memory = static_cast<char *>(scratch) + size_t(r) * row_bytes;
+        char *memory = static_cast<char *>(scratch) + size_t(r) * row_bytes<M>(p);
         Row<M> &row = *(rows[r] = reinterpret_cast<Row<M> *>(memory));
         row.query = reinterpret_cast<unit_of<M> *>(memory + rounded(sizeof(Row<M>)));
         row.out = reinterpret_cast<A *>(row.query + padded_units<M>(p.head_dim));
+        if constexpr (M::tiled)
+            if (tiles.used) row.out = tiles.out + r * tiles.numbers;
         row.i = p.row_begin + (item->row_begin + r) % per_head;
         row.h = item->kv_head * group + (item->row_begin + r) / per_head;
         const T *q = tensor_row<const T>(p.q, item->b, row.h, row.i);
@@ -148,12 +172,19 @@ static void forward_few_rows(const tw_problem *problem, const tw_item *item, voi
             store(row.query + d, row_units<M>(q, d, p.head_dim, factor));
         reset(p, row);
     }
-    sweep_rows<T>(p, *item, rows, count, false);
+    if constexpr (M::tiled)
+        if (tiles.used) turn_queries(tiles, rows, count);
+    sweep_rows<T>(p, *item, tiles, rows, count, false);
     for (int64_t r = 0; r < count; ++r) {
         Row<M> &row = *rows[r];
         if ((row.masked || p.bias_count || p.table.data) && !all_finite(row.out, out_numbers<M>(p))) {
+            if constexpr (M::tiled)
+                if (tiles.used) {
+                    row.out = tiles.spare;
+                    turn_queries(tiles, rows + r, 1);
+                }
             reset(p, row);
-            sweep_rows<T>(p, *item, rows + r, 1, true);
+            sweep_rows<T>(p, *item, tiles, rows + r, 1, true);
         }
         if constexpr (M::numbers > 1) put_in_order(row.out, p.value_dim);
         A sum = 0;

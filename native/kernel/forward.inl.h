@@ -7,10 +7,8 @@ template <class M> TW_INLINE int vectors_for(int64_t rows) {
 }
 template <class A> constexpr int64_t tile_rows = TW_TILE_VECTORS * lanes<A>;
 
-// Query rows of a kv head in the whole problem. It decides between the two orientations, which sum in different orders;
-// a slab of rows must not, and nothing may where rows must not depend on their number.
+// Query rows of a kv head that this call computes.
 TW_INLINE int64_t rows_in_call(const tw_problem &p) { return p.q_heads / p.kv_heads * (p.row_end - p.row_begin); }
-TW_INLINE int64_t rows_of(const tw_problem &p) { return p.q_heads / p.kv_heads * p.q_len; }
 template <class A> TW_INLINE bool takes_few_rows(const tw_problem &p) { return !p.row_invariant && rows_of(p) <= few_rows<A>; }
 
 // Whether an item sums split by split: where rows must not depend on their number, so that few rows can be split among
@@ -22,12 +20,12 @@ template <class M> static int64_t keys_of_chunk(const tw_problem *p) { return ch
 template <class T, class M> static size_t scratch_bytes(const tw_problem *p, int64_t tiles) {
     using A = sum_of<M>;
     const size_t width = size_t(tile_rows<A>) * sizeof(A);
-    if (takes_few_rows<A>(*p)) return few_rows_bytes<M>(p, few_rows<A>);
+    if (takes_few_rows<A>(*p)) return few_rows_bytes<M>(*p);
     const int64_t runs = M::tiled ? 2 : 1; // whose probabilities are kept
     const int64_t scores = runs * (run_keys + TW_GROUP_KEYS) / M::numbers + block_keys + TW_GROUP_KEYS; // and their biases
     const size_t state = rounded(sizeof(Tile<M>)) + size_t(unit_rows<M>(p->head_dim) + sum_rows<M>(p->value_dim)) * width;
     const size_t earlier = joins_splits(*p) ? rounded(sizeof(Earlier<A>)) + size_t(sum_rows<M>(p->value_dim)) * width : 0;
-    return size_t(tiles) * (state + earlier) + size_t(scores) * width + size_t(fetched_units<T, M>(*p)) * sizeof(A);
+    return size_t(tiles) * (state + earlier) + size_t(scores) * width + size_t(fetched_units<T, M>(*p, tiles)) * sizeof(A);
 }
 
 template <class T, class M>
@@ -134,9 +132,11 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     s.probabilities = reinterpret_cast<U *>(take((run_keys + TW_GROUP_KEYS) / M::numbers * width));
     if (M::tiled) s.other_probabilities = reinterpret_cast<U *>(take((run_keys + TW_GROUP_KEYS) / M::numbers * width));
     s.bias = reinterpret_cast<A *>(take((block_keys + TW_GROUP_KEYS) * width));
-    choose_source<T>(s, reinterpret_cast<U *>(take(fetched_units<T, M>(p))));
+    choose_source<T>(s, count, reinterpret_cast<U *>(take(fetched_units<T, M>(p, count))));
     s.careful = false;
     s.chunk = -1;
+    s.item = item;
+    s.tiles = count;
 
     // Tiles share a chunk's keys; where there is one chunk, each is finished before the next, which takes its memory.
     const int64_t together = item->key_end - item->key_begin <= chunk_keys<M>(p) ? 1 : count;

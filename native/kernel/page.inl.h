@@ -38,6 +38,9 @@ namespace {
 #include "kernel/finish.inl.h"
 #include "kernel/join.inl.h"
 #include "kernel/few_products.inl.h"
+#if defined(__AMX_BF16__)
+#include "kernel/amx_few_rows.inl.h"
+#endif
 #include "kernel/few_rows.inl.h"
 #include "kernel/forward.inl.h"
 #include "kernel/finite.inl.h"

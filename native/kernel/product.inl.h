@@ -24,7 +24,7 @@ template <class M> TW_INLINE int64_t sum_rows(int64_t n) { return M::tiled ? pad
 
 // What a kernel holds while it runs: nothing, but for tile registers (amx_tiles.inl.h).
 template <class M> struct Registers {
-    Registers() {}
+    explicit Registers(uint8_t = 0) {}
 };
 
 // A weight that stands for "does not see this key" where values may be anything; real ones are never negative.

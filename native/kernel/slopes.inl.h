@@ -40,7 +40,7 @@ template <class M> struct Slopes {
     A factor;                           // of the products, where queries are not multiplied by it: scale * log2(e)
     uint8_t *blocks;                    // what is known of each block of keys
     void (*meet)(Slopes &, int64_t key, int n); // when a block is first seen: reads it and clears its gradients
-    bool facts, biased, general, scores_wanted;
+    bool copied, facts, biased, general, scores_wanted;
     SlopeWork<M> work;
 };
 // Probabilities below this power of two are 0 here: their products with gradients, keys and queries would be denormal
@@ -61,7 +61,7 @@ static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *
 template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, int n) {
     const tw_problem &p = *s.problem;
     const int64_t at = key - s.first;
-    if constexpr (sizeof(T) != sizeof(unit_of<M>)) {
+    if (s.copied) {
         const Rows<T> k = {tensor_row<const T>(p.k, s.b, s.kv_head, key), p.k.stride_s, nullptr};
         const Rows<T> v = {tensor_row<const T>(p.v, s.b, s.kv_head, key), p.v.stride_s, nullptr};
         rows_in_units<M>(k, n, p.head_dim, s.copy_k + at * s.k_stride, s.k_stride);

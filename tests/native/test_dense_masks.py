@@ -9,12 +9,8 @@ from accuracy import assert_accurate
 
 import tilewise as tw
 
-_native = pytest.importorskip("tilewise._native")
-
-
-@pytest.fixture(params=_native.build_info()["supported_pages"], autouse=True)
-def page(request, monkeypatch) -> None:
-    monkeypatch.setenv("TILEWISE_ISA", request.param)
+pytest.importorskip("tilewise._native")
+pytestmark = pytest.mark.usefixtures("page")
 
 
 @pytest.fixture(params=["float32", "float64", "float16", "bfloat16"])

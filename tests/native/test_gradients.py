@@ -17,14 +17,8 @@ from tilewise.kernels.native.backward import backward
 from tilewise.kernels.native.forward import forward
 from tilewise.kernels.reference import dense as reference
 
-_native = pytest.importorskip("tilewise._native")
+pytest.importorskip("tilewise._native")
 pytestmark = pytest.mark.usefixtures("loud_memory")
-
-
-@pytest.fixture(params=_native.build_info()["supported_pages"])
-def page(request, monkeypatch) -> str:
-    monkeypatch.setenv("TILEWISE_ISA", request.param)
-    return request.param
 
 
 def _differentiate(plan, operands, d_out=None, d_lse=None):

@@ -8,14 +8,10 @@ import pytest
 
 import tilewise as tw
 
-_native = pytest.importorskip("tilewise._native")
+pytest.importorskip("tilewise._native")
+pytestmark = pytest.mark.usefixtures("page")
 
 SIZES = [(1, 2, 1, 3000), (3, 1, 33, 130), (2, 3, 70, 333), (4, 2, 5, 1500), (1, 1, 150, 64)]  # group, kv, Sq, Sk
-
-
-@pytest.fixture(params=_native.build_info()["supported_pages"], autouse=True)
-def page(request, monkeypatch) -> None:
-    monkeypatch.setenv("TILEWISE_ISA", request.param)
 
 
 @pytest.fixture(params=["float32", "bfloat16"])

@@ -10,7 +10,8 @@ import pytest
 
 import tilewise as tw
 
-_native = pytest.importorskip("tilewise._native")
+pytest.importorskip("tilewise._native")
+pytestmark = pytest.mark.usefixtures("page")
 
 KV_HEADS, D, DV = 2, 37, 21
 CHUNKS = (1, 7, 64, 100)
@@ -59,12 +60,6 @@ KINDS = {
     "dense mask": lambda rows, tokens, heads: _bits(rows, tokens),
     "dropout": _dropout,
 }
-
-
-@pytest.fixture(params=_native.build_info()["supported_pages"], autouse=True)
-def page(request, monkeypatch) -> str:
-    monkeypatch.setenv("TILEWISE_ISA", request.param)
-    return request.param
 
 
 @lru_cache

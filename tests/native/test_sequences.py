@@ -15,17 +15,13 @@ import pytest
 import tilewise as tw
 
 _native = pytest.importorskip("tilewise._native")
+pytestmark = pytest.mark.usefixtures("page")
 if "TILEWISE_SERVER" in os.environ:
     pytest.skip("the emulated module hands no sequences and pages over", allow_module_level=True)
 
 CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 GROUP, KV, D, DV = 3, 2, 40, 24
 LENGTHS = [([1, 1, 1, 1], [5, 1500, 0, 64]), ([7, 0, 70, 1, 2], [9, 30, 333, 1100, 2]), ([150, 3], [130, 3])]
-
-
-@pytest.fixture(params=_native.build_info()["supported_pages"], autouse=True)
-def page(request, monkeypatch) -> None:
-    monkeypatch.setenv("TILEWISE_ISA", request.param)
 
 
 @pytest.fixture(params=["float32", "bfloat16"])

@@ -16,16 +16,10 @@ from tilewise.kernels.native.forward import forward
 from tilewise.kernels.native.tangent import tangent
 from tilewise.kernels.reference import dense as reference
 
-_native = pytest.importorskip("tilewise._native")
+pytest.importorskip("tilewise._native")
 pytestmark = pytest.mark.usefixtures("loud_memory")
 
 PARTS = ("q", "k", "v", "dense", "table", "sinks")
-
-
-@pytest.fixture(params=_native.build_info()["supported_pages"])
-def page(request, monkeypatch) -> str:
-    monkeypatch.setenv("TILEWISE_ISA", request.param)
-    return request.param
 
 
 def _along(operands, seed=7) -> Tangents:

@@ -19,7 +19,7 @@ from tilewise.plan.preset import Example, example  # noqa: E402
 @pytest.fixture(autouse=True)
 def any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel adds in an order that depends on the number of threads, which has to be allowed."""
-    monkeypatch.setattr("tilewise.validate.DETERMINISTIC", False)
+    monkeypatch.setattr("tilewise.validate.call.DETERMINISTIC", False)
     monkeypatch.setattr("tilewise.torch.operator._plans", {})  # of calls that were planned under the other rule
 
 
@@ -112,7 +112,7 @@ def test_results_lie_as_the_operator_promises(layout: str) -> None:
 
 
 def test_it_is_refused_where_equal_inputs_must_give_equal_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tilewise.validate.DETERMINISTIC", True)
+    monkeypatch.setattr("tilewise.validate.call.DETERMINISTIC", True)
     q = torch.randn(1, 2, 9, 8)
     with pytest.raises(tw.KernelRefused, match="number of threads"):
         tw.attention(q, q, q, kernel="aten")

@@ -110,7 +110,7 @@ def _plan(
         dropout=checked.dropout.p if checked.dropout is not None else 0.0,
         model=model,
         architecture=architecture,
-        deterministic=validate.DETERMINISTIC,
+        deterministic=validate.call.DETERMINISTIC,
     )
     return choose(problem, options.kernel, options.allow_quadratic)
 

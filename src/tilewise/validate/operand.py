@@ -1,0 +1,44 @@
+"""What every further argument is held against: a real number, the framework and the device of q."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .._arrays import Array, Family, family_of, is_abstract
+
+
+def real(name: str, value: Any) -> float:
+    """A finite real number; the value is part of the plan, so tracers and arrays that vary cannot be taken."""
+    if isinstance(value, float):
+        value = value.__float__()  # unlike float(), fixes a number that torch's compiler would leave open
+    if (
+        is_abstract(value)
+        or isinstance(value, bool | str | bytes)
+        or (getattr(value, "ndim", 0) > 0 and np.size(value) != 1)
+    ):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a real number known at the call")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a real number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {number}, expected a finite number")
+    return number
+
+
+def check_framework(name: str, family: Family, operands: list[Array]) -> None:
+    for operand in operands:
+        kind = family_of(operand)
+        if kind not in (family, "numpy"):
+            raise TypeError(
+                f"{name}: holds a {kind} array, but q is a {family} array; expected a {family} or NumPy array"
+            )
+
+
+def check_same_device(name: str, family: Family, q: Array, operands: list[Array]) -> None:
+    for operand in operands:
+        if family == "torch" and family_of(operand) == "torch" and operand.device != q.device:
+            raise ValueError(f"{name}: is on {operand.device}, but q is on {q.device}; expected one device")
