@@ -2,7 +2,9 @@
 // and in which layouts, is said in slopes.inl.h.
 //
 // Four tiles pass over a block one after another. What their lanes add to its keys and values waits until all are done, so
-// that these sums are read and written once for all, as a tile's own are once for the block.
+// that these sums are read and written once for all, as a tile's own are once for the block. Products cut into steps between
+// the vectors' instructions, as forward (amx_work.inl.h), were measured here too: the vectors' time and the tile registers'
+// added up, and the steps cost more than they hid.
 
 // S^T and dP^T of a group, until they are turned into p, ds and raw.
 struct SlopeGroup {

@@ -17,24 +17,6 @@ TW_INLINE __m512 exp2_where(__mmask16 kept, __m512 x) {
     return _mm512_maskz_scalef_ps(kept, h, x);
 }
 
-// The scores of 16 or 32 keys with 16 lanes, K Q^T, up to storing them.
-TW_INLINE void begin_scores(Turn turn, const int32_t *keys, int64_t stride, int count, const int32_t *query, int64_t head_units) {
-    clear_tiles(turn);
-    for (int64_t d = 0; d < head_units; d += tile_side) {
-        _tile_loadd(4, keys + d, stride * int64_t(sizeof(int32_t)));
-        _tile_loadd(6, query + d * tile_lanes, tile_lanes * sizeof(int32_t));
-        if (count > tile_side) {
-            _tile_loadd(5, keys + d + tile_side * stride, stride * int64_t(sizeof(int32_t)));
-            multiply_rows(turn);
-        } else
-            multiply_row(turn);
-    }
-}
-TW_INLINE void end_scores(Turn turn, int count, float *scores) {
-    store_tile(turn, 0, scores, tile_lanes * sizeof(float));
-    if (count > tile_side) store_tile(turn, 1, scores + tile_side * tile_lanes, tile_lanes * sizeof(float));
-}
-
 // A group of keys, and its scores.
 struct Group {
     alignas(64) float scores[tile_keys * tile_lanes];
