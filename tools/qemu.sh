@@ -21,7 +21,7 @@ done
 # Python.
 [ $# -gt 0 ] || set -- tests/native/test_pages.py tests/native/test_gradients.py tests/native/test_row_bits.py \
     tests/native/test_tangents.py tests/kernels/test_conformance.py \
-    -k "pages or row_bits or facts or sizes or nothing or tangents or (conformance and native and not jax)"
+    -k "not jax and (pages or row_bits or facts or sizes or nothing or tangents or (conformance and native))"
 
 # server FOLDER CMAKE-ARGUMENTS
 server() {

@@ -2,8 +2,9 @@
 # Builds the compiled module with a sanitizer and runs tests on it; what the sanitizer finds ends the run.
 # Usage: tools/sanitize.sh address|thread [PYTEST ARGUMENTS]. "address" is AddressSanitizer with
 # UndefinedBehaviorSanitizer, "thread" is ThreadSanitizer. PYTHON names the interpreter (default .venv/bin/python),
-# TILEWISE_BUILD the folder for the build (default build/sanitize). Without arguments: tests/native, and the conformance
-# suite's calls of the native kernel from NumPy.
+# TILEWISE_BUILD the folder for the build (default build/sanitize), TILEWISE_PAGES the pages to build and test, as
+# "avx512 scalar" (default: all). Without arguments: tests/native, and the conformance suite's calls of the native kernel
+# from NumPy.
 set -eu
 cd "$(dirname "$0")/.."
 kind=${1:?address or thread}
@@ -18,7 +19,8 @@ esac
 [ $# -gt 0 ] || set -- tests/native tests/kernels/test_conformance.py -k "not build and not fork and not jax and not torch and native"
 
 build=${TILEWISE_BUILD:-build/sanitize}/$kind
-PATH=$(dirname "$python"):$PATH cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$python" -DTILEWISE_SANITIZE=$sanitizers >/dev/null
+PATH=$(dirname "$python"):$PATH cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$python" \
+    -DTILEWISE_SANITIZE=$sanitizers -DTILEWISE_PAGES="$(echo "${TILEWISE_PAGES:-}" | tr ' ' ';')" >/dev/null
 PATH=$(dirname "$python"):$PATH cmake --build "$build" --target _native
 
 TILEWISE_SANITIZED=$(ls "$build"/_native*.so)

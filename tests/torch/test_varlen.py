@@ -174,6 +174,14 @@ def test_dropout_is_that_of_each_sequence():
     assert not torch.equal(twice[:3], twice[3:]), "two sequences do not drop alike"
 
 
+def test_streams_beyond_64_bits_begin_again():
+    """In one call for all sequences as in one for each."""
+    q, k, v = packed()
+    calls = {"dropout": tw.Dropout(0.4, 9, 2**64 - 1), "return_lse": True}
+    found = [varlen_attention(q, k, v, CU_Q, CU_K, kernel=kernel, **calls) for kernel in ("native", "portable")]
+    close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_are_those_of_the_sequence_alone(dtype):
     """Whatever its neighbours: lengths like its own, longer ones, garbage."""
@@ -277,6 +285,13 @@ def test_nothing_at_all():
         assert not any(
             g.any() for g in torch.autograd.grad(out.sum(), (q, k, v), materialize_grads=True, allow_unused=True)
         )
+
+
+def test_distances_of_no_query_and_no_key():
+    q, k, v = (x[:0] for x in packed())
+    bias = tw.alibi(normal(HEADS), "end")
+    out, lse = varlen_attention(q, k, v, [0, 0], [0, 0], bias=bias, kernel="native", return_lse=True)
+    assert out.shape == (0, HEADS, 5) and lse.shape == (HEADS, 0)
 
 
 def test_rows_outside_all_sequences():

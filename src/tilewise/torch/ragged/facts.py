@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._arrays import namespace
 from ...kernels.native.buffers import broadcast_strides, memory
 from ...masks.algebra import And, Mask
 from ...masks.biases import Alibi, Bias, DenseBias, Relative, lower_bias
@@ -120,7 +121,9 @@ def tables_of(bias: Bias | None, lengths: Lengths, heads: int, max_q: int, accum
     if at_end:
         sizes, own, longest = (k_longest, q_longest), lengths.k_len, k_longest
     try:
-        lowered = lower_bias(_sum(distances), Site(lengths.batch, heads, *sizes, "torch"), torch, accumulator)
+        lowered = lower_bias(
+            _sum(distances), Site(lengths.batch, heads, *sizes, "torch"), namespace("torch"), accumulator
+        )
     except ValueError:
         return None
     return Tables(tuple(dense), lowered.table, longest - own)

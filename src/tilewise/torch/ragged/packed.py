@@ -27,7 +27,7 @@ from .masks import Members, mask_of
 from .sequences import Sequences, put, take
 
 _LARGE = 2**15  # elements of a sequence from which on a call of its own costs less than bringing its rows together
-_STREAMS = 2**32  # what separates the dropout of two sequences; the caller's own streams stay below
+_STREAMS = 2**32  # what separates the dropout of two sequences, modulo 2^64 as in one call for all
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +121,7 @@ def _of_one_call(options: Options, biases: list[Bias] | None, group: Members, ma
         return {}
     first, dropout = group.numbers[0], options.dropout
     if dropout is not None:  # the sequence is alone
-        dropout = replace(dropout, stream=dropout.stream + first * _STREAMS)
+        dropout = replace(dropout, stream=(dropout.stream + first * _STREAMS) % 2**64)
     return {
         "mask": None if options.mask is None else mask_of(options.mask, group),
         "bias": None if biases is None else bias_of(biases[first], group, max_q),

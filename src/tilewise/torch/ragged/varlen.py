@@ -44,7 +44,8 @@ def varlen_attention(
 
     Every mask, bias and option of `tilewise.attention` means what it means there for one sequence: query 0 is the
     sequence's first query, `causal("end")` lets its last query see its last key. Sequence n of the result has the bits
-    of the call on its own, `tilewise.attention` of its rows; with dropout, of `Dropout(p, seed, stream + n * 2**32)`.
+    of the call on its own, `tilewise.attention` of its rows; with dropout, of `Dropout(p, seed, stream + n * 2**32)`,
+    modulo 2^64.
 
     Names and arrays are those of flash-attn's `flash_attn_varlen_func`. Lengths are read on the host; keep the
     cumulative lengths there when q is on a GPU, and nothing waits for it. A compiled program cannot read them: there
