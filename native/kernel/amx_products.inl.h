@@ -9,9 +9,9 @@ struct TileProduct {
     int64_t a_stride, b_stride, out_stride; // of rows
     int64_t a_step, b_step;                 // to the next group
     int64_t groups;
-    int64_t a_next, b_next, out_next;       // to the next unit
-    int64_t sixteens;                       // rows, where units stand below each other, else columns
-    bool below, adds;                       // adds: to what is there; else to 0
+    int64_t a_next, b_next, out_next; // to the next unit
+    int64_t sixteens;                 // rows, where units stand below each other, else columns
+    bool below, adds;                 // adds: to what is there; else to 0
 };
 
 // What is still to be stored: a store that waits for its product keeps the processor from looking further, so a tile is

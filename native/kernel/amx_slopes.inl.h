@@ -34,42 +34,44 @@ template <ScorePath PATH> static void slopes_of_group(const Slopes<Tiles> &s, co
     const int64_t own = s.work.slot * slot_units + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
     __m512 shift[2], pull[2];
-    TW_UNROLL for (int z = 0; z < 2; ++z) {
+    TW_UNROLL(int z = 0; z < 2; ++z) {
         shift[z] = (__m512)load(tile.shift + z * tile_side);
         pull[z] = (__m512)load(tile.sum + z * tile_side);
     }
     for (int n = 0; n < tile_keys; n += 2) {
         vf weights[2][2], slopes[2][2];
-        TW_UNROLL for (int i = 0; i < 2; ++i) TW_UNROLL for (int z = 0; z < 2; ++z) {
-            const int place = (n + i) * tile_lanes + z * tile_side;
-            const __mmask16 seen = PATH == PLAIN ? __mmask16(0xFFFF) : __mmask16(words[n + i] >> z * tile_side);
-            const __mmask16 kept = PATH == GENERAL && keep ? __mmask16(keep[n + i] >> z * tile_side) : __mmask16(0xFFFF);
-            __m512 x = (__m512)load(group.scores + place), cap_slope = _mm512_set1_ps(1);
-            if (capped) {
-                const vf t = tanh_of_log2<float>((vf)_mm512_mul_ps(x, factor) * twice_inverse);
-                cap_slope = (__m512)(1.f - t * t);
-                x = _mm512_sub_ps((__m512)(cap * t), shift[z]);
-            } else {
-                x = _mm512_fmsub_ps(x, factor, shift[z]);
+        TW_UNROLL(int i = 0; i < 2; ++i)
+            TW_UNROLL(int z = 0; z < 2; ++z) {
+                const int place = (n + i) * tile_lanes + z * tile_side;
+                const __mmask16 seen = PATH == PLAIN ? __mmask16(0xFFFF) : __mmask16(words[n + i] >> z * tile_side);
+                const __mmask16 kept =
+                    PATH == GENERAL && keep ? __mmask16(keep[n + i] >> z * tile_side) : __mmask16(0xFFFF);
+                __m512 x = (__m512)load(group.scores + place), cap_slope = _mm512_set1_ps(1);
+                if (capped) {
+                    const vf t = tanh_of_log2<float>((vf)_mm512_mul_ps(x, factor) * twice_inverse);
+                    cap_slope = (__m512)(1.f - t * t);
+                    x = _mm512_sub_ps((__m512)(cap * t), shift[z]);
+                } else {
+                    x = _mm512_fmsub_ps(x, factor, shift[z]);
+                }
+                if (PATH == GENERAL && s.biased) x = _mm512_add_ps(x, (__m512)load(bias + place));
+                const __m512 weight = exp2_where(seen, x);
+                __m512 used = weight, slope = (__m512)load(group.slopes + place);
+                if (PATH == GENERAL && keep) {
+                    used = _mm512_maskz_mul_ps(kept, weight, inverse_keep);
+                    slope = _mm512_maskz_mul_ps(kept, slope, inverse_keep);
+                }
+                slope = _mm512_maskz_mul_ps(seen, weight, _mm512_add_ps(slope, pull[z]));
+                if (gathered) store(s.ds + at * tile_lanes + place, (vf)slope);
+                if (capped) slope = _mm512_maskz_mul_ps(seen, slope, cap_slope);
+                weights[i][z] = (vf)used;
+                slopes[i][z] = (vf)slope;
             }
-            if (PATH == GENERAL && s.biased) x = _mm512_add_ps(x, (__m512)load(bias + place));
-            const __m512 weight = exp2_where(seen, x);
-            __m512 used = weight, slope = (__m512)load(group.slopes + place);
-            if (PATH == GENERAL && keep) {
-                used = _mm512_maskz_mul_ps(kept, weight, inverse_keep);
-                slope = _mm512_maskz_mul_ps(kept, slope, inverse_keep);
-            }
-            slope = _mm512_maskz_mul_ps(seen, weight, _mm512_add_ps(slope, pull[z]));
-            if (gathered) store(s.ds + at * tile_lanes + place, (vf)slope);
-            if (capped) slope = _mm512_maskz_mul_ps(seen, slope, cap_slope);
-            weights[i][z] = (vf)used;
-            slopes[i][z] = (vf)slope;
-        }
-        TW_UNROLL for (int i = 0; i < 2; ++i) {
+        TW_UNROLL(int i = 0; i < 2; ++i) {
             store(p + (n + i) * tile_side, narrow_beside(weights[i][0], weights[i][1]));
             store(raw + (n + i) * tile_side, narrow_beside(slopes[i][0], slopes[i][1]));
         }
-        TW_UNROLL for (int z = 0; z < 2; ++z)
+        TW_UNROLL(int z = 0; z < 2; ++z)
             store(raw_across + n / 2 * tile_lanes + z * tile_side, narrow_across(slopes[0][z], slopes[1][z]));
     }
 }
@@ -147,7 +149,8 @@ static void add_to_keys(const Slopes<Tiles> &s, int64_t block, int64_t at, OwedT
     for (int i = 0; i < tiles_together<Tiles>;) {
         const int begin = i++;
         if (!meets(begin)) continue;
-        const int32_t *p = s.p + begin * slot_units + at * tile_side, *raw = s.raw + begin * slot_units + at * tile_side;
+        const int32_t *p = s.p + begin * slot_units + at * tile_side,
+                      *raw = s.raw + begin * slot_units + at * tile_side;
         const int32_t *q_rows = s.q_rows + begin * tile_side * s.head_width;
         const int32_t *d_out_rows = s.d_out_rows + begin * tile_side * s.value_width;
         if (careful(s, *work.tiles[begin], block)) {

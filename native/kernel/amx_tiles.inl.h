@@ -43,16 +43,28 @@ TW_INLINE void order_memory() { __asm__ volatile("" : : : "memory"); }
 enum Turn { FIRST, SECOND };
 TW_INLINE void load_tile(Turn turn, int which, const void *from, int64_t bytes) {
     if (turn == FIRST) {
-        if (which) _tile_loadd(1, from, bytes); else _tile_loadd(0, from, bytes);
+        if (which)
+            _tile_loadd(1, from, bytes);
+        else
+            _tile_loadd(0, from, bytes);
     } else {
-        if (which) _tile_loadd(3, from, bytes); else _tile_loadd(2, from, bytes);
+        if (which)
+            _tile_loadd(3, from, bytes);
+        else
+            _tile_loadd(2, from, bytes);
     }
 }
 TW_INLINE void store_tile(Turn turn, int which, void *to, int64_t bytes) {
     if (turn == FIRST) {
-        if (which) _tile_stored(1, to, bytes); else _tile_stored(0, to, bytes);
+        if (which)
+            _tile_stored(1, to, bytes);
+        else
+            _tile_stored(0, to, bytes);
     } else {
-        if (which) _tile_stored(3, to, bytes); else _tile_stored(2, to, bytes);
+        if (which)
+            _tile_stored(3, to, bytes);
+        else
+            _tile_stored(2, to, bytes);
     }
 }
 

@@ -78,7 +78,8 @@ TW_RARE void add_values_seen(const int32_t *weights, const int32_t *values, uint
 }
 
 // add_values_in_tiles on weights of which some are `unseen`. These become 0.
-TW_RARE void add_values_carefully_in_tiles(int32_t *weights, const int32_t *values, int64_t groups, int64_t rows, float *out) {
+TW_RARE void add_values_carefully_in_tiles(int32_t *weights, const int32_t *values, int64_t groups, int64_t rows,
+                                           float *out) {
     constexpr int width = tile_lanes;
     for (int64_t g = 0; g < groups; ++g, weights += tile_side * width, values += rows * tile_side) {
         uint32_t words[width] = {};
@@ -127,7 +128,8 @@ TW_INLINE void load_weights(const int32_t *weights) {
 // out [32 keys][columns] += weights [32 keys][16 units of rows] times rows [16 units][columns], where some rows are not
 // finite: words[key] says which rows see the key, and for one that does not, the row is
 // 0. Keys that are seen by the same bad rows are summed together.
-TW_RARE void add_rows_seen(const int32_t *weights, const int32_t *rows, const uint64_t *words, int64_t columns, float *out) {
+TW_RARE void add_rows_seen(const int32_t *weights, const int32_t *rows, const uint64_t *words, int64_t columns,
+                           float *out) {
     alignas(64) int32_t kept[tile_units];
     alignas(64) float sums[tile_keys * tile_side];
     const __m512i exponent = _mm512_set1_epi16(0x7F80);
@@ -146,7 +148,8 @@ TW_RARE void add_rows_seen(const int32_t *weights, const int32_t *rows, const ui
         const uint32_t allowed = ~bad | pattern;
         for (int64_t c = 0; c < columns; c += tile_side) {
             for (int64_t u = 0; u < tile_side; ++u) {
-                const uint32_t both = (allowed >> 2 * u & 1 ? 0xFFFFu : 0) | (allowed >> (2 * u + 1) & 1 ? 0xFFFF0000u : 0);
+                const uint32_t both =
+                    (allowed >> 2 * u & 1 ? 0xFFFFu : 0) | (allowed >> (2 * u + 1) & 1 ? 0xFFFF0000u : 0);
                 store(kept + u * tile_side, load(rows + u * columns + c) & int32_t(both));
             }
             order_memory();

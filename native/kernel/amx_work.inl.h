@@ -16,7 +16,7 @@ template <> struct Background<Tiles> {
     const int32_t *keys, *query;
     int64_t key_stride, head_units, d = 0;
     bool half_scores; // whether only 16 of the keys exist
-    float *out; // [rows][32 lanes]
+    float *out;       // [rows][32 lanes]
     const int32_t *weights, *values;
     int64_t groups = 0, group = 0, rows = 0, row = 0; // row >= rows: all added
     int part = 0;                                     // which of the four products is next

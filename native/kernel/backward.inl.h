@@ -3,7 +3,8 @@
 
 // Units and accumulators of a record, which take the same space.
 template <class M> TW_INLINE size_t record_numbers(const tw_problem &p) {
-    return size_t(unit_rows<M>(p.head_dim) + unit_rows<M>(p.value_dim) + sum_rows<M>(p.head_dim)) * size_t(tile_rows<sum_of<M>>);
+    return size_t(unit_rows<M>(p.head_dim) + unit_rows<M>(p.value_dim) + sum_rows<M>(p.head_dim)) *
+           size_t(tile_rows<sum_of<M>>);
 }
 template <class M> static size_t record_bytes(const tw_problem *p) {
     return rounded(sizeof(Tile<M>)) + rounded(record_numbers<M>(*p) * sizeof(sum_of<M>));
@@ -46,8 +47,7 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
         tile.shift[l] = empty ? infinity : lse * A(1.4426950408889634074);
         tile.sum[l] = empty ? A(0) : pull;
     }
-    for (int l = 0; l < tile.width; l += lanes<A>)
-        rows_to_lanes<M>(rows + l, p.value_dim, A(1), d_out + l, tile.width);
+    for (int l = 0; l < tile.width; l += lanes<A>) rows_to_lanes<M>(rows + l, p.value_dim, A(1), d_out + l, tile.width);
     tile.masked = !finite_rows(tile.query, 0, 1, units_of<M>(p.head_dim) * tile.width) ||
                   !finite_rows(d_out, 0, 1, units_of<M>(p.value_dim) * tile.width);
 }
@@ -125,7 +125,8 @@ TW_INLINE bool wait_for_turn(const tw_segment &segment, int64_t tile) {
 template <class T, class M> static void write_rows(const Slopes<M> &s, const Tile<M> &tile, int64_t n) {
     constexpr int64_t row_units = tile_rows<sum_of<M>> / M::numbers;
     const tw_problem &p = *s.problem;
-    unit_of<M> *q_rows = s.q_rows + n * row_units * s.head_width, *d_out_rows = s.d_out_rows + n * row_units * s.value_width;
+    unit_of<M> *q_rows = s.q_rows + n * row_units * s.head_width,
+               *d_out_rows = s.d_out_rows + n * row_units * s.value_width;
     if (M::tiled && tile.rows < tile_rows<sum_of<M>>) { // rows that do not exist are multiplied too
         __builtin_memset(q_rows, 0, size_t(row_units * s.head_width) * sizeof(unit_of<M>));
         __builtin_memset(d_out_rows, 0, size_t(row_units * s.value_width) * sizeof(unit_of<M>));
