@@ -30,9 +30,10 @@ test: lint types  ## check style and types, then run the tests
 test-slow: venv  ## run the sweeps that are too heavy for every change
 	$(PYTEST) -m slow
 
-lint: venv  ## check style (ruff)
+lint: venv  ## check style (ruff, clang-format)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
+	find native tools -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 
 types: venv  ## check types (mypy, strict for the public interface)
 	$(BIN)/mypy

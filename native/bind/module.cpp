@@ -53,7 +53,8 @@ tw_problem problem_of(int dtype, int threads, nb::tuple sizes, nb::tuple rows, n
     p.dtype = dtype;
     p.threads = threads;
     Fields size(sizes), row(rows);
-    for (int64_t *field : {&p.batch, &p.q_heads, &p.kv_heads, &p.q_len, &p.k_len, &p.head_dim, &p.value_dim}) *field = size.next();
+    for (int64_t *field : {&p.batch, &p.q_heads, &p.kv_heads, &p.q_len, &p.k_len, &p.head_dim, &p.value_dim})
+        *field = size.next();
     p.row_begin = row.next();
     p.row_end = row.next();
     p.q = tensor_of(q);
@@ -112,18 +113,21 @@ void read_facts(const Facts &facts, tw_problem &p) {
         Fields f(facts.labels);
         p.labels.q = f.pointer<const int32_t *>();
         p.labels.k = f.pointer<const int32_t *>();
-        for (int64_t *field : {&p.labels.q_stride_b, &p.labels.q_stride_h, &p.labels.k_stride_b, &p.labels.k_stride_h}) *field = f.next();
+        for (int64_t *field : {&p.labels.q_stride_b, &p.labels.q_stride_h, &p.labels.k_stride_b, &p.labels.k_stride_h})
+            *field = f.next();
     }
     if (!facts.mask.is_none()) {
         Fields f(facts.mask);
         p.mask.data = f.pointer<const uint8_t *>();
-        for (int64_t *field : {&p.mask.stride_b, &p.mask.stride_h, &p.mask.stride_i, &p.mask.stride_j}) *field = f.next();
+        for (int64_t *field : {&p.mask.stride_b, &p.mask.stride_h, &p.mask.stride_i, &p.mask.stride_j})
+            *field = f.next();
     }
     if (!facts.bits.is_none()) {
         Fields f(facts.bits);
         p.bits.index = f.pointer<const int32_t *>();
         p.bits.words = f.pointer<const uint64_t *>();
-        for (int64_t *field : {&p.bits.stride_b, &p.bits.stride_h, &p.bits.tiles_q, &p.bits.tiles_k, &p.bits.q_offset}) *field = f.next();
+        for (int64_t *field : {&p.bits.stride_b, &p.bits.stride_h, &p.bits.tiles_q, &p.bits.tiles_k, &p.bits.q_offset})
+            *field = f.next();
     }
     p.bias_count = read_biases(facts.biases, p.bias);
     p.table = table_of(facts.table);
@@ -135,7 +139,8 @@ void read_facts(const Facts &facts, tw_problem &p) {
         p.dropout.inverse_keep = f.next_number();
         p.dropout.seed = f.next_unsigned();
         p.dropout.stream = f.next_unsigned();
-        for (uint64_t *field : {&p.dropout.first, &p.dropout.stride_b, &p.dropout.stride_h, &p.dropout.stride_i, &p.dropout.stride_j})
+        for (uint64_t *field :
+             {&p.dropout.first, &p.dropout.stride_b, &p.dropout.stride_h, &p.dropout.stride_i, &p.dropout.stride_j})
             *field = f.next_unsigned();
     }
     if (!facts.pages.is_none()) {
@@ -147,7 +152,8 @@ void read_facts(const Facts &facts, tw_problem &p) {
     if (!facts.sequences.is_none()) {
         Fields f(facts.sequences);
         tw_sequences &s = p.sequences;
-        for (const int64_t **array : {&s.q_begin, &s.q_len, &s.k_begin, &s.k_len, &s.table_begin}) *array = f.pointer<const int64_t *>();
+        for (const int64_t **array : {&s.q_begin, &s.q_len, &s.k_begin, &s.k_len, &s.table_begin})
+            *array = f.pointer<const int64_t *>();
         p.lse_stride_b = f.next();
         p.lse_stride_h = f.next();
     }
@@ -184,10 +190,10 @@ template <class Run> void unlocked(Run run) {
     if (status != TW_OK) raise(status, message);
 }
 
-void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
-             uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
-             nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part,
-             nb::object pages, nb::object sequences, bool row_invariant) {
+void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v,
+             nb::tuple out, uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels,
+             nb::object mask, nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout,
+             bool part, nb::object pages, nb::object sequences, bool row_invariant) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
     p.part = part;
     p.row_invariant = row_invariant;
@@ -195,11 +201,11 @@ void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple 
     unlocked([&p](const char **message) { return tw_forward(&p, message); });
 }
 
-void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
-              uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
-              nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part,
-              nb::object pages, nb::object sequences, nb::tuple d_out,
-              uintptr_t d_lse, nb::tuple d_q, nb::tuple d_k, nb::tuple d_v, nb::tuple gather, uintptr_t d_sinks) {
+void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v,
+              nb::tuple out, uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels,
+              nb::object mask, nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout,
+              bool part, nb::object pages, nb::object sequences, nb::tuple d_out, uintptr_t d_lse, nb::tuple d_q,
+              nb::tuple d_k, nb::tuple d_v, nb::tuple gather, uintptr_t d_sinks) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
     p.part = part;
     read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, pages, sequences}, p);
@@ -220,11 +226,11 @@ void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple
     unlocked([&](const char **message) { return tw_backward(&p, &g, message); });
 }
 
-void tangent(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v, nb::tuple out,
-             uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels, nb::object mask,
-             nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout, bool part,
-             nb::tuple d_q, nb::tuple d_k, nb::tuple d_v, nb::tuple d_biases, nb::object d_table, uintptr_t d_sinks,
-             nb::tuple d_out, uintptr_t d_lse) {
+void tangent(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v,
+             nb::tuple out, uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels,
+             nb::object mask, nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout,
+             bool part, nb::tuple d_q, nb::tuple d_k, nb::tuple d_v, nb::tuple d_biases, nb::object d_table,
+             uintptr_t d_sinks, nb::tuple d_out, uintptr_t d_lse) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
     p.part = part;
     read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, nb::none(), nb::none()}, p);
@@ -265,7 +271,8 @@ uint32_t philox_word(uint64_t seed, uint64_t stream, uint64_t index) {
 
 nb::tuple describe(int dtype, int threads, nb::tuple sizes, bool row_invariant) {
     const nb::tuple nowhere = nb::make_tuple(0, 0, 0, 0);
-    tw_problem p = problem_of(dtype, threads, sizes, nb::make_tuple(0, sizes[3]), nowhere, nowhere, nowhere, nowhere, 0, 1, 0);
+    tw_problem p =
+        problem_of(dtype, threads, sizes, nb::make_tuple(0, sizes[3]), nowhere, nowhere, nowhere, nowhere, 0, 1, 0);
     p.row_invariant = row_invariant;
     tw_description found;
     const char *message = nullptr;
@@ -342,27 +349,32 @@ NB_MODULE(_native, m) {
           "sequences"_a = nb::none(), "row_invariant"_a = false,
           "One forward pass. Tuples of addresses and strides in elements, in the order of native/core/problem.h; "
           "None (0 for sinks): absent. The GIL is released.");
-    m.def("backward", &backward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
-          "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
-          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "pages"_a = nb::none(),
-          "sequences"_a = nb::none(), "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a, "gather"_a, "d_sinks"_a,
+    m.def("backward", &backward, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a,
+          "out"_a, "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(),
+          "bits"_a.none(), "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a,
+          "pages"_a = nb::none(), "sequences"_a = nb::none(), "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a,
+          "gather"_a, "d_sinks"_a,
           "One backward pass, after the same keywords: tw_gradients of native/core/problem.h, address 0: not wanted.");
     m.def("tangent", &tangent, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
-          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "d_q"_a, "d_k"_a, "d_v"_a, "d_biases"_a,
-          "d_table"_a.none(), "d_sinks"_a, "d_out"_a, "d_lse"_a,
-          "Tangents of out and lse, after the same keywords: tw_tangents of native/core/problem.h, address 0: does not move.");
+          "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "d_q"_a, "d_k"_a, "d_v"_a,
+          "d_biases"_a, "d_table"_a.none(), "d_sinks"_a, "d_out"_a, "d_lse"_a,
+          "Tangents of out and lse, after the same keywords: tw_tangents of native/core/problem.h, address 0: does not "
+          "move.");
     m.def("isa", [] { return std::string(page()->name); }, "Name of the kernel page in use (TILEWISE_ISA chooses).");
     m.def("describe", &describe, "dtype"_a, "threads"_a, "sizes"_a, "row_invariant"_a,
           "(query rows of a tile, keys of a chunk, keys of a split or 0, bytes of workspace) of a forward pass.");
-    m.def("build_info", &build_info, "compiler, pages (compiled in, best first), supported_pages, refused_pages (name: why), xla_ffi_version.");
+    m.def("build_info", &build_info,
+          "compiler, pages (compiled in, best first), supported_pages, refused_pages (name: why), xla_ffi_version.");
     m.def("num_threads", &tilewise::default_threads, "Threads a call uses where it does not say.");
-    m.def("set_num_threads", &set_num_threads, "threads"_a, "Set that number for the process; 0 returns to the default.");
+    m.def("set_num_threads", &set_num_threads, "threads"_a,
+          "Set that number for the process; 0 returns to the default.");
     m.def("peak_gflops", &peak_gflops, "threads"_a = 0, "seconds"_a = 0.05, "dtype"_a = 0,
           "Measured peak of the products that the kernels of a dtype (a tw_dtype number) are made of, GFLOP/s.");
     m.def("philox_word", &philox_word, "seed"_a, "stream"_a, "index"_a,
           "First word of Philox4x32-10 for counter (index, stream), as the page in use draws it.");
     m.def("xla_forward", [] { return nb::capsule(reinterpret_cast<void *>(&tw_xla_forward)); }, "Capsule for jax.ffi.");
-    m.def("xla_backward", [] { return nb::capsule(reinterpret_cast<void *>(&tw_xla_backward)); }, "Capsule for jax.ffi.");
+    m.def(
+        "xla_backward", [] { return nb::capsule(reinterpret_cast<void *>(&tw_xla_backward)); }, "Capsule for jax.ffi.");
     m.def("xla_tangent", [] { return nb::capsule(reinterpret_cast<void *>(&tw_xla_tangent)); }, "Capsule for jax.ffi.");
 }

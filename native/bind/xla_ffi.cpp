@@ -48,8 +48,12 @@ class Reader {
         return !complaint;
     }
 
-    const Buffer *operand(int64_t rank, const char *otherwise) { return take(frame_.arguments, operands_++, rank, otherwise); }
-    const Buffer *result(int64_t rank, const char *otherwise) { return take(frame_.results, results_++, rank, otherwise); }
+    const Buffer *operand(int64_t rank, const char *otherwise) {
+        return take(frame_.arguments, operands_++, rank, otherwise);
+    }
+    const Buffer *result(int64_t rank, const char *otherwise) {
+        return take(frame_.results, results_++, rank, otherwise);
+    }
     bool all_read() const { return operands_ == frame_.arguments.size && results_ == frame_.results.size; }
 
     int64_t integer(const char *name) {
@@ -91,7 +95,9 @@ int dtype_of(int xla) {
     return xla == F32 ? TW_FLOAT32 : xla == F64 ? TW_FLOAT64 : xla == F16 ? TW_FLOAT16 : xla == BF16 ? TW_BFLOAT16 : -1;
 }
 
-int xla_of(int32_t dtype) { return dtype == TW_FLOAT32 ? F32 : dtype == TW_FLOAT64 ? F64 : dtype == TW_FLOAT16 ? F16 : BF16; }
+int xla_of(int32_t dtype) {
+    return dtype == TW_FLOAT32 ? F32 : dtype == TW_FLOAT64 ? F64 : dtype == TW_FLOAT16 ? F16 : BF16;
+}
 
 bool fits(int64_t got, int64_t full) { return got == full || got == 1; }
 
@@ -111,17 +117,20 @@ tw_tensor tensor_of(const Buffer &buffer, int64_t layout) {
 
 void read_mask(Reader &r, int64_t present, tw_problem &p) {
     if (present & RANGES) {
-        const Buffer *starts = r.operand(4, "starts: expected (b, h, Sq, R)"), *stops = r.operand(4, "stops: expected (b, h, Sq, R)");
-        if (!r.want(starts && stops && (starts->dtype == S32 || starts->dtype == S64) && stops->dtype == starts->dtype &&
-                        !memcmp(starts->dims, stops->dims, 4 * sizeof(int64_t)) && fits(starts->dims[0], p.batch) &&
-                        fits(starts->dims[1], p.q_heads) && starts->dims[2] == p.q_len && starts->dims[3] >= 1,
+        const Buffer *starts = r.operand(4, "starts: expected (b, h, Sq, R)"),
+                     *stops = r.operand(4, "stops: expected (b, h, Sq, R)");
+        if (!r.want(starts && stops && (starts->dtype == S32 || starts->dtype == S64) &&
+                        stops->dtype == starts->dtype && !memcmp(starts->dims, stops->dims, 4 * sizeof(int64_t)) &&
+                        fits(starts->dims[0], p.batch) && fits(starts->dims[1], p.q_heads) &&
+                        starts->dims[2] == p.q_len && starts->dims[3] >= 1,
                     "starts, stops: expected two s32 or s64 arrays (b, h, Sq, R)"))
             return;
         const Outer outer = outer_of(*starts, p.q_len * starts->dims[3]);
         p.ranges = {starts->data, stops->data, starts->dtype == S64, int32_t(starts->dims[3]), outer.b, outer.h};
     }
     if (present & LABELS) {
-        const Buffer *q = r.operand(3, "q_labels: expected (b, h, Sq)"), *k = r.operand(3, "k_labels: expected (b, h, Sk)");
+        const Buffer *q = r.operand(3, "q_labels: expected (b, h, Sq)"),
+                     *k = r.operand(3, "k_labels: expected (b, h, Sk)");
         if (!r.want(q && k && q->dtype == S32 && k->dtype == S32 && q->dims[2] == p.q_len && k->dims[2] == p.k_len &&
                         fits(q->dims[0], p.batch) && fits(k->dims[0], p.batch) && fits(q->dims[1], p.q_heads) &&
                         fits(k->dims[1], p.q_heads),
@@ -142,16 +151,22 @@ void read_mask(Reader &r, int64_t present, tw_problem &p) {
     }
     if (present & BITS) {
         const Buffer *index = r.operand(4, "index: expected (b, h, nq, nk)"), *words = r.operand(-1, "words: missing");
-        if (!r.want(index && words && index->dtype == S32 && fits(index->dims[0], p.batch) && fits(index->dims[1], p.q_heads) &&
-                        index->dims[3] == (p.k_len + TW_BIT_TILE - 1) / TW_BIT_TILE,
+        if (!r.want(index && words && index->dtype == S32 && fits(index->dims[0], p.batch) &&
+                        fits(index->dims[1], p.q_heads) && index->dims[3] == (p.k_len + TW_BIT_TILE - 1) / TW_BIT_TILE,
                     "index: expected s32 (b, h, nq, nk)") ||
-            !r.want((words->dtype == U64 && words->rank == 2) || (words->dtype == U32 && words->rank == 3 && words->dims[2] == 2),
+            !r.want((words->dtype == U64 && words->rank == 2) ||
+                        (words->dtype == U32 && words->rank == 3 && words->dims[2] == 2),
                     "words: expected u64 (n, 64) or u32 (n, 64, 2)") ||
             !r.want(words->dims[1] == TW_BIT_TILE, "words: expected 64 per tile"))
             return;
         const Outer outer = outer_of(*index, index->dims[2] * index->dims[3]);
-        p.bits = {static_cast<int32_t *>(index->data), static_cast<uint64_t *>(words->data), outer.b, outer.h,
-                  index->dims[2], index->dims[3], r.integer("bits_q_offset")};
+        p.bits = {static_cast<int32_t *>(index->data),
+                  static_cast<uint64_t *>(words->data),
+                  outer.b,
+                  outer.h,
+                  index->dims[2],
+                  index->dims[3],
+                  r.integer("bits_q_offset")};
     }
 }
 
@@ -168,8 +183,8 @@ void read_bias(Reader &r, const tw_problem &p, tw_bias &to) {
 
 tw_table read_table(Reader &r, const tw_problem &p, int accumulator) {
     const Buffer *table = r.operand(3, "table: expected (b, h, Sq + Sk - 1)");
-    if (!r.want(table && table->dtype == accumulator && fits(table->dims[0], p.batch) && fits(table->dims[1], p.q_heads) &&
-                    table->dims[2] == p.q_len + p.k_len - 1,
+    if (!r.want(table && table->dtype == accumulator && fits(table->dims[0], p.batch) &&
+                    fits(table->dims[1], p.q_heads) && table->dims[2] == p.q_len + p.k_len - 1,
                 "table: expected the accumulator's type, (b, h, Sq + Sk - 1)"))
         return {};
     const Outer outer = outer_of(*table, table->dims[2]);
@@ -209,7 +224,8 @@ int accumulator_of(const tw_problem &p) { return p.dtype == TW_FLOAT64 ? F64 : F
 
 // Everything but out and lse; returns the layout.
 int64_t read_problem(Reader &r, tw_problem &p) {
-    const Buffer *q = r.operand(4, "q: expected 4 axes"), *k = r.operand(4, "k: expected 4 axes"), *v = r.operand(4, "v: expected 4 axes");
+    const Buffer *q = r.operand(4, "q: expected 4 axes"), *k = r.operand(4, "k: expected 4 axes"),
+                 *v = r.operand(4, "v: expected 4 axes");
     if (r.complaint) return 0;
     const int64_t layout = r.integer("layout"), present = r.integer("present");
     const int heads = layout ? 2 : 1, positions = layout ? 1 : 2;
@@ -226,7 +242,8 @@ int64_t read_problem(Reader &r, tw_problem &p) {
     if (!r.want(p.dtype >= 0, "q: expected floats") ||
         !r.want(k->dtype == q->dtype && v->dtype == q->dtype, "k, v: expected q's dtype") ||
         !r.want(k->dims[0] == p.batch && k->dims[3] == p.head_dim, "k: its batch or head size is not q's") ||
-        !r.want(v->dims[0] == p.batch && v->dims[heads] == p.kv_heads && v->dims[positions] == p.k_len, "v: its shape does not fit k's"))
+        !r.want(v->dims[0] == p.batch && v->dims[heads] == p.kv_heads && v->dims[positions] == p.k_len,
+                "v: its shape does not fit k's"))
         return layout;
     p.q = tensor_of(*q, layout);
     p.k = tensor_of(*k, layout);
@@ -243,8 +260,9 @@ int64_t read_problem(Reader &r, tw_problem &p) {
 // A (B, heads, length, width) array of the given type.
 tw_tensor read_tensor(Reader &r, const Buffer *buffer, int64_t layout, int dtype, const tw_problem &p, int64_t heads,
                       int64_t length, int64_t width, const char *otherwise) {
-    if (!r.want(buffer && buffer->dtype == dtype && buffer->dims[0] == p.batch && buffer->dims[layout ? 2 : 1] == heads &&
-                    buffer->dims[layout ? 1 : 2] == length && buffer->dims[3] == width,
+    if (!r.want(buffer && buffer->dtype == dtype && buffer->dims[0] == p.batch &&
+                    buffer->dims[layout ? 2 : 1] == heads && buffer->dims[layout ? 1 : 2] == length &&
+                    buffer->dims[3] == width,
                 otherwise))
         return {};
     return tensor_of(*buffer, layout);
@@ -258,7 +276,8 @@ void *read_rows(Reader &r, const Buffer *buffer, const tw_problem &p, const char
 }
 
 void read_forward(Reader &r, tw_problem &p) {
-    const char *out = "out: expected q's dtype or, in a part, the accumulator's, (B, Hq, Sq, Dv)", *lse = "lse: expected the accumulator's type, (B, Hq, Sq)";
+    const char *out = "out: expected q's dtype or, in a part, the accumulator's, (B, Hq, Sq, Dv)",
+               *lse = "lse: expected the accumulator's type, (B, Hq, Sq)";
     const int64_t layout = read_problem(r, p);
     if (r.complaint) return;
     p.row_invariant = r.integer("row_invariant") != 0;
@@ -315,7 +334,8 @@ void read_backward(Reader &r, tw_problem &p, tw_gradients &g) {
     const int64_t layout = read_problem(r, p);
     if (r.complaint) return;
     const int dtype = xla_of(p.dtype), accumulator = accumulator_of(p);
-    const char *out = "out, d_out: expected q's dtype, (B, Hq, Sq, Dv)", *lse = "lse, d_lse: expected the accumulator's type, (B, Hq, Sq)";
+    const char *out = "out, d_out: expected q's dtype, (B, Hq, Sq, Dv)",
+               *lse = "lse, d_lse: expected the accumulator's type, (B, Hq, Sq)";
     p.out = read_tensor(r, r.operand(4, out), layout, dtype, p, p.q_heads, p.q_len, p.value_dim, out);
     p.lse = read_rows(r, r.operand(3, lse), p, lse);
     g.d_out = read_tensor(r, r.operand(4, out), layout, dtype, p, p.q_heads, p.q_len, p.value_dim, out);
@@ -323,7 +343,8 @@ void read_backward(Reader &r, tw_problem &p, tw_gradients &g) {
     const int64_t wanted = r.integer("wanted");
     if (wanted & D_Q) {
         const char *as_q = "d_q: expected q's shape, and its dtype or, in a part, the accumulator's";
-        g.d_q = read_tensor(r, r.result(4, as_q), layout, p.part ? accumulator : dtype, p, p.q_heads, p.q_len, p.head_dim, as_q);
+        g.d_q = read_tensor(r, r.result(4, as_q), layout, p.part ? accumulator : dtype, p, p.q_heads, p.q_len,
+                            p.head_dim, as_q);
     }
     // The core adds to these.
     const char *otherwise = "d_k, d_v: expected the accumulator's type and the shapes of k and v";
@@ -344,13 +365,17 @@ void read_tangent(Reader &r, tw_problem &p, tw_tangents &t) {
     if (r.complaint) return;
     const int dtype = xla_of(p.dtype), accumulator = accumulator_of(p), result = p.part ? accumulator : dtype;
     const char *out = "out, d_out: expected q's dtype or, in a part, the accumulator's, (B, Hq, Sq, Dv)";
-    const char *lse = "lse, d_lse: expected the accumulator's type, (B, Hq, Sq)", *moved = "d_q, d_k, d_v: expected the shapes and dtype of q, k and v";
+    const char *lse = "lse, d_lse: expected the accumulator's type, (B, Hq, Sq)",
+               *moved = "d_q, d_k, d_v: expected the shapes and dtype of q, k and v";
     p.out = read_tensor(r, r.operand(4, out), layout, result, p, p.q_heads, p.q_len, p.value_dim, out);
     p.lse = read_rows(r, r.operand(3, lse), p, lse);
     const int64_t moving = r.integer("moving");
-    if (moving & D_Q) t.q = read_tensor(r, r.operand(4, moved), layout, dtype, p, p.q_heads, p.q_len, p.head_dim, moved);
-    if (moving & D_K) t.k = read_tensor(r, r.operand(4, moved), layout, dtype, p, p.kv_heads, p.k_len, p.head_dim, moved);
-    if (moving & D_V) t.v = read_tensor(r, r.operand(4, moved), layout, dtype, p, p.kv_heads, p.k_len, p.value_dim, moved);
+    if (moving & D_Q)
+        t.q = read_tensor(r, r.operand(4, moved), layout, dtype, p, p.q_heads, p.q_len, p.head_dim, moved);
+    if (moving & D_K)
+        t.k = read_tensor(r, r.operand(4, moved), layout, dtype, p, p.kv_heads, p.k_len, p.head_dim, moved);
+    if (moving & D_V)
+        t.v = read_tensor(r, r.operand(4, moved), layout, dtype, p, p.kv_heads, p.k_len, p.value_dim, moved);
     for (int n = 0; n < p.bias_count; ++n)
         if (moving & int64_t(FIRST_BIAS) << n) read_bias(r, p, t.bias[t.bias_count++]);
     if (moving & TABLE) t.table = read_table(r, p, accumulator);

@@ -62,8 +62,15 @@ void run_segment(void *context, int64_t index, int worker) {
     const int64_t number = index / c.classes, begin = number * c.keys, kv_heads = c.problem->kv_heads;
     for (int64_t head = c.first_head; head < c.last_head; ++head) {
         if (c.class_of(head) != index % c.classes) continue;
-        const tw_segment segment = {head / kv_heads, head % kv_heads, begin, std::min(c.problem->k_len, begin + c.keys),
-                                    c.record(head, 0), c.done + (head - c.first_head) * c.tiles, number, c.tiles, rest};
+        const tw_segment segment = {head / kv_heads,
+                                    head % kv_heads,
+                                    begin,
+                                    std::min(c.problem->k_len, begin + c.keys),
+                                    c.record(head, 0),
+                                    c.done + (head - c.first_head) * c.tiles,
+                                    number,
+                                    c.tiles,
+                                    rest};
         c.kernels->run_segment(c.problem, c.gradients, &segment, c.scratch + size_t(worker) * c.scratch_bytes);
     }
 }

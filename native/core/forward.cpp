@@ -47,8 +47,10 @@ int64_t keys_of_row(const tw_problem &p, int64_t b, int64_t h, int64_t i) {
     const int64_t at = b * ranges.stride_b + h * ranges.stride_h + i * ranges.count;
     int64_t keys = 0;
     for (int r = 0; r < ranges.count; ++r)
-        keys += ranges.wide ? static_cast<const int64_t *>(ranges.stops)[at + r] - static_cast<const int64_t *>(ranges.starts)[at + r]
-                            : static_cast<const int32_t *>(ranges.stops)[at + r] - static_cast<const int32_t *>(ranges.starts)[at + r];
+        keys += ranges.wide ? static_cast<const int64_t *>(ranges.stops)[at + r] -
+                                  static_cast<const int64_t *>(ranges.starts)[at + r]
+                            : static_cast<const int32_t *>(ranges.stops)[at + r] -
+                                  static_cast<const int32_t *>(ranges.starts)[at + r];
     return keys;
 }
 
@@ -143,7 +145,8 @@ Whole whole_of(const tw_problem &p, const tw_kernels &kernels) {
         operations += c.operations;
     }
     for (int64_t n = 0; n < problems_in(p) && w.tiles; ++n) // for the tiles of any item, with the sizes of each
-        w.scratch_bytes = std::max(w.scratch_bytes, (kernels.scratch_bytes(&problem_of(p, n, own), w.tiles) + 127) / 128 * 128);
+        w.scratch_bytes =
+            std::max(w.scratch_bytes, (kernels.scratch_bytes(&problem_of(p, n, own), w.tiles) + 127) / 128 * 128);
     w.threads = operations < serial_operations ? 1 : int(std::min<int64_t>(w.threads_asked, w.count));
     return w;
 }
@@ -158,12 +161,15 @@ void add_items(const tw_problem &p, const Cut &cut, int64_t n, tw_item *&item, t
                 const int64_t begin = c * cut.rows_per_item, end = std::min(cut.rows, begin + cut.rows_per_item);
                 const int64_t h = kv_head * cut.group + begin / per_head;
                 const int64_t key_end = cut.split() ? std::min(p.k_len, (s + 1) * split_keys) : p.k_len;
-                *item = {b, kv_head, begin, end, s * split_keys, key_end, 0, cut.split() ? partial : nullptr, n, cut.splits, nullptr};
+                *item = {b, kv_head,    begin,  end, s * split_keys, key_end, 0, cut.split() ? partial : nullptr,
+                         n, cut.splits, nullptr};
                 partial += cut.partial_bytes;
                 const int64_t last = kv_head * cut.group + (end - 1) / per_head;
-                item->cost = double(end - begin) *
-                             double(std::min(key_end - item->key_begin, keys_of_row(p, b, h, p.row_begin + begin % per_head)) +
-                                    std::min(key_end - item->key_begin, keys_of_row(p, b, last, p.row_begin + (end - 1) % per_head)));
+                item->cost =
+                    double(end - begin) *
+                    double(std::min(key_end - item->key_begin, keys_of_row(p, b, h, p.row_begin + begin % per_head)) +
+                           std::min(key_end - item->key_begin,
+                                    keys_of_row(p, b, last, p.row_begin + (end - 1) % per_head)));
                 if (cut.split() && s == 0) *merge++ = *item;
             }
 }
@@ -222,6 +228,7 @@ int tw_describe(const tw_problem *problem, tw_description *description, const ch
     if (!kernels) return status;
     const tilewise::Whole whole = tilewise::whole_of(*problem, *kernels);
     const bool split = whole.merges || (problem->row_invariant && problem->k_len > split_keys);
-    *description = {kernels->tile_rows, kernels->chunk_keys(problem), split ? split_keys : 0, int64_t(whole.count ? whole.bytes() : 0)};
+    *description = {kernels->tile_rows, kernels->chunk_keys(problem), split ? split_keys : 0,
+                    int64_t(whole.count ? whole.bytes() : 0)};
     return TW_OK;
 }

@@ -24,9 +24,9 @@ struct tw_item {
 // A segment of the keys of one (batch, kv head), for the backward pass: all its tiles in order, against these keys.
 struct tw_segment {
     int64_t b, kv_head, key_begin, key_end;
-    char *records;          // of the head's tiles, record_bytes each
-    uint64_t *done;         // for each tile, a bit per segment of the head that has added to what the tile gathers
-    int64_t number, tiles;  // of this segment; of the head
+    char *records;           // of the head's tiles, record_bytes each
+    uint64_t *done;          // for each tile, a bit per segment of the head that has added to what the tile gathers
+    int64_t number, tiles;   // of this segment; of the head
     void (*rest)(int tries); // called while waiting for a segment before this one
 };
 
@@ -36,7 +36,7 @@ int tw_given_up(void);
 
 // The kernels of one element type; none, where a page leaves it to the next one.
 struct tw_kernels {
-    int64_t tile_rows;                             // query rows of one tile
+    int64_t tile_rows;                         // query rows of one tile
     int64_t (*chunk_keys)(const tw_problem *); // keys that all tiles of an item use before the next
     size_t (*scratch_bytes)(const tw_problem *, int64_t tiles);
     // Runs an item of at most `tiles` tiles in `scratch` (64-byte aligned, as large as scratch_bytes says).

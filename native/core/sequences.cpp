@@ -46,7 +46,8 @@ const tw_problem &problem_of(const tw_problem &p, int64_t n, tw_problem &own) {
         own.labels.k += n * p.labels.k_stride_b;
     }
     advance(own.mask.data, n * p.mask.stride_b);
-    for (int t = 0; t < p.bias_count; ++t) advance(own.bias[t].data, n * p.bias[t].stride_b * bytes_of(p.bias[t].dtype));
+    for (int t = 0; t < p.bias_count; ++t)
+        advance(own.bias[t].data, n * p.bias[t].stride_b * bytes_of(p.bias[t].dtype));
     advance(own.table.data, (n * p.table.stride_b + begin_of(s.table_begin, n)) * accumulator);
     own.dropout.stream += uint64_t(n) << 32;
     return own;

@@ -26,8 +26,8 @@ void run_item(void *context, int64_t index, int worker) {
     const Call &c = *static_cast<const Call *>(context);
     const int64_t head = index % c.heads, cut = c.cuts - 1 - index / c.heads, each = c.tiles * c.kernels->tile_rows;
     const int64_t kv_heads = c.problem->kv_heads, begin = cut * each;
-    const tw_item item = {head / kv_heads, head % kv_heads, begin, std::min(c.rows, begin + each), 0, c.problem->k_len, 0,
-                          nullptr, 0, 1};
+    const tw_item item = {
+        head / kv_heads, head % kv_heads, begin, std::min(c.rows, begin + each), 0, c.problem->k_len, 0, nullptr, 0, 1};
     c.kernels->tangent(c.problem, c.tangents, &item, c.tiles, c.scratch + size_t(worker) * c.scratch_bytes);
 }
 
@@ -41,7 +41,8 @@ int run_tangent(const tw_problem &p, const tw_tangents &t, const char **message)
     c.rows = p.q_heads / p.kv_heads * per_head;
 
     int threads = p.threads > 0 ? p.threads : default_threads();
-    const double operations = 5.0 * double(c.heads) * double(c.rows) * double(p.k_len) * double(p.head_dim + p.value_dim);
+    const double operations =
+        5.0 * double(c.heads) * double(c.rows) * double(p.k_len) * double(p.head_dim + p.value_dim);
     if (operations < serial_operations) threads = 1;
 
     // As many tiles as fit the cache, fewer where that leaves threads without work.

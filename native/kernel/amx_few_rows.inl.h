@@ -17,7 +17,8 @@ template <> struct FewTiles<Tiles> {
     float *out, *spare;     // [8 rows][numbers] each: of all rows, and of one that is taken alone
 
     static int64_t space(const tw_problem &p) {
-        const int64_t units = padded_units<Tiles>(p.head_dim), numbers = Tiles::numbers * padded_units<Tiles>(p.value_dim);
+        const int64_t units = padded_units<Tiles>(p.head_dim),
+                      numbers = Tiles::numbers * padded_units<Tiles>(p.value_dim);
         return units * tile_side + block_keys * units + few_rows<float> * block_keys / 2 + block_keys / 2 * numbers +
                2 * few_rows<float> * numbers;
     }
@@ -50,8 +51,8 @@ TW_INLINE void turn_queries(const FewTiles<Tiles> &f, Row<Tiles> *const *rows, i
 }
 
 // Scores of a block's n keys with `count` rows, of which all have stood in turn_queries, times `factor`.
-static void scores_in_tiles(const FewTiles<Tiles> &f, Rows<bfloat> keys, int n, int64_t head_dim, Row<Tiles> *const *rows,
-                            int64_t count, float factor) {
+static void scores_in_tiles(const FewTiles<Tiles> &f, Rows<bfloat> keys, int n, int64_t head_dim,
+                            Row<Tiles> *const *rows, int64_t count, float factor) {
     const char *from = reinterpret_cast<const char *>(keys.first);
     int64_t bytes = keys.stride * int64_t(sizeof(bfloat));
     if (n < block_keys || keys.each || head_dim % (2 * tile_side)) {
@@ -83,9 +84,9 @@ static void scores_in_tiles(const FewTiles<Tiles> &f, Rows<bfloat> keys, int n, 
     order_memory();
     for (int j = 0; j < block_keys; j += tile_side) {
         vf x[tile_side];
-        TW_UNROLL for (int i = 0; i < tile_side; ++i) x[i] = load(scores + (j + i) * tile_side);
+        TW_UNROLL(int i = 0; i < tile_side; ++i) x[i] = load(scores + (j + i) * tile_side);
         transpose<float>(x);
-        TW_UNROLL for (int r = 0; r < few_rows<float>; ++r)
+        TW_UNROLL(int r = 0; r < few_rows<float>; ++r)
             if (r < count) store(rows[r]->scores + j, x[r] * factor);
     }
 }
@@ -106,7 +107,8 @@ static void add_weighted_in_tiles(const FewTiles<Tiles> &f, Row<Tiles> *const *r
         }
         for (int64_t d = 0; d < f.numbers; d += 2 * tile_side, to += 2 * tile_units) {
             vi32 low = {}, high = {};
-            if (some & 3) interleave(row ? row + d : other + d, other ? other + d : row + d, value_dim - d, some, low, high);
+            if (some & 3)
+                interleave(row ? row + d : other + d, other ? other + d : row + d, value_dim - d, some, low, high);
             store(to, low);
             store(to + tile_units, high);
         }

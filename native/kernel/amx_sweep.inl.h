@@ -17,24 +17,6 @@ TW_INLINE __m512 exp2_where(__mmask16 kept, __m512 x) {
     return _mm512_maskz_scalef_ps(kept, h, x);
 }
 
-// The scores of 16 or 32 keys with 16 lanes, K Q^T, up to storing them.
-TW_INLINE void begin_scores(Turn turn, const int32_t *keys, int64_t stride, int count, const int32_t *query, int64_t head_units) {
-    clear_tiles(turn);
-    for (int64_t d = 0; d < head_units; d += tile_side) {
-        _tile_loadd(4, keys + d, stride * int64_t(sizeof(int32_t)));
-        _tile_loadd(6, query + d * tile_lanes, tile_lanes * sizeof(int32_t));
-        if (count > tile_side) {
-            _tile_loadd(5, keys + d + tile_side * stride, stride * int64_t(sizeof(int32_t)));
-            multiply_rows(turn);
-        } else
-            multiply_row(turn);
-    }
-}
-TW_INLINE void end_scores(Turn turn, int count, float *scores) {
-    store_tile(turn, 0, scores, tile_lanes * sizeof(float));
-    if (count > tile_side) store_tile(turn, 1, scores + tile_side * tile_lanes, tile_lanes * sizeof(float));
-}
-
 // A group of keys, and its scores.
 struct Group {
     alignas(64) float scores[tile_keys * tile_lanes];
@@ -69,7 +51,7 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
     int32_t *to = s.probabilities + (group.key - s.run_begin) / 2 * tile_lanes;
     __m512 shift[2], room[2], sums[2][2];
     __mmask16 within[2];
-    TW_UNROLL for (int z = 0; z < 2; ++z) {
+    TW_UNROLL(int z = 0; z < 2; ++z) {
         shift[z] = (__m512)load(tile.shift + z * tile_side);
         room[z] = _mm512_sub_ps((__m512)load(tile.limit + z * tile_side), shift[z]);
         sums[z][0] = sums[z][1] = _mm512_setzero_ps();
@@ -78,9 +60,9 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
     const int64_t steps = steps_beside_group(s.background);
     int64_t due = 0;
     for (int n = 0; n < group.count; n += 2) {
-        TW_UNROLL for (int z = 0; z < 2; ++z) {
+        TW_UNROLL(int z = 0; z < 2; ++z) {
             __m512 weight[2];
-            TW_UNROLL for (int i = 0; i < 2; ++i) {
+            TW_UNROLL(int i = 0; i < 2; ++i) {
                 const int place = (n + i) * tile_lanes + z * tile_side;
                 __m512 x = _mm512_fmsub_ps((__m512)load(group.scores + place), factor, shift[z]);
                 if (PATH == GENERAL && bias) x = _mm512_add_ps(x, (__m512)load(bias + place));
@@ -102,12 +84,12 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
         for (due += 2 * steps; due >= group.count; due -= group.count) step(s.background);
     }
     for (int n = group.count; n < tile_keys; n += 2)
-        TW_UNROLL for (int z = 0; z < 2; ++z) store(to + n / 2 * tile_lanes + z * tile_side, vi32{});
+        TW_UNROLL(int z = 0; z < 2; ++z) store(to + n / 2 * tile_lanes + z * tile_side, vi32{});
     settle(s.background);
     order_memory();
     const uint64_t beyond = uint64_t(uint16_t(~within[0])) | uint64_t(uint16_t(~within[1])) << tile_side;
     if (!beyond || must)
-        TW_UNROLL for (int z = 0; z < 2; ++z)
+        TW_UNROLL(int z = 0; z < 2; ++z)
             store(tile.sum + z * tile_side, load(tile.sum + z * tile_side) + (vf)_mm512_add_ps(sums[z][0], sums[z][1]));
     return beyond;
 }
@@ -133,7 +115,8 @@ static void end_run(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t end, int64_t nex
 
 // Raises the references of the lanes `beyond` to what they see in the group.
 template <ScorePath PATH>
-TW_RARE void raise_to_group(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, const float *bias, uint64_t beyond) {
+TW_RARE void raise_to_group(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, const float *bias,
+                            uint64_t beyond) {
     end_run(s, tile, group.key, group.key); // values weighed with the old references come first
     finish_work(s.background);
     const __m512 infinity = _mm512_set1_ps(__builtin_inff()), factor = _mm512_set1_ps(factor_of<PATH>(s));
@@ -157,15 +140,15 @@ TW_RARE void raise_to_group(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &gro
 template <ScorePath PATH>
 static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const float *bias, const uint64_t *keep) {
     if (PATH == GENERAL && s.problem->softcap > 0) {
-        const float cap = float(s.problem->softcap * 1.4426950408889634074), twice_inverse = float(2 / s.problem->softcap);
+        const float cap = float(s.problem->softcap * 1.4426950408889634074),
+                    twice_inverse = float(2 / s.problem->softcap);
         for (int at = 0; at < group.count * tile_lanes; at += tile_side) {
             const vf x = load(group.scores + at) * s.factor;
             store(group.scores + at, cap * tanh_of_log2<float>(x * twice_inverse));
         }
     }
     bool fresh = true; // a lane that has seen nothing is beyond its limit with whatever it sees
-    for (int z = 0; z < tile_lanes; z += tile_side)
-        fresh &= lane_bits(load(tile.limit + z) != -__builtin_inff()) == 0;
+    for (int z = 0; z < tile_lanes; z += tile_side) fresh &= lane_bits(load(tile.limit + z) != -__builtin_inff()) == 0;
     uint64_t beyond = fresh ? first_bits(tile_lanes) : weigh<PATH>(s, tile, group, bias, keep, false);
     if (__builtin_expect(beyond == 0, 1)) return;
     raise_to_group<PATH>(s, tile, group, bias, beyond);
@@ -175,7 +158,8 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const 
 // The keys [begin, end) of the chunk entered, as far as the tile's spans reach.
 static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t begin, int64_t end) {
     const tw_problem &p = *s.problem;
-    const bool facts = p.ranges.count || p.mask.data || p.labels.q || p.bits.index, biased = p.bias_count || p.table.data;
+    const bool facts = p.ranges.count || p.mask.data || p.labels.q || p.bits.index,
+               biased = p.bias_count || p.table.data;
     // A scale that is not positive would turn the maximum of the products into something else.
     const bool general = s.general || s.careful || !(s.factor > 0);
     Group groups[2], *waiting = nullptr; // for its turn: the next group's scores are made beside it

@@ -43,30 +43,32 @@ TW_INLINE void order_memory() { __asm__ volatile("" : : : "memory"); }
 enum Turn { FIRST, SECOND };
 TW_INLINE void load_tile(Turn turn, int which, const void *from, int64_t bytes) {
     if (turn == FIRST) {
-        if (which) _tile_loadd(1, from, bytes); else _tile_loadd(0, from, bytes);
+        if (which)
+            _tile_loadd(1, from, bytes);
+        else
+            _tile_loadd(0, from, bytes);
     } else {
-        if (which) _tile_loadd(3, from, bytes); else _tile_loadd(2, from, bytes);
+        if (which)
+            _tile_loadd(3, from, bytes);
+        else
+            _tile_loadd(2, from, bytes);
     }
 }
 TW_INLINE void store_tile(Turn turn, int which, void *to, int64_t bytes) {
     if (turn == FIRST) {
-        if (which) _tile_stored(1, to, bytes); else _tile_stored(0, to, bytes);
+        if (which)
+            _tile_stored(1, to, bytes);
+        else
+            _tile_stored(0, to, bytes);
     } else {
-        if (which) _tile_stored(3, to, bytes); else _tile_stored(2, to, bytes);
-    }
-}
-TW_INLINE void clear_tiles(Turn turn) {
-    if (turn == FIRST) {
-        _tile_zero(0);
-        _tile_zero(1);
-    } else {
-        _tile_zero(2);
-        _tile_zero(3);
+        if (which)
+            _tile_stored(3, to, bytes);
+        else
+            _tile_stored(2, to, bytes);
     }
 }
 
-// The unit's tiles += A B, with A in the registers 4 and 5 and B in 6 and 7: one A and two B, one A and one B, or two A
-// and one B.
+// The unit's tiles += A B, with A in the registers 4 and 5 and B in 6 and 7: one A and two B, or two A and one B.
 TW_INLINE void multiply_columns(Turn turn) {
     if (turn == FIRST) {
         _tile_dpbf16ps(0, 4, 6);
@@ -75,9 +77,6 @@ TW_INLINE void multiply_columns(Turn turn) {
         _tile_dpbf16ps(2, 4, 6);
         _tile_dpbf16ps(3, 4, 7);
     }
-}
-TW_INLINE void multiply_row(Turn turn) {
-    if (turn == FIRST) _tile_dpbf16ps(0, 4, 6); else _tile_dpbf16ps(2, 4, 6);
 }
 TW_INLINE void multiply_rows(Turn turn) {
     if (turn == FIRST) {

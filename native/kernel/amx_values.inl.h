@@ -78,7 +78,8 @@ TW_RARE void add_values_seen(const int32_t *weights, const int32_t *values, uint
 }
 
 // add_values_in_tiles on weights of which some are `unseen`. These become 0.
-TW_RARE void add_values_carefully_in_tiles(int32_t *weights, const int32_t *values, int64_t groups, int64_t rows, float *out) {
+TW_RARE void add_values_carefully_in_tiles(int32_t *weights, const int32_t *values, int64_t groups, int64_t rows,
+                                           float *out) {
     constexpr int width = tile_lanes;
     for (int64_t g = 0; g < groups; ++g, weights += tile_side * width, values += rows * tile_side) {
         uint32_t words[width] = {};
@@ -106,7 +107,7 @@ static __attribute__((noinline)) void add_values_of_run(int32_t *weights, const 
         add_values_in_tiles(weights, values, groups, rows, out);
 }
 
-// Sixteen of the columns of add_rows_in_tiles, up to storing them. The weights are in registers 4 and 5.
+// Sixteen columns of weights times rows, up to storing them. The weights are in registers 4 and 5.
 TW_INLINE void begin_rows(Turn turn, const int32_t *rows, int64_t columns, const float *out) {
     const int64_t bytes = columns * int64_t(sizeof(float));
     load_tile(turn, 0, out, bytes);
@@ -124,29 +125,11 @@ TW_INLINE void load_weights(const int32_t *weights) {
     _tile_loadd(5, weights + tile_units, 64);
 }
 
-// out [32 keys][columns] += weights [32 keys][16 units of rows] times rows [16 units][columns].
-TW_INLINE void add_rows_in_tiles(const int32_t *weights, const int32_t *rows, int64_t columns, float *out) {
-    order_memory();
-    load_weights(weights);
-    begin_rows(FIRST, rows, columns, out);
-    for (int64_t c = 0;;) { // column c is begun
-        float *own = out + c;
-        const bool second = (c += tile_side) < columns;
-        if (second) begin_rows(SECOND, rows + c, columns, out + c);
-        end_rows(FIRST, columns, own);
-        if (!second) break;
-        own = out + c;
-        const bool third = (c += tile_side) < columns;
-        if (third) begin_rows(FIRST, rows + c, columns, out + c);
-        end_rows(SECOND, columns, own);
-        if (!third) break;
-    }
-    order_memory();
-}
-
-// The same where some rows are not finite: words[key] says which rows see the key, and for one that does not, the row is
+// out [32 keys][columns] += weights [32 keys][16 units of rows] times rows [16 units][columns], where some rows are not
+// finite: words[key] says which rows see the key, and for one that does not, the row is
 // 0. Keys that are seen by the same bad rows are summed together.
-TW_RARE void add_rows_seen(const int32_t *weights, const int32_t *rows, const uint64_t *words, int64_t columns, float *out) {
+TW_RARE void add_rows_seen(const int32_t *weights, const int32_t *rows, const uint64_t *words, int64_t columns,
+                           float *out) {
     alignas(64) int32_t kept[tile_units];
     alignas(64) float sums[tile_keys * tile_side];
     const __m512i exponent = _mm512_set1_epi16(0x7F80);
@@ -165,7 +148,8 @@ TW_RARE void add_rows_seen(const int32_t *weights, const int32_t *rows, const ui
         const uint32_t allowed = ~bad | pattern;
         for (int64_t c = 0; c < columns; c += tile_side) {
             for (int64_t u = 0; u < tile_side; ++u) {
-                const uint32_t both = (allowed >> 2 * u & 1 ? 0xFFFFu : 0) | (allowed >> (2 * u + 1) & 1 ? 0xFFFF0000u : 0);
+                const uint32_t both =
+                    (allowed >> 2 * u & 1 ? 0xFFFFu : 0) | (allowed >> (2 * u + 1) & 1 ? 0xFFFF0000u : 0);
                 store(kept + u * tile_side, load(rows + u * columns + c) & int32_t(both));
             }
             order_memory();

@@ -16,7 +16,7 @@ template <> struct Background<Tiles> {
     const int32_t *keys, *query;
     int64_t key_stride, head_units, d = 0;
     bool half_scores; // whether only 16 of the keys exist
-    float *out; // [rows][32 lanes]
+    float *out;       // [rows][32 lanes]
     const int32_t *weights, *values;
     int64_t groups = 0, group = 0, rows = 0, row = 0; // row >= rows: all added
     int part = 0;                                     // which of the four products is next
@@ -31,17 +31,19 @@ template <int PART> TW_INLINE void clear_part() {
     if (PART == 2) _tile_zero(2);
     if (PART == 3) _tile_zero(3);
 }
-template <int PART> TW_INLINE void load_part(const float *from) {
-    if (PART == 0) _tile_loadd(0, from, tile_lanes * sizeof(float));
-    if (PART == 1) _tile_loadd(1, from, tile_lanes * sizeof(float));
-    if (PART == 2) _tile_loadd(2, from, tile_lanes * sizeof(float));
-    if (PART == 3) _tile_loadd(3, from, tile_lanes * sizeof(float));
+template <int PART> TW_INLINE void load_part(const float *from, int64_t stride) {
+    const int64_t bytes = stride * int64_t(sizeof(float));
+    if (PART == 0) _tile_loadd(0, from, bytes);
+    if (PART == 1) _tile_loadd(1, from, bytes);
+    if (PART == 2) _tile_loadd(2, from, bytes);
+    if (PART == 3) _tile_loadd(3, from, bytes);
 }
-template <int PART> TW_INLINE void store_part(float *to) {
-    if (PART == 0) _tile_stored(0, to, tile_lanes * sizeof(float));
-    if (PART == 1) _tile_stored(1, to, tile_lanes * sizeof(float));
-    if (PART == 2) _tile_stored(2, to, tile_lanes * sizeof(float));
-    if (PART == 3) _tile_stored(3, to, tile_lanes * sizeof(float));
+template <int PART> TW_INLINE void store_part(float *to, int64_t stride) {
+    const int64_t bytes = stride * int64_t(sizeof(float));
+    if (PART == 0) _tile_stored(0, to, bytes);
+    if (PART == 1) _tile_stored(1, to, bytes);
+    if (PART == 2) _tile_stored(2, to, bytes);
+    if (PART == 3) _tile_stored(3, to, bytes);
 }
 template <int PART> TW_INLINE void multiply_part() {
     if (PART == 0) _tile_dpbf16ps(0, 4, 6);
@@ -55,7 +57,7 @@ template <int PART> TW_INLINE float *quarter(float *unit) {
 }
 
 template <int PART> TW_INLINE void settle_part(const Background<Tiles> &work) {
-    if (work.owed && !(PART >= 2 && work.owed_half)) store_part<PART>(quarter<PART>(work.owed));
+    if (work.owed && !(PART >= 2 && work.owed_half)) store_part<PART>(quarter<PART>(work.owed), tile_lanes);
 }
 
 // What is owed from the part that is next on.
@@ -94,7 +96,7 @@ template <int PART> TW_INLINE void step_of_values(Background<Tiles> &work) {
     const bool half = work.row + tile_side == work.rows;
     if (PART < 2 || !half) {
         float *own = work.out + work.row * tile_lanes;
-        if (work.group == 0) load_part<PART>(quarter<PART>(own));
+        if (work.group == 0) load_part<PART>(quarter<PART>(own), tile_lanes);
         const int32_t *weights = work.weights + work.group * tile_side * tile_lanes;
         const int32_t *values = work.values + (work.group * work.rows + work.row) * tile_side;
         if (PART == 0) {

@@ -3,7 +3,8 @@
 
 // Units and accumulators of a record, which take the same space.
 template <class M> TW_INLINE size_t record_numbers(const tw_problem &p) {
-    return size_t(unit_rows<M>(p.head_dim) + unit_rows<M>(p.value_dim) + sum_rows<M>(p.head_dim)) * size_t(tile_rows<sum_of<M>>);
+    return size_t(unit_rows<M>(p.head_dim) + unit_rows<M>(p.value_dim) + sum_rows<M>(p.head_dim)) *
+           size_t(tile_rows<sum_of<M>>);
 }
 template <class M> static size_t record_bytes(const tw_problem *p) {
     return rounded(sizeof(Tile<M>)) + rounded(record_numbers<M>(*p) * sizeof(sum_of<M>));
@@ -46,8 +47,7 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
         tile.shift[l] = empty ? infinity : lse * A(1.4426950408889634074);
         tile.sum[l] = empty ? A(0) : pull;
     }
-    for (int l = 0; l < tile.width; l += lanes<A>)
-        rows_to_lanes<M>(rows + l, p.value_dim, A(1), d_out + l, tile.width);
+    for (int l = 0; l < tile.width; l += lanes<A>) rows_to_lanes<M>(rows + l, p.value_dim, A(1), d_out + l, tile.width);
     tile.masked = !finite_rows(tile.query, 0, 1, units_of<M>(p.head_dim) * tile.width) ||
                   !finite_rows(d_out, 0, 1, units_of<M>(p.value_dim) * tile.width);
 }
@@ -80,18 +80,16 @@ template <class M> static void close_sinks(const tw_problem *problem, const tw_g
 // Where a segment is longer than this, a tile asks on its way through it too whether the call was given up.
 constexpr int64_t asking_keys = 4096;
 
-// Places for the scores of a block of keys with a tile, spare ones included.
-template <class M> constexpr int64_t score_places = int64_t(block_keys + TW_GROUP_KEYS) * tile_rows<sum_of<M>>;
-
 // Units and accumulators of a segment's scratch, in the order in which run_segment takes them.
 template <class T, class M> static size_t segment_numbers(const tw_problem &p, int64_t keys) {
     using A = sum_of<M>;
     const int64_t whole = (keys + block_keys - 1) / block_keys * block_keys;
     const int64_t head = padded<A>(p.head_dim), value = padded<A>(p.value_dim);
-    int64_t numbers = whole * (head + value) + units_of<M>(tile_rows<A>) * (head + value);
+    int64_t numbers = whole * (head + value) + tiles_together<M> * units_of<M>(tile_rows<A>) * (head + value);
     if (copies<T, M>(p, INT64_MAX)) numbers += whole * (padded_units<M>(p.head_dim) + padded_units<M>(p.value_dim));
     if (M::numbers > 1) numbers += whole / M::numbers * head;
-    numbers += 2 * score_places<M> + 3 * (score_places<M> / M::numbers) + TW_GROUP_KEYS * tile_rows<A>;
+    numbers += 2 * score_places<M> + (2 * tiles_together<M> + 1) * (score_places<M> / M::numbers);
+    numbers += TW_GROUP_KEYS * tile_rows<A>;
     return size_t(numbers);
 }
 // The marks of its blocks follow them.
@@ -109,6 +107,38 @@ static void add_gradients(const tw_tensor &to, const Slopes<M> &s, const sum_of<
         if (s.blocks[(key - s.first) / block_keys] == BLOCK_UNMET) continue;
         A *row = tensor_row<A>(to, s.b, s.kv_head, key);
         for (int64_t d = 0; d < columns; ++d) row[d] += from[d] * factor;
+    }
+}
+
+// Waits until the segments before this one have passed a tile: what it gathers, they add in the order of keys. False where
+// the call was given up, as perhaps was the segment waited for.
+TW_INLINE bool wait_for_turn(const tw_segment &segment, int64_t tile) {
+    const uint64_t before = (uint64_t(1) << segment.number) - 1;
+    for (int tries = 0;; ++tries) {
+        if (tw_given_up()) return false;
+        if ((__atomic_load_n(segment.done + tile, __ATOMIC_ACQUIRE) & before) == before) return true;
+        segment.rest(tries);
+    }
+}
+
+// The rows of a tile, across: the n-th of those that pass together.
+template <class T, class M> static void write_rows(const Slopes<M> &s, const Tile<M> &tile, int64_t n) {
+    constexpr int64_t row_units = tile_rows<sum_of<M>> / M::numbers;
+    const tw_problem &p = *s.problem;
+    unit_of<M> *q_rows = s.q_rows + n * row_units * s.head_width,
+               *d_out_rows = s.d_out_rows + n * row_units * s.value_width;
+    if (M::tiled && tile.rows < tile_rows<sum_of<M>>) { // rows that do not exist are multiplied too
+        __builtin_memset(q_rows, 0, size_t(row_units * s.head_width) * sizeof(unit_of<M>));
+        __builtin_memset(d_out_rows, 0, size_t(row_units * s.value_width) * sizeof(unit_of<M>));
+    }
+    for (int l = 0; l < tile.rows; l += M::numbers) {
+        const T *q[M::numbers] = {}, *d_out[M::numbers] = {};
+        for (int i = 0; i < M::numbers && l + i < tile.rows; ++i) {
+            q[i] = tensor_row<const T>(p.q, s.b, tile.h[l + i], tile.i[l + i]);
+            d_out[i] = tensor_row<const T>(s.gradients->d_out, s.b, tile.h[l + i], tile.i[l + i]);
+        }
+        write_across<M>(q, p.head_dim, q_rows + l / M::numbers * s.head_width);
+        write_across<M>(d_out, p.value_dim, d_out_rows + l / M::numbers * s.value_width);
     }
 }
 
@@ -136,6 +166,7 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
     s.head_width = padded<A>(p.head_dim);
     s.value_width = padded<A>(p.value_dim);
     const int64_t keys = segment->key_end - segment->key_begin;
+    constexpr int64_t row_units = tile_rows<A> / M::numbers;
     const int64_t whole = (keys + block_keys - 1) / block_keys * block_keys;
 
     A *numbers = static_cast<A *>(scratch);
@@ -161,10 +192,10 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
         s.across_stride = s.head_width;
         s.k_across = s.copy_across = take_units(whole / M::numbers * s.across_stride);
     }
-    s.q_rows = take_units(units_of<M>(tile_rows<A>) * s.head_width);
-    s.d_out_rows = take_units(units_of<M>(tile_rows<A>) * s.value_width);
-    s.p = take_units(score_places<M> / M::numbers);
-    s.raw = s.raw_across = take_units(score_places<M> / M::numbers);
+    s.q_rows = take_units(tiles_together<M> * row_units * s.head_width);
+    s.d_out_rows = take_units(tiles_together<M> * row_units * s.value_width);
+    s.p = take_units(tiles_together<M> * (score_places<M> / M::numbers));
+    s.raw = s.raw_across = take_units(tiles_together<M> * (score_places<M> / M::numbers));
     if constexpr (M::numbers > 1) s.raw_across = take_units(score_places<M> / M::numbers);
     s.ds = take(score_places<M>);
     s.bias = take(score_places<M>);
@@ -173,42 +204,43 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
     __builtin_memset(s.blocks, BLOCK_UNMET, size_t(whole / block_keys));
 
     const size_t each = record_bytes<M>(problem);
-    for (int64_t t = 0; t < segment->tiles; ++t) {
-        Tile<M> &tile = *reinterpret_cast<Tile<M> *>(segment->records + size_t(t) * each);
-        const U *d_out = d_out_of(p, tile);
-        // What a tile gathers, its segments add in the order of keys.
-        const uint64_t before = (uint64_t(1) << segment->number) - 1;
-        for (int tries = 0;; ++tries) {
-            if (tw_given_up()) return; // and so did, perhaps, the segment that this one waits for
-            if ((__atomic_load_n(segment->done + t, __ATOMIC_ACQUIRE) & before) == before) break;
-            segment->rest(tries);
-        }
-        int64_t key = next_key(tile, s.first, s.last + 1);
-        if (key <= s.last) {
-            if (M::tiled && tile.rows < tile_rows<A>) { // rows that do not exist are multiplied too
-                __builtin_memset(s.q_rows, 0, size_t(units_of<M>(tile_rows<A>) * s.head_width) * sizeof(U));
-                __builtin_memset(s.d_out_rows, 0, size_t(units_of<M>(tile_rows<A>) * s.value_width) * sizeof(U));
-            }
-            for (int l = 0; l < tile.rows; l += M::numbers) {
-                const T *q[M::numbers] = {}, *d_out_row[M::numbers] = {};
-                for (int n = 0; n < M::numbers && l + n < tile.rows; ++n) {
-                    q[n] = tensor_row<const T>(p.q, s.b, tile.h[l + n], tile.i[l + n]);
-                    d_out_row[n] = tensor_row<const T>(g.d_out, s.b, tile.h[l + n], tile.i[l + n]);
-                }
-                write_across<M>(q, p.head_dim, s.q_rows + l / M::numbers * s.head_width);
-                write_across<M>(d_out_row, p.value_dim, s.d_out_rows + l / M::numbers * s.value_width);
-            }
+    const auto record = [&](int64_t t) { return reinterpret_cast<Tile<M> *>(segment->records + size_t(t) * each); };
+    // Segments that run at the same time wait for one another's tiles: where there are few for each, they go one by one. So
+    // they do where a bias is read and its gradient written: more rows at a time than pages are at hand.
+    const int64_t segments = (p.k_len + keys - 1) / keys;
+    const bool few = segments > 1 && segment->tiles < 4 * tiles_together<M> * segments, alone = few || p.bias_count;
+    const int64_t together = alone ? 1 : tiles_together<M>;
+    for (int64_t t = 0; t < segment->tiles; t += together) {
+        const int64_t stop_tile = t + together < segment->tiles ? t + together : segment->tiles;
+        int64_t key = s.last + 1;
+        for (int64_t u = t; u < stop_tile; ++u) {
+            if (!wait_for_turn(*segment, u)) return;
+            const int64_t first = next_key(*record(u), s.first, s.last + 1);
+            if (first > s.last) continue;
+            key = first < key ? first : key;
+            write_rows<T>(s, *record(u), u - t);
         }
         while (key <= s.last) {
             if (key % asking_keys == 0 && tw_given_up()) return;
             const int64_t stop = key + block_keys <= s.last ? key + block_keys : s.last + 1;
-            if (!M::tiled && tile.width == lanes<A>)
-                slope_block<M, 1>(s, tile, d_out, key, int(stop - key));
-            else
-                slope_block<M, TW_TILE_VECTORS>(s, tile, d_out, key, int(stop - key));
-            key = next_key(tile, stop, s.last + 1);
+            int64_t next = s.last + 1;
+            for (int64_t u = t; u < stop_tile; ++u) {
+                Tile<M> &tile = *record(u);
+                const U *d_out = d_out_of(p, tile);
+                const int n = next_key(tile, key, stop) < stop ? int(stop - key) : 0;
+                if (n && !M::tiled && tile.width == lanes<A>)
+                    slope_block<M, 1>(s, tile, d_out, key, n);
+                else if (n)
+                    slope_block<M, TW_TILE_VECTORS>(s, tile, d_out, key, n);
+                if constexpr (M::tiled) ++s.work.slot;
+                const int64_t own = next_key(tile, stop, s.last + 1);
+                next = own < next ? own : next;
+            }
+            if constexpr (M::tiled) end_block_in_tiles(s, key);
+            key = next;
         }
-        __atomic_fetch_or(segment->done + t, uint64_t(1) << segment->number, __ATOMIC_RELEASE);
+        for (int64_t u = t; u < stop_tile; ++u)
+            __atomic_fetch_or(segment->done + u, uint64_t(1) << segment->number, __ATOMIC_RELEASE);
     }
     add_gradients(g.d_k, s, s.d_k, s.head_width, p.head_dim, A(p.scale));
     add_gradients(g.d_v, s, s.d_v, s.value_width, p.value_dim, A(1));

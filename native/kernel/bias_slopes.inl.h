@@ -5,9 +5,9 @@
 
 // W rows of a tile, and where what they gather for the block's first key stands.
 template <class A> struct Gathered {
-    const A *ds;            // [keys][width]
+    const A *ds; // [keys][width]
     int64_t width, keys;
-    int lanes_used;         // the others repeat a row
+    int lanes_used; // the others repeat a row
     A *rows[lanes<A>];
 };
 
@@ -32,9 +32,9 @@ template <class A> static void gather_rows(const Gathered<A> &g) {
     A turned[W][block_keys];
     for (int64_t j = 0; j < g.keys; j += W) {
         vec<A> x[W];
-        TW_UNROLL for (int n = 0; n < W; ++n) x[n] = slopes_of_key(g, j + n);
+        TW_UNROLL(int n = 0; n < W; ++n) x[n] = slopes_of_key(g, j + n);
         transpose<A>(x);
-        TW_UNROLL for (int l = 0; l < W; ++l) store(turned[l] + j, x[l]);
+        TW_UNROLL(int l = 0; l < W; ++l) store(turned[l] + j, x[l]);
     }
     for (int l = 0; l < g.lanes_used; ++l)
         for (int64_t j = 0; j < g.keys; j += W) add_numbers(g.rows[l] + j, load(turned[l] + j), g.keys - j);
@@ -45,7 +45,7 @@ template <class A> static void gather_sums_of_rows(const Gathered<A> &g) {
     constexpr int W = lanes<A>;
     for (int64_t j = 0; j < g.keys; j += W) {
         vec<A> x[W];
-        TW_UNROLL for (int n = 0; n < W; ++n) x[n] = slopes_of_key(g, j + n);
+        TW_UNROLL(int n = 0; n < W; ++n) x[n] = slopes_of_key(g, j + n);
         sum_lanes<A, W>(x);
         add_numbers(g.rows[0] + j, x[0], g.keys - j);
     }
@@ -55,7 +55,7 @@ template <class A> static void gather_sums_of_rows(const Gathered<A> &g) {
 template <class A> static void gather_sums_of_keys(const Gathered<A> &g) {
     vec<A> sum = {};
     for (int64_t j = 0; j < g.keys; ++j) sum += load(g.ds + j * g.width);
-    TW_UNROLL for (int l = 0; l < lanes<A>; ++l)
+    TW_UNROLL(int l = 0; l < lanes<A>; ++l)
         if (l < g.lanes_used) *g.rows[l] += sum[l];
 }
 

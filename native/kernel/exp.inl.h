@@ -5,7 +5,7 @@ template <class A> struct exp_numbers;
 template <> struct exp_numbers<float> {
     using bits = uint32_t;
     static constexpr float round = 12582912.f; // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    static constexpr float smallest = -126.f; // below: 0, so that no denormal is ever made
+    static constexpr float smallest = -126.f;  // below: 0, so that no denormal is ever made
     static constexpr int fraction_bits = 23, exponent_bias = 127, degree = 5;
     static constexpr float c[] = {0.69314709218781452365f, 0.24022215101903789405f, 0.055505700413257887019f,
                                   0.0096728808786743869238f, 0.0013313799784867156023f};
@@ -15,9 +15,9 @@ template <> struct exp_numbers<double> {
     static constexpr double round = 6755399441055744.0; // 1.5 * 2^52
     static constexpr double smallest = -1022.0;
     static constexpr int fraction_bits = 52, exponent_bias = 1023, degree = 11;
-    static constexpr double c[] = {0.6931471805599453133,      0.24022650695910136288,     0.055504108664821082931,
-                                   0.0096181291075914965755,   0.0013333558146558132966,   0.00015403530460764842419,
-                                   0.000015252733684247801309, 1.321543338897090968e-6,    1.0178125486258941518e-7,
+    static constexpr double c[] = {0.6931471805599453133,      0.24022650695910136288,   0.055504108664821082931,
+                                   0.0096181291075914965755,   0.0013333558146558132966, 0.00015403530460764842419,
+                                   0.000015252733684247801309, 1.321543338897090968e-6,  1.0178125486258941518e-7,
                                    7.0741122035811626119e-9,   4.4452571404588533101e-10};
 };
 constexpr float exp_numbers<float>::c[];
@@ -30,7 +30,7 @@ template <class A> TW_INLINE vec<A> exp2_parts(vec<A> x, vec<A> &shifted, vec<A>
     n = shifted - N::round;
     f = x - n;
     vec<A> h = splat<A>(N::c[N::degree - 1]);
-    TW_UNROLL for (int i = N::degree - 2; i >= 0; --i) h = h * f + N::c[i];
+    TW_UNROLL(int i = N::degree - 2; i >= 0; --i) h = h * f + N::c[i];
     return h;
 }
 

@@ -32,16 +32,16 @@ template <class M> struct Sweep {
     void (*fetch)(Sweep &, int64_t key, int n); // NULL: read in place
     U *fetched_keys, *fetched_values;           // of a chunk
     uint32_t fetched;                           // bit per block of the chunk
-    U *probabilities; // [run_keys in units][width], of the keys from chunk or, in tile registers, from run_begin
+    U *probabilities;       // [run_keys in units][width], of the keys from chunk or, in tile registers, from run_begin
     U *other_probabilities; // of the run before, where its values are added in the background
     A *bias;                // [block_keys][width]
-    A factor;         // of the products, where queries are not multiplied by it: scale * log2(e)
-    bool general;     // softcap, bias or dropout: every group takes the general path
-    bool careful;     // bar invisible values lane by lane: they hold something that is not finite
-    int64_t element_asked; // bytes of an element of q and out where sweeps ask for their rows ahead, else 0
+    A factor;               // of the products, where queries are not multiplied by it: scale * log2(e)
+    bool general;           // softcap, bias or dropout: every group takes the general path
+    bool careful;           // bar invisible values lane by lane: they hold something that is not finite
+    int64_t element_asked;  // bytes of an element of q and out where sweeps ask for their rows ahead, else 0
     int64_t chunk, run_begin; // chunk: the key that the one entered begins at, or -1
     const tw_item *item;
-    int64_t tiles; // of the item
+    int64_t tiles;   // of the item
     RowsAhead ahead; // of tile registers
     Background<M> background;
 };
@@ -52,11 +52,13 @@ TW_INLINE void ask_for(const void *from, int64_t bytes) {
 
 // While a tile sweeps its only chunk: asks for the rows of lanes [begin, end) that are written next, and for those that the
 // next tile reads (most often they follow in the same head). All at once they would wait for one another.
-template <class M> TW_INLINE void ask_for_rows(const Sweep<M> &s, const Tile<M> &tile, int64_t key, int begin, int end) {
+template <class M>
+TW_INLINE void ask_for_rows(const Sweep<M> &s, const Tile<M> &tile, int64_t key, int begin, int end) {
     if (!s.element_asked || key != s.chunk) return;
     const tw_problem &p = *s.problem;
     const auto row = [&](const tw_tensor &x, int64_t h, int64_t i) {
-        return static_cast<const char *>(x.data) + (s.batch * x.stride_b + h * x.stride_h + i * x.stride_s) * s.element_asked;
+        return static_cast<const char *>(x.data) +
+               (s.batch * x.stride_b + h * x.stride_h + i * x.stride_s) * s.element_asked;
     };
     for (int l = begin; l < end; ++l) {
         ask_for(row(p.out, tile.h[l], tile.i[l]), p.value_dim * s.element_asked);

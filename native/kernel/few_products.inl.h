@@ -17,7 +17,7 @@ template <class M> struct Row {
     int64_t i, h;
     uint64_t seen; // keys of the current block
     bool masked;
-    alignas(64) A scores[block_keys];              // then probabilities
+    alignas(64) A scores[block_keys];           // then probabilities
     alignas(64) unit_of<M> weights[block_keys]; // the same after dropout, in units
 };
 
@@ -46,11 +46,11 @@ TW_INLINE vec<sum_of<M>> dot_products(const T *const *keys, const unit_of<M> *qu
     const int64_t whole = head_dim / (W * M::numbers) * W;
     for (; d < whole; d += W) {
         const vec<unit_of<M>> q = load(query + d);
-        TW_UNROLL for (int n = 0; n < W; ++n) x[n] = add_product(x[n], load_units<M>(keys[n] + d * M::numbers), q);
+        TW_UNROLL(int n = 0; n < W; ++n) x[n] = add_product(x[n], load_units<M>(keys[n] + d * M::numbers), q);
     }
     if (d * M::numbers < head_dim) {
         const vec<unit_of<M>> q = load(query + d);
-        TW_UNROLL for (int n = 0; n < W; ++n) x[n] = add_product(x[n], row_units<M>(keys[n], d, head_dim, A(1)), q);
+        TW_UNROLL(int n = 0; n < W; ++n) x[n] = add_product(x[n], row_units<M>(keys[n], d, head_dim, A(1)), q);
     }
     sum_lanes<A, W>(x);
     return x[0];
@@ -71,15 +71,16 @@ template <class M> TW_INLINE void weights_to_units(const sum_of<M> *scores, unit
 // exist. Bits say which of the keys are read; the others are zeros. Pairs stand in the order in which they are interleaved: of 32
 // columns, the first half of each eight, then the second.
 template <class M, int NC, class T>
-TW_INLINE void values_across(Rows<T> rows, int j, int64_t d, int64_t left, uint64_t bits, vec<unit_of<M>> (&value)[NC]) {
+TW_INLINE void values_across(Rows<T> rows, int j, int64_t d, int64_t left, uint64_t bits,
+                             vec<unit_of<M>> (&value)[NC]) {
     constexpr int W = lanes<sum_of<M>>;
     const T *row = rows[j] + d;
     if constexpr (M::numbers == 1) {
-        TW_UNROLL for (int c = 0; c < NC; ++c)
+        TW_UNROLL(int c = 0; c < NC; ++c)
             value[c] = left >= (c + 1) * W ? widen(row + c * W) : widen_first(row + c * W, int(left - c * W));
     } else {
         const T *next = bits & 2 ? rows[j + 1] + d : row; // no row stands behind the last
-        TW_UNROLL for (int c = 0; c < NC; c += 2)
+        TW_UNROLL(int c = 0; c < NC; c += 2)
             interleave(row + c * W, next + c * W, left - c * W, bits, value[c], value[c + 1]);
     }
 }
@@ -98,12 +99,13 @@ template <class T> struct Ahead {
 // The columns from d of add_weighted, in NC vectors of COUNT rows; `left` of them exist. Keys that `some` leaves out are
 // not read.
 template <class M, int COUNT, int NC, class T>
-TW_INLINE void weighted_columns(Row<M> *const *rows, Rows<T> values, int64_t left, int64_t d, uint64_t some, Ahead<T> next) {
+TW_INLINE void weighted_columns(Row<M> *const *rows, Rows<T> values, int64_t left, int64_t d, uint64_t some,
+                                Ahead<T> next) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
     vec<A> out[COUNT][NC];
-    TW_UNROLL for (int r = 0; r < COUNT; ++r) TW_UNROLL for (int c = 0; c < NC; ++c)
-        out[r][c] = load(rows[r]->out + d + c * W);
+    TW_UNROLL(int r = 0; r < COUNT; ++r)
+        TW_UNROLL(int c = 0; c < NC; ++c) out[r][c] = load(rows[r]->out + d + c * W);
     for (uint64_t rest = some; rest;) {
         const int unit = __builtin_ctzll(rest) / M::numbers, j = unit * M::numbers;
         vec<unit_of<M>> value[NC];
@@ -111,15 +113,15 @@ TW_INLINE void weighted_columns(Row<M> *const *rows, Rows<T> values, int64_t lef
         rest &= rest - 1;
         if constexpr (M::numbers > 1) rest &= ~(uint64_t(2) << j);
         if (next.rows.first && d < next.n)
-            TW_UNROLL for (int i = 0; i < M::numbers; ++i)
+            TW_UNROLL(int i = 0; i < M::numbers; ++i)
                 ask_for(next.rows[j + i] + d, next.n - d < NC * W ? next.n - d : NC * W);
-        TW_UNROLL for (int r = 0; r < COUNT; ++r) {
+        TW_UNROLL(int r = 0; r < COUNT; ++r) {
             const vec<unit_of<M>> weight = splat(rows[r]->weights[unit]);
-            TW_UNROLL for (int c = 0; c < NC; ++c) out[r][c] = add_product(out[r][c], value[c], weight);
+            TW_UNROLL(int c = 0; c < NC; ++c) out[r][c] = add_product(out[r][c], value[c], weight);
         }
     }
-    TW_UNROLL for (int r = 0; r < COUNT; ++r) TW_UNROLL for (int c = 0; c < NC; ++c)
-        store(rows[r]->out + d + c * W, out[r][c]);
+    TW_UNROLL(int r = 0; r < COUNT; ++r)
+        TW_UNROLL(int c = 0; c < NC; ++c) store(rows[r]->out + d + c * W, out[r][c]);
 }
 
 // out += weights * values, for the keys of the block that `some` names.
@@ -127,7 +129,6 @@ template <class M, int COUNT, class T>
 TW_INLINE void add_weighted(Row<M> *const *rows, Rows<T> values, int64_t value_dim, uint64_t some, Ahead<T> next) {
     constexpr int W = lanes<sum_of<M>>, N = M::numbers;
     int64_t d = 0;
-    for (; d + 4 * W <= value_dim; d += 4 * W)
-        weighted_columns<M, COUNT, 4>(rows, values, 4 * W, d, some, next);
+    for (; d + 4 * W <= value_dim; d += 4 * W) weighted_columns<M, COUNT, 4>(rows, values, 4 * W, d, some, next);
     for (; d < value_dim; d += N * W) weighted_columns<M, COUNT, N>(rows, values, value_dim - d, d, some, next);
 }

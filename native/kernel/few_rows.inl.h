@@ -85,7 +85,8 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
                        bool careful) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
-    const T *each_key[block_keys], *each_value[block_keys], *each_next[block_keys], *each_next_value[block_keys]; // where rows lie in pages
+    const T *each_key[block_keys], *each_value[block_keys], *each_next[block_keys],
+        *each_next_value[block_keys];                                            // where rows lie in pages
     const A factor = M::numbers > 1 ? A(p.scale * 1.4426950408889634074) : A(1); // else the queries have it
     bool in_tiles = false;
     if constexpr (M::tiled) in_tiles = tiles.used;
@@ -99,7 +100,7 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
             if (in_tiles) scores_in_tiles(tiles, keys, n, p.head_dim, rows, count, factor);
         for (int j = 0; j < n && !in_tiles; j += W) {
             const T *own[W]; // a ragged end repeats the last key; no row sees the repetitions
-            TW_UNROLL for (int l = 0; l < W; ++l) own[l] = keys[j + l < n ? j + l : n - 1];
+            TW_UNROLL(int l = 0; l < W; ++l) own[l] = keys[j + l < n ? j + l : n - 1];
             for (int64_t r = 0; r < count; ++r) {
                 for (int64_t l = j + r * W / count; l < j + (r + 1) * W / count && l < n; ++l)
                     ask_for(values[l], p.value_dim);
@@ -118,14 +119,16 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
         if (in_tiles) {
             Ahead<T> next_values = {{nullptr, 0, nullptr}, p.value_dim};
             if (next.rows.first)
-                next_values.rows = key_rows(p, p.v, item.b, item.kv_head, key + block_keys, block_keys, each_next_value);
+                next_values.rows =
+                    key_rows(p, p.v, item.b, item.kv_head, key + block_keys, block_keys, each_next_value);
             const uint64_t read = careful ? rows[0]->seen : some;
             if constexpr (M::tiled)
                 add_weighted_in_tiles(tiles, rows, count, values, p.value_dim, read, next, next_values);
             continue;
         }
         if (!careful)
-            for (; r + 4 <= count; r += 4) add_weighted<M, 4>(rows + r, values, p.value_dim, some, r ? Ahead<T>{} : next);
+            for (; r + 4 <= count; r += 4)
+                add_weighted<M, 4>(rows + r, values, p.value_dim, some, r ? Ahead<T>{} : next);
         for (; r < count; ++r)
             add_weighted<M, 1>(rows + r, values, p.value_dim, careful ? rows[r]->seen : some, r ? Ahead<T>{} : next);
     }
@@ -157,7 +160,8 @@ static void forward_few_rows(const tw_problem *problem, const tw_item *item, voi
     Row<M> *rows[few_rows<A>] = {};
     FewTiles<M> tiles;
     if constexpr (M::tiled)
-        place(p, rows_of(p), tiles, reinterpret_cast<int32_t *>(static_cast<char *>(scratch) + few_rows<A> * row_bytes<M>(p)));
+        place(p, rows_of(p), tiles,
+              reinterpret_cast<int32_t *>(static_cast<char *>(scratch) + few_rows<A> * row_bytes<M>(p)));
     for (int64_t r = 0; r < count; ++r) {
         char *memory = static_cast<char *>(scratch) + size_t(r) * row_bytes<M>(p);
         Row<M> &row = *(rows[r] = reinterpret_cast<Row<M> *>(memory));

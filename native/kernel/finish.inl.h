@@ -13,7 +13,7 @@ template <class A> TW_INLINE vec<A> logarithm(vec<A> x) {
     const vec<A> m = (vec<A>)((ivec<A>)x - (k << N::fraction_bits));
     const vec<A> s = (m - A(1)) / (m + A(1)), square = s * s;
     vec<A> series = splat<A>(A(1) / (2 * terms - 1));
-    TW_UNROLL for (int i = terms - 2; i >= 0; --i) series = series * square + A(1) / (2 * i + 1);
+    TW_UNROLL(int i = terms - 2; i >= 0; --i) series = series * square + A(1) / (2 * i + 1);
     const vec<A> found = __builtin_convertvector(k, vec<A>) * A(0.69314718055994530942) + 2 * s * series;
     return x < A(__builtin_inf()) ? found : x;
 }
@@ -24,7 +24,8 @@ template <class A> struct Endings {
     vec<A> factor, lse;
 };
 template <class A>
-static __attribute__((noinline)) Endings<A> endings_of(const tw_problem &p, const int64_t *h, vec<A> shift, vec<A> sum, ivec<A> seen) {
+static __attribute__((noinline)) Endings<A> endings_of(const tw_problem &p, const int64_t *h, vec<A> shift, vec<A> sum,
+                                                       ivec<A> seen) {
     vec<A> factor = splat<A>(1);
     if (p.sinks) {
         vec<A> sink;
@@ -36,7 +37,8 @@ static __attribute__((noinline)) Endings<A> endings_of(const tw_problem &p, cons
     }
     const A keep = p.dropout.enabled ? A(p.dropout.inverse_keep) : A(1);
     const vec<A> lse = shift * A(0.69314718055994530942) + logarithm<A>(sum);
-    return {seen ? factor * keep / sum : vec<A>{}, seen ? lse : splat<A>(-A(__builtin_inf()))}; // sums of the unseen are 0
+    return {seen ? factor * keep / sum : vec<A>{},
+            seen ? lse : splat<A>(-A(__builtin_inf()))}; // sums of the unseen are 0
 }
 
 // The same of one row.
@@ -50,7 +52,8 @@ template <class A> TW_INLINE Ending<A> ending_of(const tw_problem &p, int64_t h,
     return {end.factor[0], end.lse[0]};
 }
 
-template <class T, class A> static void write_row(const tw_problem &p, int64_t b, int64_t h, int64_t i, const A *from, Ending<A> end) {
+template <class T, class A>
+static void write_row(const tw_problem &p, int64_t b, int64_t h, int64_t i, const A *from, Ending<A> end) {
     if (p.part)
         narrow_row(from, end.factor, p.value_dim, tensor_row<A>(p.out, b, h, i));
     else
@@ -65,7 +68,8 @@ template <class M> TW_INLINE bool has_seen(const Tile<M> &tile, int l) {
 
 // A tile's sums, each lane times its factor, as rows of `to`, whose elements are E.
 template <class E, class M>
-static void tile_to_rows(const tw_tensor &to, int64_t b, const Tile<M> &tile, const sum_of<M> *factors, int64_t columns) {
+static void tile_to_rows(const tw_tensor &to, int64_t b, const Tile<M> &tile, const sum_of<M> *factors,
+                         int64_t columns) {
     using A = sum_of<M>;
     E *rows[most_lanes];
     for (int l = 0; l < tile.rows; ++l) rows[l] = tensor_row<E>(to, b, tile.h[l], tile.i[l]);
@@ -92,7 +96,8 @@ template <class T, class M> static void finish(const tw_problem &p, const tw_ite
 }
 
 // A row's state for merge(): its sums of values, reference, denominator, and whether it has seen a key.
-template <class A> static void write_partial(const tw_problem &p, A *to, const A *from, int64_t stride, A shift, A sum, bool seen) {
+template <class A>
+static void write_partial(const tw_problem &p, A *to, const A *from, int64_t stride, A shift, A sum, bool seen) {
     for (int64_t d = 0; d < p.value_dim; ++d) to[d] = from[d * stride];
     to[p.value_dim] = shift;
     to[p.value_dim + 1] = sum;

@@ -9,7 +9,9 @@ template <class A> constexpr int64_t tile_rows = TW_TILE_VECTORS * lanes<A>;
 
 // Query rows of a kv head that this call computes.
 TW_INLINE int64_t rows_in_call(const tw_problem &p) { return p.q_heads / p.kv_heads * (p.row_end - p.row_begin); }
-template <class A> TW_INLINE bool takes_few_rows(const tw_problem &p) { return !p.row_invariant && rows_of(p) <= few_rows<A>; }
+template <class A> TW_INLINE bool takes_few_rows(const tw_problem &p) {
+    return !p.row_invariant && rows_of(p) <= few_rows<A>;
+}
 
 // Whether an item sums split by split: where rows must not depend on their number, so that few rows can be split among
 // threads and many need not be.
@@ -22,10 +24,14 @@ template <class T, class M> static size_t scratch_bytes(const tw_problem *p, int
     const size_t width = size_t(tile_rows<A>) * sizeof(A);
     if (takes_few_rows<A>(*p)) return few_rows_bytes<M>(*p);
     const int64_t runs = M::tiled ? 2 : 1; // whose probabilities are kept
-    const int64_t scores = runs * (run_keys + TW_GROUP_KEYS) / M::numbers + block_keys + TW_GROUP_KEYS; // and their biases
-    const size_t state = rounded(sizeof(Tile<M>)) + size_t(unit_rows<M>(p->head_dim) + sum_rows<M>(p->value_dim)) * width;
-    const size_t earlier = joins_splits(*p) ? rounded(sizeof(Earlier<A>)) + size_t(sum_rows<M>(p->value_dim)) * width : 0;
-    return size_t(tiles) * (state + earlier) + size_t(scores) * width + size_t(fetched_units<T, M>(*p, tiles)) * sizeof(A);
+    const int64_t scores =
+        runs * (run_keys + TW_GROUP_KEYS) / M::numbers + block_keys + TW_GROUP_KEYS; // and their biases
+    const size_t state =
+        rounded(sizeof(Tile<M>)) + size_t(unit_rows<M>(p->head_dim) + sum_rows<M>(p->value_dim)) * width;
+    const size_t earlier =
+        joins_splits(*p) ? rounded(sizeof(Earlier<A>)) + size_t(sum_rows<M>(p->value_dim)) * width : 0;
+    return size_t(tiles) * (state + earlier) + size_t(scores) * width +
+           size_t(fetched_units<T, M>(*p, tiles)) * sizeof(A);
 }
 
 template <class T, class M>
@@ -119,7 +125,9 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     char *tile_memory = static_cast<char *>(scratch);
     char *memory = tile_memory + size_t(most_tiles) * rounded(sizeof(Tile<M>));
     // Units and accumulators take the same space.
-    const auto take = [&memory](int64_t count) { return (memory += size_t(count) * sizeof(A)) - size_t(count) * sizeof(A); };
+    const auto take = [&memory](int64_t count) {
+        return (memory += size_t(count) * sizeof(A)) - size_t(count) * sizeof(A);
+    };
 
     Sweep<M> s;
     s.problem = problem;

@@ -45,7 +45,8 @@ template <class M> static void join(const Earlier<sum_of<M>> &earlier, Tile<M> &
     for (int l = 0; l < width; ++l) {
         const bool before = earlier.limit[l] > -A(__builtin_inf()) || earlier.sum[l] != 0;
         kind[l] = !before ? 0 : has_seen(tile, l) ? 2 : 1;
-        if (kind[l] == 1) tile.shift[l] = earlier.shift[l], tile.limit[l] = earlier.limit[l], tile.sum[l] = earlier.sum[l];
+        if (kind[l] == 1)
+            tile.shift[l] = earlier.shift[l], tile.limit[l] = earlier.limit[l], tile.sum[l] = earlier.sum[l];
         if (kind[l] != 2) continue;
         const Joint<A> joint = joint_of(earlier.shift[l], tile.shift[l]);
         first[l] = joint.earlier, second[l] = joint.later;
@@ -62,7 +63,8 @@ template <class M> static void join(const Earlier<sum_of<M>> &earlier, Tile<M> &
 }
 
 // Rows stand together in each split; the splits follow each other in key order. The first split is summed into.
-template <class T, class A> static void merge(const tw_problem *problem, const tw_item *item, void *partials, int64_t splits) {
+template <class T, class A>
+static void merge(const tw_problem *problem, const tw_item *item, void *partials, int64_t splits) {
     const tw_problem &p = *problem;
     const int64_t rows = item->row_end - item->row_begin, state = p.value_dim + 3;
     const int64_t group = p.q_heads / p.kv_heads, per_head = p.row_end - p.row_begin;
@@ -81,6 +83,7 @@ template <class T, class A> static void merge(const tw_problem *problem, const t
             facts[0] = joint.shift;
         }
         const int64_t at = item->row_begin + r, h = item->kv_head * group + at / per_head;
-        write_row<T, A>(p, item->b, h, p.row_begin + at % per_head, whole, ending_of<A>(p, h, facts[0], facts[1], facts[2] != 0));
+        write_row<T, A>(p, item->b, h, p.row_begin + at % per_head, whole,
+                        ending_of<A>(p, h, facts[0], facts[1], facts[2] != 0));
     }
 }

@@ -32,6 +32,7 @@ namespace {
 #include "kernel/sweep.inl.h"
 #if defined(__AMX_BF16__)
 #include "kernel/amx_work.inl.h"
+#include "kernel/amx_products.inl.h"
 #include "kernel/amx_sweep.inl.h"
 #endif
 #include "kernel/finish.inl.h"
@@ -75,15 +76,15 @@ void philox(uint64_t seed, uint64_t stream, const uint64_t *index, int count, ui
 
 extern "C" {
 extern const tw_kernel_table TW_PAGE;
-const tw_kernel_table TW_PAGE = {
-    TW_PAGE_NAME,
+const tw_kernel_table TW_PAGE = {TW_PAGE_NAME,
 #if defined(TW_BFLOAT_ALONE)
-    {{}, {}, {}, kernels_of<bfloat, bfloat_products>()},
-    {nullptr, nullptr, nullptr, peak_probe<bfloat_products>},
+                                 {{}, {}, {}, kernels_of<bfloat, bfloat_products>()},
+                                 {nullptr, nullptr, nullptr, peak_probe<bfloat_products>},
 #else
-    {kernels_of<float, Singles<float>>(), kernels_of<double, Singles<double>>(), kernels_of<half, Singles<float>>(),
-     kernels_of<bfloat, bfloat_products>()},
-    {peak_probe<Singles<float>>, peak_probe<Singles<double>>, peak_probe<Singles<float>>, peak_probe<bfloat_products>},
+                                 {kernels_of<float, Singles<float>>(), kernels_of<double, Singles<double>>(),
+                                  kernels_of<half, Singles<float>>(), kernels_of<bfloat, bfloat_products>()},
+                                 {peak_probe<Singles<float>>, peak_probe<Singles<double>>, peak_probe<Singles<float>>,
+                                  peak_probe<bfloat_products>},
 #endif
-    philox};
+                                 philox};
 }

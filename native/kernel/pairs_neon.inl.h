@@ -44,7 +44,7 @@ TW_INLINE vi32 first_numbers(const bfloat *p, int64_t n) {
 
 // A row's vectors.
 template <int NZ> TW_INLINE void store_row(int32_t *out, const vf (&x)[NZ]) {
-    TW_UNROLL for (int z = 0; z < NZ; ++z)
+    TW_UNROLL(int z = 0; z < NZ; ++z)
         vst1_u16(reinterpret_cast<uint16_t *>(out + 2 * z), (uint16x4_t)vcvt_bf16_f32((float32x4_t)x[z]));
 }
 

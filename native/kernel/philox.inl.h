@@ -8,7 +8,8 @@ TW_INLINE uint64_t pair_number(const tw_problem &p, int64_t b, int64_t h, int64_
         return uint64_t(((b * p.q_heads + h) * p.q_len + i) * p.k_len + j);
     }
     *next_key = d.stride_j;
-    return d.first + uint64_t(b) * d.stride_b + uint64_t(h) * d.stride_h + uint64_t(i) * d.stride_i + uint64_t(j) * d.stride_j;
+    return d.first + uint64_t(b) * d.stride_b + uint64_t(h) * d.stride_h + uint64_t(i) * d.stride_i +
+           uint64_t(j) * d.stride_j;
 }
 
 // A counter per 64-bit lane. The words of a round stand in the low halves, which alone a multiplication reads; what it
@@ -72,20 +73,20 @@ struct Philox {
 // multiplication takes.
 template <int N> TW_INLINE void first_words(const Philox &philox, vu64 (&x)[N]) {
     vu64 c1[N], c2[N], c3[N];
-    TW_UNROLL for (int n = 0; n < N; ++n) {
+    TW_UNROLL(int n = 0; n < N; ++n) {
         c1[n] = high_halves(x[n]);
         c2[n] = vu64{} + (philox.stream & 0xFFFFFFFFu);
         c3[n] = vu64{} + (philox.stream >> 32);
     }
-    TW_UNROLL for (int round = 0; round < philox_rounds; ++round)
-        TW_UNROLL for (int n = 0; n < N; ++n) {
+    TW_UNROLL(int round = 0; round < philox_rounds; ++round)
+        TW_UNROLL(int n = 0; n < N; ++n) {
             const vu64 a = low_products(x[n], 0xD2511F53u), b = low_products(c2[n], 0xCD9E8D57u);
             x[n] = exclusive_or(high_halves(b), c1[n], philox.keys[round][0]);
             c2[n] = exclusive_or(a >> 32, c3[n], philox.keys[round][1]);
             c1[n] = b;
             c3[n] = a;
         }
-    TW_UNROLL for (int n = 0; n < N; ++n) x[n] &= 0xFFFFFFFFu;
+    TW_UNROLL(int n = 0; n < N; ++n) x[n] &= 0xFFFFFFFFu;
 }
 
 // N vectors of pairs with each of n keys: bit `first` + l of keep[j] is set where pair l is kept, whose number is
@@ -94,16 +95,16 @@ template <int N>
 static __attribute__((noinline)) void keep_some(const Philox &philox, uint64_t threshold, const uint64_t *numbers,
                                                 uint64_t step, int n, int first, uint64_t *keep) {
     vu64 next[N];
-    TW_UNROLL for (int v = 0; v < N; ++v) next[v] = *reinterpret_cast<const vu64 *>(numbers + v * counters);
+    TW_UNROLL(int v = 0; v < N; ++v) next[v] = *reinterpret_cast<const vu64 *>(numbers + v * counters);
     for (int j = 0; j < n; ++j) {
         vu64 x[N];
-        TW_UNROLL for (int v = 0; v < N; ++v) {
+        TW_UNROLL(int v = 0; v < N; ++v) {
             x[v] = next[v];
             next[v] += step;
         }
         first_words(philox, x);
         uint64_t kept = 0;
-        TW_UNROLL for (int v = 0; v < N; ++v) {
+        TW_UNROLL(int v = 0; v < N; ++v) {
 #if defined(__AVX512F__)
             const __m512i least = _mm512_set1_epi64(int64_t(threshold));
             kept |= uint64_t(_mm512_cmpge_epu64_mask((__m512i)x[v], least)) << v * counters;
@@ -116,7 +117,8 @@ static __attribute__((noinline)) void keep_some(const Philox &philox, uint64_t t
 }
 
 // The same for `width` pairs, whole vectors of them and at most 64; the other bits are 0.
-TW_INLINE void keep_pairs(const tw_dropout &d, const uint64_t *numbers, int width, uint64_t step, int n, uint64_t *keep) {
+TW_INLINE void keep_pairs(const tw_dropout &d, const uint64_t *numbers, int width, uint64_t step, int n,
+                          uint64_t *keep) {
     constexpr int N = TW_VECTOR_BYTES == 64 ? 4 : 2;
     const Philox philox(d.seed, d.stream);
     for (int j = 0; j < n; ++j) keep[j] = 0;

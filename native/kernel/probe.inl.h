@@ -22,13 +22,14 @@ template <class M> static double peak_probe(int64_t steps, float *start) {
     vec<A> a[chains];
     int32_t ones = 0x3F803F80; // 1 and 1 in bfloat16
     __asm__("" : "+r"(ones));  // gcc 12 for ARM takes it, as a known vector of bfloat16, for float16
-    TW_UNROLL for (int i = 0; i < chains; ++i) a[i] = splat(A(start[i]));
-    for (int64_t step = 0; step < steps; ++step) TW_UNROLL for (int i = 0; i < chains; ++i) {
-        if constexpr (M::numbers == 1)
-            a[i] = add_product(splat(A(1e-6)), a[i], splat(A(0.999999)));
-        else
-            a[i] = add_product(a[i], splat(ones), splat(ones));
-    }
-    TW_UNROLL for (int i = 0; i < chains; ++i) start[i] = float(a[i][0]);
+    TW_UNROLL(int i = 0; i < chains; ++i) a[i] = splat(A(start[i]));
+    for (int64_t step = 0; step < steps; ++step)
+        TW_UNROLL(int i = 0; i < chains; ++i) {
+            if constexpr (M::numbers == 1)
+                a[i] = add_product(splat(A(1e-6)), a[i], splat(A(0.999999)));
+            else
+                a[i] = add_product(a[i], splat(ones), splat(ones));
+        }
+    TW_UNROLL(int i = 0; i < chains; ++i) start[i] = float(a[i][0]);
     return 2.0 * chains * M::numbers * lanes<A> * double(steps);
 }

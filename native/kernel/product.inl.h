@@ -47,9 +47,7 @@ struct Pairs {
     static constexpr bool tiled = false;
 };
 
-TW_INLINE vf add_product(vf sum, vi32 a, vi32 b) {
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-}
+TW_INLINE vf add_product(vf sum, vi32 a, vi32 b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 
 // An unseen half is 0 times 0 here, as a seen one of weight 0 is 0 times its value: the sums have the same bits.
 TW_INLINE vf add_seen(vf sum, vi32 value, vi32 weight) {
@@ -65,7 +63,8 @@ TW_INLINE vi32 narrow_beside(vf low, vf high) { return (vi32)_mm512_cvtne2ps_pbh
 TW_INLINE vi32 narrow_across(vf low, vf high) {
     alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return (vi32)_mm512_maskz_permutexvar_epi16(~__mmask32(0), _mm512_load_si512(order), (__m512i)narrow_beside(low, high));
+    return (vi32)_mm512_maskz_permutexvar_epi16(~__mmask32(0), _mm512_load_si512(order),
+                                                (__m512i)narrow_beside(low, high));
 }
 
 TW_INLINE vi32 load_pairs(const bfloat *p) { return (vi32)_mm512_loadu_si512(p); }
@@ -109,8 +108,11 @@ TW_INLINE void copy_row(const bfloat *from, int64_t n, int32_t *to) {
 TW_INLINE void copy_across(const bfloat *low, const bfloat *high, int64_t n, int32_t *to) {
     for (int64_t d = 0; d < n; d += 16) {
         const __mmask16 exist = __mmask16(first_bits(n - d));
-        vu32 both = __builtin_convertvector((vu16)_mm256_maskz_loadu_epi16(exist, low + d), vu32);
-        if (high) both |= __builtin_convertvector((vu16)_mm256_maskz_loadu_epi16(exist, high + d), vu32) << 16;
+        __m512i both = _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_maskz_loadu_epi16(exist, low + d));
+        if (high) {
+            const __m512i second = _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_maskz_loadu_epi16(exist, high + d));
+            both = _mm512_or_si512(both, _mm512_maskz_slli_epi32(0xFFFF, second, 16));
+        }
         store(to + d, (vi32)both);
     }
 }
@@ -136,8 +138,7 @@ TW_INLINE void rows_in_units(Rows<T> from, int64_t count, int64_t n, unit_of<M> 
 }
 
 // The rows that one row of units across them holds, as n units in whole vectors. NULL: no such row.
-template <class M, class T>
-TW_INLINE void write_across(const T *const (&rows)[M::numbers], int64_t n, unit_of<M> *to) {
+template <class M, class T> TW_INLINE void write_across(const T *const (&rows)[M::numbers], int64_t n, unit_of<M> *to) {
     if constexpr (M::numbers == 1)
         widen_row(rows[0], n, to);
     else
@@ -155,24 +156,23 @@ TW_INLINE void rows_across_units(Rows<T> from, int64_t count, int64_t n, unit_of
 }
 
 // Weights x[row][vector], as units across the rows: out [rows in units][NZ vectors].
-template <class M, int ROWS, int NZ>
-TW_INLINE void store_across(unit_of<M> *out, const vec<sum_of<M>> (&x)[ROWS][NZ]) {
+template <class M, int ROWS, int NZ> TW_INLINE void store_across(unit_of<M> *out, const vec<sum_of<M>> (&x)[ROWS][NZ]) {
     constexpr int W = lanes<sum_of<M>>;
-    TW_UNROLL for (int n = 0; n < ROWS; n += M::numbers) TW_UNROLL for (int z = 0; z < NZ; ++z, out += W) {
-        if constexpr (M::numbers == 1)
-            store(out, x[n][z]);
-        else
-            store(out, narrow_across(x[n][z], x[n + 1][z]));
-    }
+    TW_UNROLL(int n = 0; n < ROWS; n += M::numbers)
+        TW_UNROLL(int z = 0; z < NZ; ++z, out += W) {
+            if constexpr (M::numbers == 1)
+                store(out, x[n][z]);
+            else
+                store(out, narrow_across(x[n][z], x[n + 1][z]));
+        }
 }
 
 // The same as units along the row: out [ROWS][NZ vectors in units].
-template <class M, int ROWS, int NZ>
-TW_INLINE void store_along(unit_of<M> *out, const vec<sum_of<M>> (&x)[ROWS][NZ]) {
+template <class M, int ROWS, int NZ> TW_INLINE void store_along(unit_of<M> *out, const vec<sum_of<M>> (&x)[ROWS][NZ]) {
     if constexpr (M::numbers == 1)
         store_across<M>(out, x);
     else
-        TW_UNROLL for (int n = 0; n < ROWS; ++n) store_row(out + n * NZ * lanes<sum_of<M>> / M::numbers, x[n]);
+        TW_UNROLL(int n = 0; n < ROWS; ++n) store_row(out + n * NZ * lanes<sum_of<M>> / M::numbers, x[n]);
 }
 
 // All bits set in the numbers that are seen: in the unit whose first number bit 0 stands for, in every lane alike.

@@ -24,8 +24,7 @@ template <class A, int SIZE, int... P> TW_INLINE vec<A> halve(vec<A> a, vec<A> b
 // x[0 .. SIZE) holds vectors of blocks of SIZE lanes; the sums end up in x[0].
 template <class A, int SIZE> TW_INLINE void sum_lanes(vec<A> *x) {
     if constexpr (SIZE > 1) {
-        TW_UNROLL for (int i = 0; i < SIZE / 2; ++i)
-            x[i] = halve<A, SIZE>(x[i], x[i + SIZE / 2], first_indices<lanes<A>>{});
+        TW_UNROLL(int i = 0; i < SIZE / 2; ++i) x[i] = halve<A, SIZE>(x[i], x[i + SIZE / 2], first_indices<lanes<A>>{});
         sum_lanes<A, SIZE / 2>(x);
     }
 }

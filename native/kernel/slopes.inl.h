@@ -5,6 +5,20 @@
 // Scores, p, ds and d_q have queries in lanes, as forward. In d_k and d_v the lanes hold the head axis and the
 // tile's rows are added one after another. Every sum runs in the order of keys or of rows, whatever the segments.
 
+// Tiles of queries that pass over a segment together, a block at a time. What four of them add to the gradients to a block's
+// keys and values, tile registers add at once: where there are more numbers than the first-level cache holds, reading and
+// writing these takes as long as multiplying. A slot is what is kept of a block with one of the tiles until then.
+template <class M> constexpr int tiles_together = M::tiled ? 4 : 1;
+
+// Places for the scores of a block of keys with a tile, spare ones included.
+template <class M> constexpr int64_t score_places = int64_t(block_keys + TW_GROUP_KEYS) * tile_rows<sum_of<M>>;
+
+// The lanes that see each key of a block, and those that dropout keeps (more: amx_slopes.inl.h).
+template <class M> struct SlopeWork {
+    uint64_t words[1][block_keys], keep[block_keys];
+    static constexpr int slot = 0;
+};
+
 // What does not change during a segment. A tile keeps lse in `shift`, pull in `sum`, and d_q in `out`. Units stand along
 // the head axis where that is summed over; across keys or across rows where those are.
 template <class M> struct Slopes {
@@ -12,21 +26,22 @@ template <class M> struct Slopes {
     using U = unit_of<M>;
     const tw_problem *problem;
     const tw_gradients *gradients;
-    int64_t b, kv_head, first, last;    // the segment's first and last key
-    const U *k, *v;                     // [keys][units of D, Dv], from the segment's first key
-    const U *k_across;                  // [units of keys][D]
+    int64_t b, kv_head, first, last; // the segment's first and last key
+    const U *k, *v;                  // [keys][units of D, Dv], from the segment's first key
+    const U *k_across;               // [units of keys][D]
     int64_t k_stride, v_stride, across_stride, head_width, value_width; // the widths: D and Dv in whole vectors
-    U *copy_k, *copy_v, *copy_across;   // the same, where they cannot be read in place
-    A *d_k, *d_v;                       // [keys][width]
-    U *q_rows, *d_out_rows;             // [units of rows][width]: the tile's rows
-    U *p, *raw;                         // [block_keys + TW_GROUP_KEYS][units of rows]
-    U *raw_across;                      // [units of as many keys][rows]
-    A *ds, *bias;                       // [block_keys + TW_GROUP_KEYS][rows]; ds where it is gathered
-    A *cap_slopes;                      // [TW_GROUP_KEYS][rows]: the softcap's
-    A factor;                           // of the products, where queries are not multiplied by it: scale * log2(e)
-    uint8_t *blocks;                    // what is known of each block of keys
+    U *copy_k, *copy_v, *copy_across;                                   // the same, where they cannot be read in place
+    A *d_k, *d_v;                                                       // [keys][width]
+    U *q_rows, *d_out_rows; // [tiles together][units of rows][width]: the tiles' rows
+    U *p, *raw;             // [tiles together][block_keys + TW_GROUP_KEYS][units of rows]
+    U *raw_across;          // [units of as many keys][rows]
+    A *ds, *bias;           // [block_keys + TW_GROUP_KEYS][rows]; ds where it is gathered
+    A *cap_slopes;          // [TW_GROUP_KEYS][rows]: the softcap's
+    A factor;               // of the products, where queries are not multiplied by it: scale * log2(e)
+    uint8_t *blocks;        // what is known of each block of keys
     void (*meet)(Slopes &, int64_t key, int n); // when a block is first seen: reads it and clears its gradients
     bool copied, facts, biased, general, scores_wanted;
+    SlopeWork<M> work;
 };
 // Probabilities below this power of two are 0 here: their products with gradients, keys and queries would be denormal
 // numbers, which take the processor a hundred times as long, and vanish beside those of the row's other keys.
@@ -39,8 +54,8 @@ static void gather_slopes(const Slopes<M> &s, const Tile<M> &tile, int64_t key, 
 template <class M> static void fetch_gathered(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int n);
 
 #if defined(__AMX_BF16__)
-static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *d_out, int64_t key, int n, uint64_t *words,
-                            const uint64_t *keep);
+template <> struct SlopeWork<Tiles>;
+static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *d_out, int64_t key, int n);
 #endif
 
 template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, int n) {
@@ -52,8 +67,7 @@ template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, in
         rows_in_units<M>(k, n, p.head_dim, s.copy_k + at * s.k_stride, s.k_stride);
         rows_in_units<M>(v, n, p.value_dim, s.copy_v + at * s.v_stride, s.v_stride);
         if constexpr (M::numbers > 1)
-            keys_across_units<M>(k, n, p.head_dim, s.copy_across + at / M::numbers * s.across_stride,
-                                 s.across_stride);
+            keys_across_units<M>(k, n, p.head_dim, s.copy_across + at / M::numbers * s.across_stride, s.across_stride);
     }
     const bool finite = finite_rows(s.k + at * s.k_stride, s.k_stride, n, units_of<M>(p.head_dim)) &&
                         finite_rows(s.v + at * s.v_stride, s.v_stride, n, units_of<M>(p.value_dim));
@@ -72,69 +86,73 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
     const tw_problem &problem = *s.problem;
     // A ragged last group repeats the last key; its words bar every lane from the repetitions.
     int64_t row[NK];
-    TW_UNROLL for (int n = 0; n < NK; ++n) row[n] = (key + n < s.last ? key + n : s.last) - s.first;
+    TW_UNROLL(int n = 0; n < NK; ++n) row[n] = (key + n < s.last ? key + n : s.last) - s.first;
     const bool masked = PATH == MASKED || (PATH == GENERAL && words);
 
     const U *own[NK];
-    TW_UNROLL for (int n = 0; n < NK; ++n) own[n] = s.k + row[n] * s.k_stride;
+    TW_UNROLL(int n = 0; n < NK; ++n) own[n] = s.k + row[n] * s.k_stride;
     vec<A> x[NK][NZ] = {};
     const U *q = tile.query;
     for (int64_t d = 0, units = units_of<M>(problem.head_dim); d < units; ++d, q += width) {
         vec<U> query[NZ];
-        TW_UNROLL for (int z = 0; z < NZ; ++z) query[z] = load(q + z * W);
-        TW_UNROLL for (int n = 0; n < NK; ++n) {
+        TW_UNROLL(int z = 0; z < NZ; ++z) query[z] = load(q + z * W);
+        TW_UNROLL(int n = 0; n < NK; ++n) {
             const vec<U> number = splat(own[n][d]);
-            TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, query[z]);
+            TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, query[z]);
         }
     }
     if constexpr (M::numbers > 1)
-        TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] *= s.factor;
+        TW_UNROLL(int n = 0; n < NK; ++n)
+            TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] *= s.factor;
 
     alignas(64) A whole[NK * width]; // probabilities before dropout, until they are multiplied below
     const bool capped = PATH == GENERAL && problem.softcap > 0;
     const A cap = A(problem.softcap * 1.4426950408889634074), twice_inverse = A(2 / problem.softcap);
     const A inverse_keep = A(problem.dropout.inverse_keep);
-    TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z) {
-        const int place = n * width + z * W;
-        if constexpr (PATH == GENERAL) {
-            if (capped) {
-                const vec<A> t = tanh_of_log2<A>(x[n][z] * twice_inverse);
-                x[n][z] = cap * t;
-                store(s.cap_slopes + place, A(1) - t * t);
+    TW_UNROLL(int n = 0; n < NK; ++n)
+        TW_UNROLL(int z = 0; z < NZ; ++z) {
+            const int place = n * width + z * W;
+            if constexpr (PATH == GENERAL) {
+                if (capped) {
+                    const vec<A> t = tanh_of_log2<A>(x[n][z] * twice_inverse);
+                    x[n][z] = cap * t;
+                    store(s.cap_slopes + place, A(1) - t * t);
+                }
+                if (s.biased) x[n][z] += load(s.bias + at * width + place);
             }
-            if (s.biased) x[n][z] += load(s.bias + at * width + place);
+            vec<A> weight = exp2<A>(x[n][z] - load(tile.shift + z * W), faintest<A>);
+            if (masked) weight = select<A>(words[n] >> (z * W), weight, vec<A>{});
+            store(whole + place, weight);
+            x[n][z] = PATH == GENERAL && keep ? select<A>(keep[n] >> (z * W), weight * inverse_keep, vec<A>{}) : weight;
         }
-        vec<A> weight = exp2<A>(x[n][z] - load(tile.shift + z * W), faintest<A>);
-        if (masked) weight = select<A>(words[n] >> (z * W), weight, vec<A>{});
-        store(whole + place, weight);
-        x[n][z] = PATH == GENERAL && keep ? select<A>(keep[n] >> (z * W), weight * inverse_keep, vec<A>{}) : weight;
-    }
     store_along<M>(s.p + at * width / M::numbers, x);
     if (!s.scores_wanted) return;
 
-    TW_UNROLL for (int n = 0; n < NK; ++n) own[n] = s.v + row[n] * s.v_stride;
-    TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] = vec<A>{};
+    TW_UNROLL(int n = 0; n < NK; ++n) own[n] = s.v + row[n] * s.v_stride;
+    TW_UNROLL(int n = 0; n < NK; ++n)
+        TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = vec<A>{};
     for (int64_t e = 0, units = units_of<M>(problem.value_dim); e < units; ++e, d_out += width) {
         vec<U> gradient[NZ];
-        TW_UNROLL for (int z = 0; z < NZ; ++z) gradient[z] = load(d_out + z * W);
-        TW_UNROLL for (int n = 0; n < NK; ++n) {
+        TW_UNROLL(int z = 0; z < NZ; ++z) gradient[z] = load(d_out + z * W);
+        TW_UNROLL(int n = 0; n < NK; ++n) {
             const vec<U> number = splat(own[n][e]);
-            TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, gradient[z]);
+            TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, gradient[z]);
         }
     }
     const bool gathered = s.gradients->gather_count > 0;
-    TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z) {
-        const int place = n * width + z * W;
-        if (PATH == GENERAL && keep) x[n][z] = select<A>(keep[n] >> (z * W), x[n][z] * inverse_keep, vec<A>{});
-        vec<A> slope = load(whole + place) * (x[n][z] + load(tile.sum + z * W));
-        if (masked) slope = select<A>(words[n] >> (z * W), slope, vec<A>{});
-        if (gathered) store(s.ds + at * width + place, slope);
-        if (capped) {
-            slope *= load(s.cap_slopes + place);
+    TW_UNROLL(int n = 0; n < NK; ++n)
+        TW_UNROLL(int z = 0; z < NZ; ++z) {
+            const int place = n * width + z * W;
+            if (PATH == GENERAL && keep) x[n][z] = select<A>(keep[n] >> (z * W), x[n][z] * inverse_keep, vec<A>{});
+            vec<A> slope = load(whole + place) * (x[n][z] + load(tile.sum + z * W));
             if (masked) slope = select<A>(words[n] >> (z * W), slope, vec<A>{});
+            if (gathered) store(s.ds + at * width + place, slope);
+            if (capped) {
+                slope *= load(s.cap_slopes + place);
+                if (masked) slope = select<A>(words[n] >> (z * W), slope, vec<A>{});
+            }
+            x[n][z] = slope;
         }
-        x[n][z] = slope;
-    }
     store_along<M>(s.raw + at * width / M::numbers, x);
     if constexpr (M::numbers > 1) store_across<M>(s.raw_across + at / M::numbers * width, x);
 }
@@ -146,18 +164,18 @@ TW_INLINE void row_block(const unit_of<M> *weights, int width, const unit_of<M> 
     using U = unit_of<M>;
     constexpr int W = lanes<A>, NK = TW_GROUP_KEYS;
     vec<A> acc[NK][NC];
-    TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int c = 0; c < NC; ++c)
-        acc[n][c] = load(out + n * stride + c * W);
+    TW_UNROLL(int n = 0; n < NK; ++n)
+        TW_UNROLL(int c = 0; c < NC; ++c) acc[n][c] = load(out + n * stride + c * W);
     for (int64_t l = 0; l < count; ++l, rows += stride) {
         vec<U> row[NC];
-        TW_UNROLL for (int c = 0; c < NC; ++c) row[c] = load(rows + c * W);
-        TW_UNROLL for (int n = 0; n < NK; ++n) {
+        TW_UNROLL(int c = 0; c < NC; ++c) row[c] = load(rows + c * W);
+        TW_UNROLL(int n = 0; n < NK; ++n) {
             const vec<U> weight = splat(weights[n * width + l]);
-            TW_UNROLL for (int c = 0; c < NC; ++c) acc[n][c] = add_product(acc[n][c], weight, row[c]);
+            TW_UNROLL(int c = 0; c < NC; ++c) acc[n][c] = add_product(acc[n][c], weight, row[c]);
         }
     }
-    TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int c = 0; c < NC; ++c)
-        store(out + n * stride + c * W, acc[n][c]);
+    TW_UNROLL(int n = 0; n < NK; ++n)
+        TW_UNROLL(int c = 0; c < NC; ++c) store(out + n * stride + c * W, acc[n][c]);
 }
 
 // out [keys][columns] += weights [keys][width] times the first `count` rows [count][columns], width and count in units;
@@ -188,7 +206,8 @@ TW_RARE void add_rows_carefully(const unit_of<M> *weights, int width, const unit
             const vec<U> weight = splat(weights[j * width + l]);
             for (int64_t d = 0; d < columns; d += lanes<A>) {
                 const vec<U> row = load(rows + l * columns + d);
-                store(out + d, add_product(load(out + d), (vec<U>)((ivec<A>)weight & seen), (vec<U>)((ivec<A>)row & seen)));
+                store(out + d,
+                      add_product(load(out + d), (vec<U>)((ivec<A>)weight & seen), (vec<U>)((ivec<A>)row & seen)));
             }
         }
 }
@@ -248,7 +267,7 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
     using A = sum_of<M>;
     constexpr int W = lanes<A>, width = NZ * W, NK = TW_GROUP_KEYS;
     const tw_problem &p = *s.problem;
-    uint64_t words[block_keys], keep[block_keys];
+    uint64_t *words = s.work.words[s.work.slot], *keep = s.work.keep;
     if (s.facts && look(p, s.b, tile, key, n, words) == SEES_NOTHING) return;
     const uint64_t every_lane = first_bits(width);
     if (!s.facts)
@@ -260,7 +279,7 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
         bar_by_bias<A>(s.bias, n, width, words);
     }
     if (p.dropout.enabled) draw_dropout(p, s.b, tile, key, n, keep);
-    if constexpr (M::tiled) return slopes_in_tiles(s, tile, d_out, key, n, words, keep);
+    if constexpr (M::tiled) return slopes_in_tiles(s, tile, d_out, key, n);
     int run = 0;
     for (int g = 0; g < n; g += NK) {
         uint64_t some = 0, all = every_lane;

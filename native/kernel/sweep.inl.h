@@ -11,26 +11,26 @@ TW_INLINE void value_block(const unit_of<M> *p, const unit_of<M> *v, int64_t str
     using U = unit_of<M>;
     constexpr int W = lanes<A>, width = NZ * W;
     vec<A> acc[ND][NZ];
-    TW_UNROLL for (int d = 0; d < ND; ++d) TW_UNROLL for (int z = 0; z < NZ; ++z)
-        acc[d][z] = load(out + d * width + z * W);
+    TW_UNROLL(int d = 0; d < ND; ++d)
+        TW_UNROLL(int z = 0; z < NZ; ++z) acc[d][z] = load(out + d * width + z * W);
     for (int64_t k = 0; k < count; ++k, p += width, v += stride) {
         vec<U> row[NZ];
-        TW_UNROLL for (int z = 0; z < NZ; ++z) row[z] = load(p + z * W);
-        TW_UNROLL for (int d = 0; d < ND; ++d) {
+        TW_UNROLL(int z = 0; z < NZ; ++z) row[z] = load(p + z * W);
+        TW_UNROLL(int d = 0; d < ND; ++d) {
             const vec<U> value = splat(v[d]);
-            TW_UNROLL for (int z = 0; z < NZ; ++z)
+            TW_UNROLL(int z = 0; z < NZ; ++z)
                 acc[d][z] = CAREFUL ? add_seen(acc[d][z], value, row[z]) : add_product(acc[d][z], value, row[z]);
         }
     }
-    TW_UNROLL for (int d = 0; d < ND; ++d) TW_UNROLL for (int z = 0; z < NZ; ++z)
-        store(out + d * width + z * W, acc[d][z]);
+    TW_UNROLL(int d = 0; d < ND; ++d)
+        TW_UNROLL(int z = 0; z < NZ; ++z) store(out + d * width + z * W, acc[d][z]);
 }
 
 // out [columns][width] += for each of `count` units of keys its numbers v (rows `stride` apart) times its weights
 // p [count][width].
 template <class M, int NZ, bool CAREFUL>
-static __attribute__((noinline)) void
-add_values(const unit_of<M> *p, const unit_of<M> *v, int64_t stride, int64_t count, int64_t columns, sum_of<M> *out) {
+static __attribute__((noinline)) void add_values(const unit_of<M> *p, const unit_of<M> *v, int64_t stride,
+                                                 int64_t count, int64_t columns, sum_of<M> *out) {
     constexpr int width = NZ * lanes<sum_of<M>>, ND = TW_VALUE_COLUMNS;
     int64_t d = 0;
     for (; d + ND <= columns; d += ND) value_block<M, NZ, ND, CAREFUL>(p, v + d, stride, count, out + d * width);
@@ -89,53 +89,54 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
     // A ragged last group repeats the last key; its words bar every lane from the repetitions.
     const U *row[NK];
     const int64_t first = key - s.chunk, last = s.problem->k_len - 1 - s.chunk;
-    TW_UNROLL for (int n = 0; n < NK; ++n) row[n] = s.keys + (first + n < last ? first + n : last) * s.key_stride;
+    TW_UNROLL(int n = 0; n < NK; ++n) row[n] = s.keys + (first + n < last ? first + n : last) * s.key_stride;
 
     vec<A> x[NK][NZ] = {};
     const U *q = tile.query;
     for (int64_t d = 0; d < s.head_units; ++d, q += width) {
         vec<U> query[NZ];
-        TW_UNROLL for (int z = 0; z < NZ; ++z) query[z] = load(q + z * W);
-        TW_UNROLL for (int n = 0; n < NK; ++n) {
+        TW_UNROLL(int z = 0; z < NZ; ++z) query[z] = load(q + z * W);
+        TW_UNROLL(int n = 0; n < NK; ++n) {
             const vec<U> number = splat(row[n][d]);
-            TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, query[z]);
+            TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, query[z]);
         }
     }
     if constexpr (M::numbers > 1)
-        TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] *= s.factor;
+        TW_UNROLL(int n = 0; n < NK; ++n)
+            TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] *= s.factor;
 
     if constexpr (PATH == GENERAL) {
         if (s.problem->softcap > 0) {
             const A cap = A(s.problem->softcap * 1.4426950408889634074), twice_inverse = A(2 / s.problem->softcap);
-            TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z)
-                x[n][z] = cap * tanh_of_log2<A>(x[n][z] * twice_inverse);
+            TW_UNROLL(int n = 0; n < NK; ++n)
+                TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = cap * tanh_of_log2<A>(x[n][z] * twice_inverse);
         }
         if (bias)
-            TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z)
-                x[n][z] += load(bias + n * width + z * W);
+            TW_UNROLL(int n = 0; n < NK; ++n)
+                TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] += load(bias + n * width + z * W);
     }
     if (PATH == MASKED || (PATH == GENERAL && words))
-        TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z)
-            x[n][z] = select<A>(words[n] >> (z * W), x[n][z], splat<A>(-infinity));
+        TW_UNROLL(int n = 0; n < NK; ++n)
+            TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = select<A>(words[n] >> (z * W), x[n][z], splat<A>(-infinity));
 
     vec<A> top[NZ];
     uint64_t beyond = 0;
-    TW_UNROLL for (int z = 0; z < NZ; ++z) {
+    TW_UNROLL(int z = 0; z < NZ; ++z) {
         top[z] = x[0][z];
-        TW_UNROLL for (int n = 1; n < NK; ++n) top[z] = larger<A>(top[z], x[n][z]);
+        TW_UNROLL(int n = 1; n < NK; ++n) top[z] = larger<A>(top[z], x[n][z]);
         beyond |= lane_bits(top[z] > load(tile.limit + z * W));
     }
     if (__builtin_expect(beyond != 0, 0)) {
         A tops[width];
-        TW_UNROLL for (int z = 0; z < NZ; ++z) store(tops + z * W, top[z]);
+        TW_UNROLL(int z = 0; z < NZ; ++z) store(tops + z * W, top[z]);
         flush<M, NZ>(s, tile, key, key);
         raise_reference<M, NZ>(tile, tops, s.value_dim);
     }
 
-    TW_UNROLL for (int z = 0; z < NZ; ++z) {
+    TW_UNROLL(int z = 0; z < NZ; ++z) {
         const vec<A> shift = load(tile.shift + z * W);
         vec<A> sum = load(tile.sum + z * W);
-        TW_UNROLL for (int n = 0; n < NK; ++n) {
+        TW_UNROLL(int n = 0; n < NK; ++n) {
             vec<A> p = exp2<A>(x[n][z] - shift);
             sum += p;
             if constexpr (PATH == GENERAL) {
@@ -190,7 +191,7 @@ template <class M, int NZ> static void sweep_block(Sweep<M> &s, Tile<M> &tile, i
         }
         if (s.general || s.careful)
             score_group<M, NZ, GENERAL>(s, tile, key + g, masked ? words + g : nullptr,
-                                           biased ? s.bias + g * width : nullptr, p.dropout.enabled ? keep + g : nullptr);
+                                        biased ? s.bias + g * width : nullptr, p.dropout.enabled ? keep + g : nullptr);
         else if (masked)
             score_group<M, NZ, MASKED>(s, tile, key + g, words + g, nullptr, nullptr);
         else

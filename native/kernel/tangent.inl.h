@@ -17,13 +17,13 @@ template <class A> struct KeyRows {
 template <class A> struct Motion {
     const tw_problem *problem;
     const tw_tangents *tangents;
-    tw_problem moving_biases;      // the problem with the tangents of its biases for biases
+    tw_problem moving_biases; // the problem with the tangents of its biases for biases
     int64_t b, kv_head;
-    KeyRows<A> k, v, d_k, d_v;     // of the block
-    A *p, *weights;                // [block_keys][width]: p z, and p z ds
-    A *bias, *d_bias;              // [block_keys][width]
-    A *cap_slopes;                 // [TW_GROUP_KEYS][width]: the softcap's
-    A *own_out;                    // [Dv][width]: out of a tile's rows
+    KeyRows<A> k, v, d_k, d_v;                  // of the block
+    A *p, *weights;                             // [block_keys][width]: p z, and p z ds
+    A *bias, *d_bias;                           // [block_keys][width]
+    A *cap_slopes;                              // [TW_GROUP_KEYS][width]: the softcap's
+    A *own_out;                                 // [Dv][width]: out of a tile's rows
     void (*meet)(Motion &, int64_t key, int n); // finds the block's rows, when a tile first sees it
     bool met, facts, biased, biases_move, scores_move, general;
     bool careful; // leave out lane by lane what is not visible: some of it is not finite
@@ -59,16 +59,17 @@ template <class T, class A> static void meet_keys(Motion<A> &s, int64_t key, int
 
 // x[n][z] += the products of row `at` + n with the tile's lanes. A ragged last group repeats the row `last`.
 template <class A, int NZ>
-TW_INLINE void add_dots(vec<A> (&x)[TW_GROUP_KEYS][NZ], const KeyRows<A> &keys, int at, int last, const A *lanes_of_d, int64_t head_dim) {
+TW_INLINE void add_dots(vec<A> (&x)[TW_GROUP_KEYS][NZ], const KeyRows<A> &keys, int at, int last, const A *lanes_of_d,
+                        int64_t head_dim) {
     constexpr int W = lanes<A>, NK = TW_GROUP_KEYS;
     const A *own[NK];
-    TW_UNROLL for (int n = 0; n < NK; ++n) own[n] = keys.rows + (at + n < last ? at + n : last) * keys.stride;
+    TW_UNROLL(int n = 0; n < NK; ++n) own[n] = keys.rows + (at + n < last ? at + n : last) * keys.stride;
     for (int64_t d = 0; d < head_dim; ++d, lanes_of_d += NZ * W) {
         vec<A> lane[NZ];
-        TW_UNROLL for (int z = 0; z < NZ; ++z) lane[z] = load(lanes_of_d + z * W);
-        TW_UNROLL for (int n = 0; n < NK; ++n) {
+        TW_UNROLL(int z = 0; z < NZ; ++z) lane[z] = load(lanes_of_d + z * W);
+        TW_UNROLL(int n = 0; n < NK; ++n) {
             const vec<A> number = splat(own[n][d]);
-            TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, lane[z]);
+            TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, lane[z]);
         }
     }
 }
@@ -88,30 +89,32 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
     vec<A> x[NK][NZ] = {};
     add_dots<A, NZ>(x, s.k, at, last, tile.query, problem.head_dim);
     alignas(64) A whole[NK * width]; // probabilities before dropout
-    TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z) {
-        const int place = n * width + z * W;
-        if constexpr (PATH == GENERAL) {
-            if (capped) {
-                const vec<A> t = tanh_of_log2<A>(x[n][z] * twice_inverse);
-                x[n][z] = cap * t;
-                store(s.cap_slopes + place, A(1) - t * t);
+    TW_UNROLL(int n = 0; n < NK; ++n)
+        TW_UNROLL(int z = 0; z < NZ; ++z) {
+            const int place = n * width + z * W;
+            if constexpr (PATH == GENERAL) {
+                if (capped) {
+                    const vec<A> t = tanh_of_log2<A>(x[n][z] * twice_inverse);
+                    x[n][z] = cap * t;
+                    store(s.cap_slopes + place, A(1) - t * t);
+                }
+                if (s.biased) x[n][z] += load(s.bias + at * width + place);
             }
-            if (s.biased) x[n][z] += load(s.bias + at * width + place);
+            vec<A> p = exp2<A>(x[n][z] - load(tile.shift + z * W));
+            if (masked) p = select<A>(words[n] >> (z * W), p, vec<A>{});
+            store(whole + place, p);
+            if (PATH == GENERAL && keep) p = select<A>(keep[n] >> (z * W), p * inverse_keep, vec<A>{});
+            store(s.p + at * width + place, p);
         }
-        vec<A> p = exp2<A>(x[n][z] - load(tile.shift + z * W));
-        if (masked) p = select<A>(words[n] >> (z * W), p, vec<A>{});
-        store(whole + place, p);
-        if (PATH == GENERAL && keep) p = select<A>(keep[n] >> (z * W), p * inverse_keep, vec<A>{});
-        store(s.p + at * width + place, p);
-    }
     if (!s.scores_move) return;
 
-    TW_UNROLL for (int n = 0; n < NK; ++n) TW_UNROLL for (int z = 0; z < NZ; ++z) x[n][z] = vec<A>{};
+    TW_UNROLL(int n = 0; n < NK; ++n)
+        TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = vec<A>{};
     if (s.tangents->q.data) add_dots<A, NZ>(x, s.k, at, last, tile.d_query, problem.head_dim);
     if (s.d_k.rows) add_dots<A, NZ>(x, s.d_k, at, last, tile.query, problem.head_dim);
-    TW_UNROLL for (int z = 0; z < NZ; ++z) {
+    TW_UNROLL(int z = 0; z < NZ; ++z) {
         vec<A> sum = load(tile.sum + z * W);
-        TW_UNROLL for (int n = 0; n < NK; ++n) {
+        TW_UNROLL(int n = 0; n < NK; ++n) {
             const int place = n * width + z * W;
             if constexpr (PATH == GENERAL) {
                 if (capped) x[n][z] *= load(s.cap_slopes + place);
@@ -136,7 +139,8 @@ TW_INLINE void add_rows_of(const Motion<A> &s, MovingTile<A> &tile, const A *wei
     const A *from = of.rows + begin * of.stride;
     weights += begin * width;
     if (s.careful)
-        add_keys_carefully<Singles<A>>(weights, width, from, of.stride, end - begin, s.problem->value_dim, words + begin, tile.out);
+        add_keys_carefully<Singles<A>>(weights, width, from, of.stride, end - begin, s.problem->value_dim,
+                                       words + begin, tile.out);
     else
         add_values<Singles<A>, NZ, false>(weights, from, of.stride, end - begin, s.problem->value_dim, tile.out);
 }
@@ -236,7 +240,8 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
         }
         static_cast<A *>(t.lse)[lse_at(p, s.b, h, i)] = d_lse[l];
     }
-    for (int l = 0; l < tile.width; l += W) rows_to_lanes<Singles<A>>(out + l, p.value_dim, A(1), s.own_out + l, tile.width);
+    for (int l = 0; l < tile.width; l += W)
+        rows_to_lanes<Singles<A>>(out + l, p.value_dim, A(1), s.own_out + l, tile.width);
     for (int64_t d = 0; d < p.value_dim; ++d)
         for (int l = 0; l < tile.width; l += W) {
             A *const sums = tile.out + d * tile.width + l;
@@ -250,8 +255,10 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
 template <class T, class A> static size_t tangent_bytes(const tw_problem *p, int64_t tiles) {
     const size_t width = size_t(tile_rows<A>) * sizeof(A);
     const size_t tile = rounded(sizeof(MovingTile<A>)) + size_t(2 * p->head_dim + p->value_dim) * width;
-    const int64_t copies = sizeof(T) == sizeof(A) ? 0 : 2 * block_keys * (padded<A>(p->head_dim) + padded<A>(p->value_dim));
-    return size_t(tiles) * tile + size_t(4 * block_keys + TW_GROUP_KEYS + p->value_dim) * width + size_t(copies) * sizeof(A);
+    const int64_t copies =
+        sizeof(T) == sizeof(A) ? 0 : 2 * block_keys * (padded<A>(p->head_dim) + padded<A>(p->value_dim));
+    return size_t(tiles) * tile + size_t(4 * block_keys + TW_GROUP_KEYS + p->value_dim) * width +
+           size_t(copies) * sizeof(A);
 }
 
 template <class T, class A>
@@ -297,7 +304,8 @@ static void tangent(const tw_problem *problem, const tw_tangents *tangents, cons
     MovingTile<A> *tiles[most_tiles_of_item] = {};
     const int64_t count = (item->row_end - item->row_begin + width - 1) / width;
     for (int64_t n = 0; n < count; ++n) {
-        MovingTile<A> &tile = *reinterpret_cast<MovingTile<A> *>(tile_memory + size_t(n) * rounded(sizeof(MovingTile<A>)));
+        MovingTile<A> &tile =
+            *reinterpret_cast<MovingTile<A> *>(tile_memory + size_t(n) * rounded(sizeof(MovingTile<A>)));
         tiles[n] = &tile;
         tile.query = take(p.head_dim * width);
         tile.d_query = take(p.head_dim * width);

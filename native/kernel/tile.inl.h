@@ -9,7 +9,8 @@
 
 // run_keys: keys whose probabilities wait for their values, at most.
 enum { most_lanes = 64, block_keys = TW_BIT_TILE, run_keys = 128 };
-template <class A> constexpr A slack = A(8); // 2^8 times the first reference is far from overflow and costs no precision
+template <class A>
+constexpr A slack = A(8); // 2^8 times the first reference is far from overflow and costs no precision
 
 template <class M> struct Tile {
     using A = sum_of<M>;

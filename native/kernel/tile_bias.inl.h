@@ -44,7 +44,8 @@ TW_INLINE void add_bias_row(const void *data, int32_t dtype, int64_t row, int64_
 
 // Adds every bias of row (b, h, i) for n keys from `key` to column[0], column[width], ...
 template <class A>
-TW_INLINE void add_biases(const tw_problem &p, int64_t b, int64_t h, int64_t i, int64_t key, int n, int width, A *column) {
+TW_INLINE void add_biases(const tw_problem &p, int64_t b, int64_t h, int64_t i, int64_t key, int n, int width,
+                          A *column) {
     for (int t = 0; t < p.bias_count; ++t) {
         const tw_bias &own = p.bias[t];
         const int64_t row = b * own.stride_b + h * own.stride_h + i * own.stride_i + key * own.stride_j;
@@ -62,9 +63,9 @@ template <class A, class T> static void add_rows(const T *const *rows, int n, in
     constexpr int W = lanes<A>;
     for (int j = 0; j < n; j += W) {
         vec<A> x[W];
-        TW_UNROLL for (int l = 0; l < W; ++l) x[l] = j + W <= n ? widen(rows[l] + j) : widen_first(rows[l] + j, n - j);
+        TW_UNROLL(int l = 0; l < W; ++l) x[l] = j + W <= n ? widen(rows[l] + j) : widen_first(rows[l] + j, n - j);
         transpose<A>(x);
-        TW_UNROLL for (int i = 0; i < W; ++i)
+        TW_UNROLL(int i = 0; i < W; ++i)
             if (j + i < n) {
                 A *const to = bias + (j + i) * width;
                 store(to, load(to) + x[i] * A(1.4426950408889634074));
@@ -101,7 +102,8 @@ static void add_bias(const tw_bias &own, int64_t b, const Tile<M> &tile, int64_t
         bool beside = true, same = true; // whether the lanes' rows stand beside each other, or are one
         for (int l = 0; l < W; ++l) {
             const int64_t h = tile.h[first + l], i = tile.i[first + l];
-            rows[l] = static_cast<const T *>(own.data) + b * own.stride_b + h * own.stride_h + i * own.stride_i + key * own.stride_j;
+            rows[l] = static_cast<const T *>(own.data) + b * own.stride_b + h * own.stride_h + i * own.stride_i +
+                      key * own.stride_j;
             beside = beside && rows[l] == rows[0] + l;
             same = same && rows[l] == rows[0];
         }
@@ -111,11 +113,11 @@ static void add_bias(const tw_bias &own, int64_t b, const Tile<M> &tile, int64_t
             for (int l = 0; l < W; ++l) // most often the tile's next block is the next in memory
                 for (int j = 0; j < n; j += int(64 / sizeof(T))) __builtin_prefetch(rows[l] + block_keys + j, 0, 2);
             add_rows<A>(rows, n, tile.width, bias + first);
-        }
-        else if (beside)
+        } else if (beside)
             add_keys<A>(rows[0], own.stride_j, n, tile.width, bias + first);
         else
-            for (int l = 0; l < W; ++l) add_bias_row(rows[l], own.dtype, 0, own.stride_j, n, tile.width, bias + first + l);
+            for (int l = 0; l < W; ++l)
+                add_bias_row(rows[l], own.dtype, 0, own.stride_j, n, tile.width, bias + first + l);
     }
 }
 
@@ -129,7 +131,8 @@ static void add_table(const tw_problem &p, int64_t b, const Tile<M> &tile, int64
         bool beside = true;
         for (int l = 0; l < W; ++l) {
             const int64_t h = tile.h[first + l], i = tile.i[first + l];
-            rows[l] = static_cast<const A *>(p.table.data) + b * p.table.stride_b + h * p.table.stride_h + key - i + p.q_len - 1;
+            rows[l] = static_cast<const A *>(p.table.data) + b * p.table.stride_b + h * p.table.stride_h + key - i +
+                      p.q_len - 1;
             beside = beside && rows[l] == rows[0] - l;
         }
         if (!beside) {
@@ -164,7 +167,8 @@ static void gather_bias(const tw_problem &p, int64_t b, const Tile<M> &tile, int
             }
         }
         for (int l = 0; l < tile.width; ++l) {
-            const int64_t row = b * own.stride_b + tile.h[l] * own.stride_h + tile.i[l] * own.stride_i + key * own.stride_j;
+            const int64_t row =
+                b * own.stride_b + tile.h[l] * own.stride_h + tile.i[l] * own.stride_i + key * own.stride_j;
             add_bias_row(own.data, own.dtype, row, own.stride_j, n, tile.width, bias + l);
         }
     }

@@ -57,7 +57,8 @@ TW_INLINE uint64_t row_sight(const tw_problem &p, int64_t b, int64_t h, int64_t 
     }
     if (p.bits.index && row) {
         const int64_t q = i - p.bits.q_offset;
-        const int32_t number = p.bits.index[b * p.bits.stride_b + h * p.bits.stride_h + q / TW_BIT_TILE * p.bits.tiles_k + key / TW_BIT_TILE];
+        const int32_t number = p.bits.index[b * p.bits.stride_b + h * p.bits.stride_h +
+                                            q / TW_BIT_TILE * p.bits.tiles_k + key / TW_BIT_TILE];
         if (number == TW_TILE_EMPTY) return 0;
         if (number != TW_TILE_FULL) {
             const uint64_t *stored = p.bits.words + int64_t(number) * TW_BIT_TILE;
@@ -70,7 +71,8 @@ TW_INLINE uint64_t row_sight(const tw_problem &p, int64_t b, int64_t h, int64_t 
 // Narrows words[0..n) (bit = lane) by the rows' ranges. A row's ranges are disjoint: as keys pass, each start and stop turns
 // its lane over.
 template <class M>
-TW_INLINE Sight narrow_by_ranges(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
+TW_INLINE Sight narrow_by_ranges(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n,
+                                 uint64_t *words) {
     const tw_ranges &ranges = p.ranges;
     uint64_t turned[block_keys] = {}, seen = 0; // lanes that key j turns over; those that see the key reached
     for (int l = 0; l < tile.width; ++l) {
@@ -99,7 +101,8 @@ TW_INLINE Sight narrow_by_ranges(const tw_problem &p, int64_t b, const Tile<M> &
 
 // Narrows words[0..n) by the dense mask. Bytes of eight rows become one row of bytes, whose bits are those lanes.
 template <class M>
-TW_INLINE void narrow_by_mask(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
+TW_INLINE void narrow_by_mask(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n,
+                              uint64_t *words) {
     const tw_dense_mask &mask = p.mask;
     constexpr int eights = (TW_TILE_VECTORS * lanes<sum_of<M>> + 7) / 8, parts = block_keys / TW_VECTOR_BYTES;
     uint8_t seen[eights][block_keys];
@@ -116,25 +119,27 @@ TW_INLINE void narrow_by_mask(const tw_problem &p, int64_t b, const Tile<M> &til
                 row = copy;
             }
             const uint8_t lane = uint8_t(1 << l % 8);
-            TW_UNROLL for (int v = 0; v < parts; ++v)
+            TW_UNROLL(int v = 0; v < parts; ++v)
                 bits[v] |= (vu8)(*reinterpret_cast<const vu8 *>(row + v * TW_VECTOR_BYTES) != 0) & lane;
         }
-        TW_UNROLL for (int v = 0; v < parts; ++v) *reinterpret_cast<vu8 *>(seen[e] + v * TW_VECTOR_BYTES) = bits[v];
+        TW_UNROLL(int v = 0; v < parts; ++v) *reinterpret_cast<vu8 *>(seen[e] + v * TW_VECTOR_BYTES) = bits[v];
     }
     for (int j = 0; j < block_keys; ++j) {
         uint64_t word = 0;
-        TW_UNROLL for (int e = 0; e < eights; ++e) word |= uint64_t(seen[e][j]) << 8 * e;
+        TW_UNROLL(int e = 0; e < eights; ++e) word |= uint64_t(seen[e][j]) << 8 * e;
         words[j] &= word;
     }
     // Rows lie far apart, each a cache line that no other block reads: ask for those that the next chunk will read, once
     // this block's are there.
     for (int l = 0; l < tile.width; ++l)
-        __builtin_prefetch(first + tile.h[l] * mask.stride_h + tile.i[l] * mask.stride_i + run_keys * mask.stride_j, 0, 2);
+        __builtin_prefetch(first + tile.h[l] * mask.stride_h + tile.i[l] * mask.stride_i + run_keys * mask.stride_j, 0,
+                           2);
 }
 
 // Narrows words[0..n) (bit = lane) by the labels. Disjoint or single labels are seen without comparing pairs.
 template <class M>
-TW_INLINE Sight narrow_by_labels(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
+TW_INLINE Sight narrow_by_labels(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n,
+                                 uint64_t *words) {
     const tw_labels &labels = p.labels;
     const bool per_head = labels.q_stride_h != 0 || labels.k_stride_h != 0;
     if (!per_head) {
@@ -157,7 +162,8 @@ TW_INLINE Sight narrow_by_labels(const tw_problem &p, int64_t b, const Tile<M> &
 
 // Narrows words[0..n) by the stored tiles. Lanes that stand beside each other in one stored tile are read together.
 template <class M>
-TW_INLINE Sight narrow_by_bits(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
+TW_INLINE Sight narrow_by_bits(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n,
+                               uint64_t *words) {
     uint64_t seen[block_keys] = {};
     uint64_t all = 0, none = 0; // lanes whose stored tile is full, or empty
     for (int l = 0; l < tile.width;) {
@@ -167,10 +173,13 @@ TW_INLINE Sight narrow_by_bits(const tw_problem &p, int64_t b, const Tile<M> &ti
                in_tile + run < TW_BIT_TILE)
             ++run;
         uint64_t here = first_bits(run) << l;
-        int32_t number = p.bits.index[b * p.bits.stride_b + tile.h[l] * p.bits.stride_h + q_tile * p.bits.tiles_k +
-                                      key / TW_BIT_TILE];
-        if (number == TW_TILE_FULL) all |= here;
-        else if (number == TW_TILE_EMPTY) none |= here;
+        int32_t number =
+            p.bits
+                .index[b * p.bits.stride_b + tile.h[l] * p.bits.stride_h + q_tile * p.bits.tiles_k + key / TW_BIT_TILE];
+        if (number == TW_TILE_FULL)
+            all |= here;
+        else if (number == TW_TILE_EMPTY)
+            none |= here;
         else {
             const uint64_t *stored = p.bits.words + int64_t(number) * TW_BIT_TILE;
             for (int j = 0; j < n; ++j) seen[j] |= ((stored[j] >> in_tile) << l) & here;

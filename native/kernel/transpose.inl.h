@@ -15,7 +15,7 @@ template <class A, int... P> TW_INLINE vec<A> reversed(vec<A> x, indices<P...>) 
 
 template <class U, int SIZE = 1> TW_INLINE void transpose(vec<U> (&x)[TW_VECTOR_BYTES / sizeof(U)]) {
     constexpr int W = int(TW_VECTOR_BYTES / sizeof(U));
-    TW_UNROLL for (int i = 0; i < W; ++i)
+    TW_UNROLL(int i = 0; i < W; ++i)
         if (!(i & SIZE)) exchange<U, SIZE>(x[i], x[i + SIZE], first_indices<W>{});
     if constexpr (2 * SIZE < W) transpose<U, 2 * SIZE>(x);
 }
@@ -24,7 +24,7 @@ template <class U, int SIZE = 1> TW_INLINE void transpose(vec<U> (&x)[TW_VECTOR_
 // apart stand beside each other already, so only squares within 16 bytes are turned about.
 template <class U> TW_INLINE void turn_pieces(const U *const *pieces, vec<U> (&x)[16 / sizeof(U)]) {
     constexpr int P = int(16 / sizeof(U)), W = int(TW_VECTOR_BYTES / sizeof(U));
-    TW_UNROLL for (int r = 0; r < P; ++r) {
+    TW_UNROLL(int r = 0; r < P; ++r) {
 #if defined(__AVX512F__)
         const auto piece = [&](int q) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(pieces[r + q * P])); };
         __m512i all = _mm512_castsi128_si512(piece(0));
@@ -32,12 +32,12 @@ template <class U> TW_INLINE void turn_pieces(const U *const *pieces, vec<U> (&x
         all = _mm512_inserti32x4(all, piece(2), 2);
         x[r] = (vec<U>)_mm512_inserti32x4(all, piece(3), 3);
 #else
-        TW_UNROLL for (int q = 0; q < W / P; ++q) __builtin_memcpy((char *)&x[r] + 16 * q, pieces[r + q * P], 16);
+        TW_UNROLL(int q = 0; q < W / P; ++q) __builtin_memcpy((char *)&x[r] + 16 * q, pieces[r + q * P], 16);
 #endif
     }
-    TW_UNROLL for (int i = 0; i < P; i += 2) exchange<U, 1>(x[i], x[i + 1], first_indices<W>{});
+    TW_UNROLL(int i = 0; i < P; i += 2) exchange<U, 1>(x[i], x[i + 1], first_indices<W>{});
     if constexpr (P == 4)
-        TW_UNROLL for (int i = 0; i < 2; ++i) exchange<U, 2>(x[i], x[i + 2], first_indices<W>{});
+        TW_UNROLL(int i = 0; i < 2; ++i) exchange<U, 2>(x[i], x[i + 2], first_indices<W>{});
 }
 
 // The units [d, d + W) of a row of n numbers times `factor`, zeros beyond its end. Units of several numbers cannot be
@@ -64,7 +64,7 @@ static void rows_to_lanes(const T *const *rows, int64_t n, sum_of<M> factor, uni
             for (int l = 0; l < W; ++l) pieces[l] = reinterpret_cast<const U *>(rows[l] + d * M::numbers);
             vec<U> x[P];
             turn_pieces<U>(pieces, x);
-            TW_UNROLL for (int i = 0; i < P; ++i) {
+            TW_UNROLL(int i = 0; i < P; ++i) {
                 if constexpr (M::numbers == 1) x[i] *= factor;
                 store(to + (d + i) * width, x[i]);
             }
@@ -72,9 +72,9 @@ static void rows_to_lanes(const T *const *rows, int64_t n, sum_of<M> factor, uni
     }
     for (; d < units; d += W) {
         vec<U> x[W];
-        TW_UNROLL for (int l = 0; l < W; ++l) x[l] = row_units<M>(rows[l], d, n, factor);
+        TW_UNROLL(int l = 0; l < W; ++l) x[l] = row_units<M>(rows[l], d, n, factor);
         transpose<U>(x);
-        TW_UNROLL for (int i = 0; i < W; ++i)
+        TW_UNROLL(int i = 0; i < W; ++i)
             if (d + i < units) store(to + (d + i) * width, x[i]);
     }
 }
@@ -87,9 +87,9 @@ static void lanes_to_rows(const A *from, int64_t width, const A *factors, int64_
     const vec<A> own = load(factors);
     for (int64_t d = 0; d < n; d += W) {
         vec<A> x[W];
-        TW_UNROLL for (int i = 0; i < W; ++i) x[i] = d + i < n ? load(from + (d + i) * width) * own + A(0) : vec<A>{};
+        TW_UNROLL(int i = 0; i < W; ++i) x[i] = d + i < n ? load(from + (d + i) * width) * own + A(0) : vec<A>{};
         transpose<A>(x);
-        TW_UNROLL for (int l = 0; l < W; ++l) {
+        TW_UNROLL(int l = 0; l < W; ++l) {
             if (l >= count) break;
             if (d + W <= n)
                 narrow(rows[l] + d, x[l]);
@@ -101,15 +101,16 @@ static void lanes_to_rows(const A *from, int64_t width, const A *factors, int64_
 
 #if defined(__AVX512BF16__)
 // The same in bfloat16, rounded before they are turned about, two columns in a unit.
-static void lanes_to_rows(const float *from, int64_t width, const float *factors, int64_t n, bfloat *const *rows, int count) {
+static void lanes_to_rows(const float *from, int64_t width, const float *factors, int64_t n, bfloat *const *rows,
+                          int count) {
     const vf own = load(factors);
     const auto column = [&](int64_t d) { return d < n ? load(from + d * width) * own + 0.f : vf{}; };
     for (int64_t d = 0; d < n; d += 32) {
         vi32 x[16];
-        TW_UNROLL for (int i = 0; i < 16; ++i) x[i] = narrow_across(column(d + 2 * i), column(d + 2 * i + 1));
+        TW_UNROLL(int i = 0; i < 16; ++i) x[i] = narrow_across(column(d + 2 * i), column(d + 2 * i + 1));
         transpose<int32_t>(x);
         const __mmask32 exist = __mmask32(n - d < 32 ? first_bits(n - d) : ~0u);
-        TW_UNROLL for (int l = 0; l < 16; ++l) {
+        TW_UNROLL(int l = 0; l < 16; ++l) {
             if (l >= count) break;
             _mm512_mask_storeu_epi16(rows[l] + d, exist, (__m512i)x[l]);
         }

@@ -1,7 +1,7 @@
 // Vectors of one register, in GCC/Clang vector extensions: the same text for every instruction set.
 // TW_VECTOR_BYTES is set by the page. Loads and stores need no alignment.
 
-#define TW_UNROLL _Pragma("GCC unroll 64")
+#define TW_UNROLL(...) _Pragma("GCC unroll 64") for (__VA_ARGS__)
 #define TW_INLINE static inline __attribute__((always_inline))
 #define TW_RARE static __attribute__((noinline, cold))
 
@@ -76,7 +76,7 @@ template <class A> TW_INLINE vec<A> select(uint64_t bits, vec<A> yes, vec<A> no)
         return (vec<A>)_mm512_mask_blend_pd(__mmask8(bits), (__m512d)no, (__m512d)yes);
 #else
     ivec<A> lane_bit;
-    TW_UNROLL for (int l = 0; l < lanes<A>; ++l) lane_bit[l] = ilane<A>(1) << l;
+    TW_UNROLL(int l = 0; l < lanes<A>; ++l) lane_bit[l] = ilane<A>(1) << l;
     return ((ilane<A>(bits) & lane_bit) != 0) ? yes : no;
 #endif
 }

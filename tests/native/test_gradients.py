@@ -117,6 +117,67 @@ def test_a_diagonal_crosses_segments(dtype) -> None:
         _same(answer, answers[0])
 
 
+def _seen_by_some_tiles() -> np.ndarray:
+    # Tiles have 32 rows: of four that pass together, each meets other blocks of 64 keys, and other halves of them.
+    seen = np.random.default_rng(4).random((300, 400)) < 0.9
+    seen[40:90, 70:120] = seen[96:128] = seen[130:200, 128:160] = seen[:, 192:256] = seen[200:224, 256:] = False
+    return seen
+
+
+TOGETHER = {
+    "all": {},
+    "causal": {"mask": tw.causal("end")},
+    "window": {"mask": tw.window(70, 20, "end")},
+    "holes": {"mask": tw.dense(_seen_by_some_tiles())},
+    "dropout": {"mask": tw.dense(_seen_by_some_tiles()), "dropout": tw.Dropout(0.3, 4)},
+    "bias": {"bias": np.random.default_rng(3).standard_normal((1, 1, 300, 400)).astype(np.float32), "softcap": 5.0},
+}
+
+
+def _together(dtype, **options):
+    """Two heads share keys, so that there are 19 tiles for one segment, or, with five threads, for four."""
+    qkv = {key: array.astype(dtype) for key, array in arrays(0, 1, 4, 2, 300, 400, 40, 72).items()}
+    return planned(**qkv, kernel="native", tiles=None, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", TOGETHER.values(), ids=TOGETHER)
+def test_tiles_that_pass_together(options, dtype) -> None:
+    """Where tiles are many for each segment, several pass over a block before its keys' gradients are added to."""
+    plan, operands = _together(dtype, **options)
+    answers = []
+    for threads in (1, 2, 5):
+        tw.set_num_threads(threads)
+        answers.append(_differentiate(plan, operands)[0])
+        _check(plan, operands)
+    tw.set_num_threads(0)
+    _same(answers[1], answers[0])
+    _same(answers[2], answers[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("what", ["query", "key"])
+def test_one_of_the_tiles_that_pass_together_holds_what_is_not_finite(page, what, dtype) -> None:
+    seen = _seen_by_some_tiles()
+    seen[70] = seen[:, 100] = seen[:, 300] = False
+    rng = np.random.default_rng(2)
+    d_out = rng.standard_normal((1, 4, 300, 72)).astype(dtype)
+    d_lse = rng.standard_normal((1, 4, 300)).astype("float32")
+    tw.set_num_threads(1)
+    plan, operands = _together(dtype, mask=tw.dense(seen))
+    expected, _ = _differentiate(plan, operands, d_out, d_lse)
+    bad = {name: getattr(operands, name).copy() for name in ("q", "k", "v")}
+    if what == "query":
+        _spoil(bad["q"], np.s_[:, :, 70])
+        _spoil(d_out, np.s_[:, :, 70])
+    else:
+        _spoil(bad["k"], np.s_[:, :, 100], np.s_[:, :, 300])
+        _spoil(bad["v"], np.s_[:, :, 100], np.s_[:, :, 300])
+    found, _ = _differentiate(plan, replace(operands, **bad), d_out, d_lse)
+    tw.set_num_threads(0)
+    _same(found, expected)
+
+
 # The last tile is not full and the last keys fill no vector; with 3 query rows, heads share a vector of lanes.
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("q_len, k_len", [(3, 37), (61, 131)])

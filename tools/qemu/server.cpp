@@ -37,8 +37,8 @@ std::string pages() {
         compiled += std::string(" ") + list[i].table->name;
         if (list[i].host_runs) supported += std::string(" ") + list[i].table->name;
     }
-    return compiled + ";" + supported + ";" + std::to_string(sizeof(tw_problem)) + " " + std::to_string(sizeof(tw_gradients)) + " " +
-           std::to_string(sizeof(tw_tangents));
+    return compiled + ";" + supported + ";" + std::to_string(sizeof(tw_problem)) + " " +
+           std::to_string(sizeof(tw_gradients)) + " " + std::to_string(sizeof(tw_tangents));
 }
 
 int64_t answer(int64_t operation, char *block, std::string &text) {
@@ -81,7 +81,8 @@ int main() {
         std::vector<int64_t> places(size_t(request.pointers));
         const size_t bytes = (size_t(request.bytes) + 63) / 64 * 64 + 64;
         char *block = static_cast<char *>(aligned_alloc(64, bytes));
-        if (!block || !read_all(places.data(), places.size() * sizeof(int64_t)) || !read_all(block, size_t(request.bytes)))
+        if (!block || !read_all(places.data(), places.size() * sizeof(int64_t)) ||
+            !read_all(block, size_t(request.bytes)))
             return 1;
         for (int64_t place : places) {
             uint64_t offset;
