@@ -27,7 +27,8 @@ void run_item(void *context, int64_t index, int worker) {
     const int64_t head = index % c.heads, cut = c.cuts - 1 - index / c.heads, each = c.tiles * c.kernels->tile_rows;
     const int64_t kv_heads = c.problem->kv_heads, begin = cut * each;
     const tw_item item = {
-        head / kv_heads, head % kv_heads, begin, std::min(c.rows, begin + each), 0, c.problem->k_len, 0, nullptr, 0, 1};
+        head / kv_heads, head % kv_heads, begin, std::min(c.rows, begin + each), 0, c.problem->k_len, 0, nullptr, 0, 1,
+        nullptr};
     c.kernels->tangent(c.problem, c.tangents, &item, c.tiles, c.scratch + size_t(worker) * c.scratch_bytes);
 }
 

@@ -26,7 +26,10 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
     unit_of<M> *d_out = d_out_of(p, tile);
     tile.out = reinterpret_cast<A *>(d_out + unit_rows<M>(p.value_dim) * tile_rows<A>);
     const int64_t row = number * tile_rows<A>, left = rows_in_call(p) - row;
-    const tw_item item = {b, kv_head, 0, 0, 0, p.k_len, 0, nullptr};
+    tw_item item = {};
+    item.b = b;
+    item.kv_head = kv_head;
+    item.key_end = p.k_len;
     fill_tile<T>(p, item, row, left < tile_rows<A> ? left : tile_rows<A>, tile);
     __builtin_memset(tile.out, 0, size_t(sum_rows<M>(p.head_dim) * tile.width) * sizeof(A));
     const T *rows[most_lanes];
