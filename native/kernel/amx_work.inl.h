@@ -2,7 +2,7 @@
 // last run.
 //
 // Vectors and tile registers work at the same time only where their instructions stand close together, so the products
-// are cut into steps of two, which stand between the vectors' instructions. (For some 400 cycles after any tile
+// are cut into steps of one, which stand between the vectors' instructions. (For some 400 cycles after any tile
 // instruction the processor at hand multiplies vectors of 512 bits on one port instead of two; only additions, logic and
 // comparisons keep both. Work in long separate phases would pay for that and gain nothing.)
 //
