@@ -191,10 +191,10 @@ def _openvino(case: Case, data: dict[str, np.ndarray], dtype: str) -> tuple[Run,
     precision = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype]}
     compiled = openvino.Core().compile_model(openvino.Model([node], given, "attention"), "CPU", precision)
     request = compiled.create_infer_request()
-    for n, x in enumerate(inputs):
-        request.set_input_tensor(n, openvino.Tensor(x, shared_memory=True))
 
     def run() -> Any:
+        for n, x in enumerate(inputs):  # it shares their memory and does not keep it: this function does
+            request.set_input_tensor(n, openvino.Tensor(x, shared_memory=True))
         request.infer()
         return request.get_output_tensor(0)
 
