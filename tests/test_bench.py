@@ -119,7 +119,7 @@ def test_a_run(monkeypatch, tmp_path):
     assert found.with_suffix(".png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("words", ["--case nothing", "--dtype int8"])
+@pytest.mark.parametrize("words", ["--case nothing", "--dtype int8", "--peer nobody"])
 def test_mistakes_are_named(words):
     done = CliRunner().invoke(app, ["bench", *words.split()])
     assert done.exit_code != 0 and words.split()[0] in done.output

@@ -62,10 +62,10 @@ def torch_run(case: Case, tensors: tuple[Any, ...], attend: Callable[[], Any]) -
 
 
 def one_by_one(case: Case, tensors: Sequence[Any], attend: Callable[..., Any]) -> Prepared:
-    """Run a call of torch for each packed sequence; that its results are joined is not timed."""
+    """Run a call of torch for each packed sequence that is not empty; that its results are joined is not timed."""
     import torch
 
-    parts = [[x[:, :, a:b] for x in tensors] for a, b in pairwise(case.starts().tolist())]
+    parts = [[x[:, :, a:b] for x in tensors] for a, b in pairwise(case.starts().tolist()) if a < b]
 
     def run() -> list[Any]:
         with torch.no_grad():
