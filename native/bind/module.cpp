@@ -175,14 +175,16 @@ bool signal_raised(void *asks) {
     return PyErr_CheckSignals() != 0;
 }
 
-// Runs with the GIL released and raises what goes wrong, or what a signal's handler raises meanwhile.
-template <class Run> void unlocked(Run run) {
+// Runs with the GIL released and raises what goes wrong, or what a signal's handler raises meanwhile. `threads` is 0 but for
+// torch's tensors, whose calls use torch's own threads.
+template <class Run> void unlocked(int threads, Run run) {
     const char *message = nullptr;
     int status;
     bool interrupted, asks = true;
     {
         nb::gil_scoped_release released;
         tilewise::Interruptible interruptible(signal_raised, &asks);
+        tilewise::OnTorchThreads on_torch_threads(threads > 0);
         status = run(&message);
         interrupted = interruptible.given_up();
     }
@@ -198,7 +200,7 @@ void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple 
     p.part = part;
     p.row_invariant = row_invariant;
     read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, pages, sequences}, p);
-    unlocked([&p](const char **message) { return tw_forward(&p, message); });
+    unlocked(threads, [&p](const char **message) { return tw_forward(&p, message); });
 }
 
 void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v,
@@ -223,7 +225,7 @@ void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple
         for (int64_t *field : {&own.stride_b, &own.stride_h, &own.stride_i, &own.stride_j}) *field = f.next();
     }
     g.sinks = reinterpret_cast<void *>(d_sinks);
-    unlocked([&](const char **message) { return tw_backward(&p, &g, message); });
+    unlocked(threads, [&](const char **message) { return tw_backward(&p, &g, message); });
 }
 
 void tangent(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v,
@@ -243,7 +245,7 @@ void tangent(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple 
     t.sinks = reinterpret_cast<const void *>(d_sinks);
     t.out = tensor_of(d_out);
     t.lse = reinterpret_cast<void *>(d_lse);
-    unlocked([&](const char **message) { return tw_tangent(&p, &t, message); });
+    unlocked(threads, [&](const char **message) { return tw_tangent(&p, &t, message); });
 }
 
 const tw_kernel_table *found(const tw_kernel_table *table, const char *message) {
