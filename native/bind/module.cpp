@@ -184,7 +184,7 @@ template <class Run> void unlocked(int threads, Run run) {
     {
         nb::gil_scoped_release released;
         tilewise::Interruptible interruptible(signal_raised, &asks);
-        tilewise::OnTorchThreads on_torch_threads(threads > 0);
+        tilewise::OnTorchThreads on_torch_threads(threads);
         status = run(&message);
         interrupted = interruptible.given_up();
     }

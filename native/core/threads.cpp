@@ -29,7 +29,7 @@ constexpr std::chrono::milliseconds between_questions(100);
 
 thread_local Interruptible *interruptible = nullptr; // whose work this thread does
 thread_local bool owns_region = false;               // has the pool; what it starts meanwhile runs on it alone
-thread_local bool on_torch_threads = false;
+thread_local int on_torch_threads = 0;               // how many they are
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -251,7 +251,7 @@ void parallel_for(int64_t count, int threads, Task task, void *context) {
     shared->open.store(true);
     owns_region = true;
     if (openmp) {
-        openmp(Pool::take_part, shared, unsigned(threads), 0); // always all: it would end the threads left out
+        openmp(Pool::take_part, shared, unsigned(on_torch_threads), 0); // all: it ends threads that are left out
     } else {
         {
             std::lock_guard<std::mutex> sleepers(shared->sleep);
@@ -263,7 +263,7 @@ void parallel_for(int64_t count, int threads, Task task, void *context) {
     owns_region = false;
 }
 
-OnTorchThreads::OnTorchThreads(bool wanted) : before_(on_torch_threads) { on_torch_threads = wanted; }
+OnTorchThreads::OnTorchThreads(int threads) : before_(on_torch_threads) { on_torch_threads = threads; }
 
 OnTorchThreads::~OnTorchThreads() { on_torch_threads = before_; }
 

@@ -20,13 +20,13 @@ void parallel_for(int64_t count, int threads, Task task, void *context);
 // where torch has no such threads, nor in a forked child, where OpenMP's threads are gone and it does not know.
 class OnTorchThreads {
   public:
-    explicit OnTorchThreads(bool wanted);
+    explicit OnTorchThreads(int threads); // torch's number; 0: on the pool
     ~OnTorchThreads();
     OnTorchThreads(const OnTorchThreads &) = delete;
     OnTorchThreads &operator=(const OnTorchThreads &) = delete;
 
   private:
-    const bool before_;
+    const int before_;
 };
 
 // While this lives, the work of the thread that made it can be given up. That thread asks `wanted` every tenth of a second

@@ -45,17 +45,21 @@ def test_concurrent_backward_passes() -> None:
 
 
 _TORCH = """
-import os
+import os, time
 import numpy as np, torch, tilewise as tw
 
 threads = lambda: len(os.listdir("/proc/self/task"))
 q = torch.from_numpy(np.ones((2, 4, 500, 32), np.float32))
 before = threads()
-for number in (1, 3):
+for number in (1, 9):
     torch.set_num_threads(number)
     tw.attention(q, q, q, kernel="native")
     print(threads() - before)
 torch.zeros(1 << 22).exp_()
+print(threads() - before)
+q, k = torch.ones(1, 2, 65, 512), torch.ones(1, 2, 600, 512)
+tw.attention(q, k, k, kernel="native")  # at most six tiles
+time.sleep(0.3)
 print(threads() - before)
 """
 
@@ -67,8 +71,8 @@ def test_torch_and_its_calls_share_threads() -> None:
     result = subprocess.run(
         [sys.executable, "-c", _TORCH], env=environment, capture_output=True, text=True, check=True, timeout=90
     )
-    # The caller works too; and those that a call started do torch's own work.
-    assert result.stdout.split() == ["0", "2", "2"]
+    # The caller works too; those that a call started do torch's own work, and a call with little work ends none.
+    assert result.stdout.split() == ["0", "8", "8", "8"]
 
 
 _FORK = """
