@@ -29,6 +29,7 @@ def paged(case: Case, data: dict[str, np.ndarray], dtype: str) -> Prepared:
     if case.mask.endswith("dense"):
         raise Refused("no boolean masks")
     operators, kernel = _operators(), _kernel(case, dtype)
+    # Contiguous, since it writes its output as if it were, whatever its strides.
     q, k, v = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in torch_tensors(case, data, dtype))
     packed = case.mask == "packed"
     starts = case.starts() if packed else np.arange(case.batch + 1, dtype=np.int32) * case.q_len
@@ -67,16 +68,16 @@ def pages(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where the tokens of some sequences lie when each has pages of its own, one after another.
 
     Args:
-        lengths: (N,) of the sequences.
+        lengths: (N,) of the sequences, 0 or more.
 
     Returns:
         slots: (sum of the lengths,) int64, the row of each token, page by page.
-        table: (N, entries) int32, the pages of each sequence in order; entries beyond its last one are the last page.
+        table: (N, entries) int32, the pages of each sequence in order, then pages that are not read.
     """
     needed = -(-lengths // PAGE)
     first = np.cumsum(needed) - needed
     slots = np.concatenate([start * PAGE + np.arange(length) for start, length in zip(first, lengths, strict=True)])
-    table = first[:, None] + np.minimum(np.arange(needed.max()), needed[:, None] - 1)
+    table = first[:, None] + np.minimum(np.arange(needed.max()), np.maximum(needed[:, None] - 1, 0))
     return slots.astype(np.int64), table.astype(np.int32)
 
 
