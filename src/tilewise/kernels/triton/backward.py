@@ -13,14 +13,15 @@ import torch
 from ...contract import Gradients, Operands, Plan
 from .arguments import call_of, can_leak, heads_together
 from .bias_kernels import d_dense_kernel, d_table_kernel
-from .d_kv_kernel import d_kv_kernel, unsound_d_q_kernel
+from .careful_kernels import careful_d_kv_kernel, careful_d_q_kernel, unsound_d_q_kernel
+from .d_kv_kernel import d_kv_kernel
 from .d_q_kernel import d_q_kernel
 from .device.records import Call, Rows, View, rows, view
 from .facts import Facts, facts_of
 from .forward import like_layout
 from .launch import blocks_of, launch, on_device_of
 from .rows_kernel import rows_kernel
-from .tiles import ATOMICS, keys_and_values_apart
+from .tiles import ATOMICS, careful, keys_and_values_apart
 
 _ROWS_AT_ONCE = 32
 
@@ -85,12 +86,12 @@ class _Step:
         blocks = blocks_of("d_q", self.plan, q.device)
         for slab in self.facts.slabs("queries", blocks):
             masked = slab.lists is not None
-            launch(
-                d_q_kernel, (slab.tiles * problem.batch * problem.q_heads,),
-                *self.tiles, view(d_q), self.call._replace(mask=slab.mask),
-                slab.lists, slab.first, slab.tiles, heads_together(problem, problem.q_heads, masked),
-                LAST_FIRST=masked, CAN_LEAK=can_leak(self.plan), blocks=blocks,
-            )  # fmt: skip
+            grid = (slab.tiles * problem.batch * problem.q_heads,)
+            walk = slab.lists, slab.first, slab.tiles, heads_together(problem, problem.q_heads, masked)
+            arguments = (*self.tiles, view(d_q), self.call._replace(mask=slab.mask), *walk)
+            launch(d_q_kernel, grid, *arguments, LAST_FIRST=masked, blocks=blocks)
+            if can_leak(self.plan):
+                launch(careful_d_q_kernel, grid, *arguments, LAST_FIRST=masked, blocks=careful(blocks))
         return d_q
 
     def d_qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -117,6 +118,10 @@ class _Step:
                     d_kv_kernel, grid, *self.tiles, sums if want_k else None, view(d_k), view(d_v), call, *walk,
                     WANT_K=want_k, WANT_V=want_v, CAN_LEAK=can_leak(self.plan), blocks=blocks,
                 )  # fmt: skip
+            if can_leak(self.plan):
+                launch(
+                    careful_d_kv_kernel, grid, *self.tiles, view(d_k), view(d_v), call, *walk, blocks=careful(blocks)
+                )
             if sums is not None and can_leak(self.plan):
                 launch(unsound_d_q_kernel, grid, *self.tiles, sums, call, *walk, blocks=blocks)
         return d_k, d_v

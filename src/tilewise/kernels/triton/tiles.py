@@ -41,6 +41,11 @@ def blocks_for(purpose: Pass, arch: str, problem: AttentionProblem) -> Blocks:
     return blocks._replace(stages=max(1, blocks.stages - (_pair_arrays(problem) > 1)))
 
 
+def careful(blocks: Blocks) -> Blocks:
+    """How the kernels for what is not finite run over the same tiles: of these they take a few rows at a time."""
+    return blocks._replace(warps=8, stages=1)
+
+
 def keys_and_values_apart(problem: AttentionProblem) -> bool:
     """Whether the gradients of keys and values are passes of their own.
 
