@@ -11,17 +11,17 @@ import triton
 import triton.language as tl
 
 from .device.arithmetic import INF, dot, load_tile, product, store_tile
-from .device.careful import add_seen, all_finite
+from .device.careful import add_seen, all_finite, note_unsound
 from .device.slopes import after_dropout, load_row, probabilities, slopes
 from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
 
 
 @triton.jit(do_not_specialize=GRID)
 def d_kv_kernel(
-    q, k, v, d_out, level, delta, d_q, d_k, d_v, call, lists, first_tile, tiles, together,
-    WANT_K: tl.constexpr, WANT_V: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q, k, v, d_out, level, delta, d_q, d_k, d_v, unsound, call, lists, first_tile, tiles, together,
+    WANT_K: tl.constexpr, WANT_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_k and d_v of one tile of keys of one kv head; CAN_LEAK as in the forward kernel.
+    """d_k and d_v of one tile of keys of one kv head; unsound as in the forward kernel.
 
     d_q: None, or float32 zeros (B, Hq, Sq, D), to which what the tile contributes is added, without the scale.
     """
@@ -33,7 +33,7 @@ def d_kv_kernel(
     acc_v = tl.zeros([BLOCK_K, call.shape.block_dv if WANT_V else 1], tl.float32)
     # A key that is not finite makes the whole product NaN: then `unsound_d_q_kernel` adds to d_q.
     sound = True
-    if CAN_LEAK and d_q is not None:
+    if unsound is not None and d_q is not None:
         sound = all_finite(k_tile.to(tl.float32))
     for member in range(0, call.shape.group):
         h = kv_head * call.shape.group + member
@@ -52,10 +52,12 @@ def d_kv_kernel(
                 WANT_K, WANT_V, False, False, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
     if WANT_K:
+        note_unsound(unsound, acc_k)
         store_tile(
             d_k, b, kv_head, first, call.shape.k_len, acc_k * call.scale, BLOCK_K, call.shape.d, call.shape.block_d
         )
     if WANT_V:
+        note_unsound(unsound, acc_v)
         store_tile(d_v, b, kv_head, first, call.shape.k_len, acc_v, BLOCK_K, call.shape.dv, call.shape.block_dv)
 
 

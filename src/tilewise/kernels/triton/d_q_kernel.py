@@ -6,17 +6,17 @@ import triton
 import triton.language as tl
 
 from .device.arithmetic import INF, dot, load_tile, product, store_tile
-from .device.careful import add_seen
+from .device.careful import add_seen, note_unsound
 from .device.slopes import load_row, probabilities, slopes
 from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
 
 
 @triton.jit(do_not_specialize=GRID)
 def d_q_kernel(
-    q, k, v, d_out, level, delta, d_q, call, lists, first_tile, tiles, together,
+    q, k, v, d_out, level, delta, d_q, unsound, call, lists, first_tile, tiles, together,
     LAST_FIRST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_q of one tile of queries of one head; `careful_d_q_kernel` repairs what comes out not finite."""
+    """d_q of one tile of queries of one head; unsound as in the forward kernel."""
     tile, b, h = place(tiles, together, call.shape.q_heads, LAST_FIRST)
     first = (first_tile + tile) * BLOCK_Q
     q_tile = load_tile(q, b, h, first, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
@@ -37,6 +37,7 @@ def d_q_kernel(
         acc = absorb_keys(
             acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys, first, b, h, call, False, False, BLOCK_Q, BLOCK_K
         )
+    note_unsound(unsound, acc)
     store_tile(d_q, b, h, first, call.shape.q_len, acc * call.scale, BLOCK_Q, call.shape.d, call.shape.block_d)
 
 

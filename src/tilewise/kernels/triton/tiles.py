@@ -37,8 +37,9 @@ def blocks_for(purpose: Pass, arch: str, problem: AttentionProblem) -> Blocks:
     if problem.dtype == "float32":
         return SINGLE[width]
     blocks = HALF[purpose, family_of(arch)][width][_burden(problem)]
-    # The pipeline holds tiles of arrays with an element for each pair, too.
-    return blocks._replace(stages=max(1, blocks.stages - (_pair_arrays(problem) > 1)))
+    # The pipeline holds tiles of arrays with an element for each pair, too: shared memory is counted for two of them.
+    arrays = _pair_arrays(problem)
+    return blocks._replace(stages=1 if arrays > 2 else max(1, blocks.stages - (arrays > 1)))
 
 
 def careful(blocks: Blocks) -> Blocks:
@@ -61,8 +62,8 @@ def _pair_arrays(problem: AttentionProblem) -> int:
 
 
 def _burden(problem: AttentionProblem) -> int:
-    """What wants registers beside the scores: 0 nothing, 1 arrays of pairs, 2 the rounds of dropout's generator."""
-    return 2 if problem.dropout else int(_pair_arrays(problem) > 0)
+    """What wants registers beside the scores: 0 nothing, 1 an array of pairs, 2 several, or dropout's generator."""
+    return 2 if problem.dropout else min(2, _pair_arrays(problem))
 
 
 # Queries of all heads of a group that stand in one tile, and keys of a split: fixed, so that no row's bits depend on
