@@ -6,4 +6,5 @@ By architecture, width, dtype, kernel, and words of the problem (see `compile_fo
 SPILLS = {
     ("sm_90", 256, "bfloat16", "forward_kernel", "+causal"): 40,
     ("sm_90", 256, "bfloat16", "forward_kernel", "+labels"): 40,
+    ("sm_90", 256, "bfloat16", "d_table_kernel", "+table+causal"): 8,
 }

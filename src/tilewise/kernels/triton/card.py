@@ -78,7 +78,7 @@ CARD = KernelCard(
     dtypes=frozenset({"float32", "float16", "bfloat16"}),
     gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
     max_key_length=_MOST_KEYS,
-    # Held to the oracle by Triton's interpreter and compiled for four architectures: unasked, it runs where a GPU run
+    # Held to the oracle by Triton's interpreter and compiled for five architectures: unasked, it runs where a GPU run
     # has checked and timed it, which that device's measured table says.
     automatic=frozenset({"cuda"}),
     needs_table=True,

@@ -1,8 +1,8 @@
 """Tile sizes by pass, architecture, width and element size: a table, so that no call ever waits for a tuner.
 
-Sizes were chosen by compiling: shared memory suffices everywhere, and up to width 128 half precision on sm_80 and sm_90
-spills no register but where the compile tests, which hold every such entry to that, record it. They were not yet timed
-on a GPU. A table that was measured may be named instead (see `tuned.py`).
+Sizes were chosen by compiling: shared memory suffices everywhere, and no kernel spills registers but where the compile
+tests, which hold the entries to that, record it. They were not yet timed on a GPU. A table that was measured may be
+named instead (see `tuned.py`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def blocks_for(purpose: Pass, arch: str, problem: AttentionProblem) -> Blocks:
 
 def careful(blocks: Blocks) -> Blocks:
     """How the kernels for what is not finite run over the same tiles: of these they take a few rows at a time."""
-    return blocks._replace(warps=8, stages=1)
+    return blocks._replace(stages=1)
 
 
 def keys_and_values_apart(problem: AttentionProblem) -> bool:
