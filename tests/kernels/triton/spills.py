@@ -9,6 +9,7 @@ SPILLS = {
     ("sm_80", 256, "bfloat16", "d_table_kernel", "+table+causal"): 8,
     ("sm_89", 128, "bfloat16", "forward_kernel", "+softcap+dense+sinks+dropout+table"): 8,
     ("sm_89", 256, "bfloat16", "d_kv_kernel", "+causal"): 16,
+    ("sm_90", 128, "bfloat16", "d_kv_kernel", "+softcap+dense+sinks+dropout+table"): 32,
     ("sm_90", 256, "bfloat16", "forward_kernel", "+causal"): 40,
     ("sm_90", 256, "bfloat16", "forward_kernel", "+labels"): 40,
     ("sm_90", 256, "bfloat16", "d_table_kernel", "+table+causal"): 8,

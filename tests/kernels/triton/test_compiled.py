@@ -26,9 +26,8 @@ INSTRUCTION = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcge
 # The kernels whose tile sizes are in the table, and which use the matrix instruction of the architecture.
 TILED = ("forward_kernel", "d_kv_kernel", "d_q_kernel", "d_dense_kernel", "d_table_kernel")
 
-# The rare case may spill a little: the compiler trades these bytes for more programs at once.
-CAREFUL = ("careful_forward_kernel", "careful_d_kv_kernel", "careful_d_q_kernel", "unsound_d_q_kernel")
-CAREFUL_STACK = 64
+# All others run rarely or shortly and may spill a little: the compiler trades these bytes for more programs at once.
+OTHERS_STACK = 64
 
 QUICK = ["64,bfloat16,causal", "128,bfloat16,backward+causal", "256,bfloat16,backward+causal"]
 DECODE = ["128,bfloat16,decode+causal", "64,float16,decode", "256,bfloat16,decode+causal"]
@@ -82,16 +81,17 @@ def fits(report: dict[str, Any]) -> bool:
     arch, kernel = report["arch"], report["kernel"]
     if report["shared"] > SHARED[arch]:
         return False
-    if kernel in TILED and dtype != "float32":  # whose products run on the ordinary units
-        # At width 512 tiles have fewer rows than the instruction for four warps takes: the smaller one serves.
-        names = {INSTRUCTION[arch]} | ({"mma"} if width == "512" and arch != "gfx942" else set())
-        if not any(report.get(name) for name in names):
-            return False
+    if kernel not in TILED:
+        return bool(report["stack"] <= OTHERS_STACK)
+    # float32 products run on the ordinary units. At width 512 tiles have fewer rows than the instruction for four warps
+    # takes: the smaller one serves.
+    names = {INSTRUCTION[arch]} | ({"mma"} if width == "512" else set())
+    if dtype != "float32" and not any(report.get(name) for name in names):
+        return False
     words = words.removeprefix("backward")
     if kernel != "d_kv_kernel":  # the only one whose code depends on the way
         words = words.removesuffix("+atomics")
-    recorded = SPILLS.get((arch, int(width), dtype, kernel, words), 0)
-    return bool(report["stack"] <= (CAREFUL_STACK if kernel in CAREFUL else recorded))
+    return bool(report["stack"] <= SPILLS.get((arch, int(width), dtype, kernel, words), 0))
 
 
 def test_hopper() -> None:
