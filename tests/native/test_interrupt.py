@@ -20,6 +20,9 @@ from tilewise.contract import Tangents
 from tilewise.kernels.native.backward import backward
 from tilewise.kernels.native.tangent import tangent
 
+# A shell ignores SIGINT for what it starts in the background, and Python leaves an ignored signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 small = [np.random.default_rng(n).standard_normal((1, 2, 70, 32)).astype(np.float32) for n in range(3)]
 expected = tw.attention(*small, kernel="native").tobytes()
 
