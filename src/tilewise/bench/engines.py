@@ -43,7 +43,7 @@ def jax(case: Case, data: dict[str, np.ndarray], dtype: str) -> Prepared:
 
 
 def onnxruntime(case: Case, data: dict[str, np.ndarray], dtype: str) -> Prepared:
-    """The operator Attention of opset 23; its session reads the inputs' memory, which the run keeps."""
+    """The operator Attention of opset 23; it reads the memory of the inputs, which the run keeps."""
     import onnxruntime
     from onnx import TensorProto, helper
 
