@@ -126,12 +126,18 @@ template <class M> static bool sees_few_keys(const tw_problem &p, const tw_item 
 template <class M> static bool needs_care(const Tile<M> &tile, int64_t value_dim) {
     using A = sum_of<M>;
     if (!tile.masked) return false;
-    vec<A> doubt = {};
-    for (int64_t at = 0; at < value_dim * tile.width; at += lanes<A>) {
+    vec<A> doubt[4] = {}; // sums that need not wait for one another
+    const int64_t numbers = value_dim * tile.width;
+    const auto ask = [&](int which, int64_t at) {
         const vec<A> x = load(tile.out + at);
-        doubt += x - x; // 0 for finite numbers, else NaN
-    }
-    return lane_bits(doubt != doubt) != 0;
+        doubt[which] += x - x; // 0 for finite numbers, else NaN
+    };
+    int64_t at = 0;
+    for (; at + 4 * lanes<A> <= numbers; at += 4 * lanes<A>)
+        TW_UNROLL(int i = 0; i < 4; ++i) ask(i, at + i * lanes<A>);
+    for (; at < numbers; at += lanes<A>) ask(0, at);
+    const vec<A> all = (doubt[0] + doubt[1]) + (doubt[2] + doubt[3]);
+    return lane_bits(all != all) != 0;
 }
 
 // Sweeps a tile anew over the keys [begin, end), values barred lane by lane.
