@@ -102,12 +102,14 @@ static void sweep_all(Sweep<M> &s, Tile<M> *const *tiles, int64_t count, int64_t
     }
 }
 
-// Whether the rows of an item see so few keys that the copy of what a tile sees holds it whole. It changes no bit. Asked of
-// one row of each tile.
-template <class M> static bool sees_few_keys(const tw_problem &p, const tw_item &item) {
+// Whether the rows of an item see so few keys that what a tile sees stays in cache for the next: in the copy, or, where
+// they are read in place, in the second level. It changes no bit. Asked of one row of each tile.
+template <class T, class M> static bool sees_few_keys(const tw_problem &p, const tw_item &item, bool copied) {
+    constexpr int64_t bytes_in_place = 512 << 10;
     const tw_ranges &ranges = p.ranges;
-    if (!M::tiled || !ranges.count) return false;
-    const int64_t room = held_keys<M>(p) - 2 * block_keys * ranges.count, per_head = p.row_end - p.row_begin;
+    if (!ranges.count || (copied && !M::tiled)) return false;
+    const int64_t keys = copied ? held_keys<M>(p) : bytes_in_place / ((p.head_dim + p.value_dim) * int64_t(sizeof(T)));
+    const int64_t room = keys - 2 * block_keys * ranges.count, per_head = p.row_end - p.row_begin;
     for (int64_t row = item.row_begin; row < item.row_end; row += tile_rows<sum_of<M>>) {
         const int64_t h = item.kv_head * (p.q_heads / p.kv_heads) + row / per_head, i = p.row_begin + row % per_head;
         const int64_t at = range_row(ranges, item.b, h, i);
@@ -185,7 +187,7 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
 
     // Tiles share a chunk's keys; where there is one chunk, or tiles see few keys, each is finished before the next, which
     // takes its memory.
-    s.moving = sees_few_keys<M>(p, *item);
+    s.moving = sees_few_keys<T, M>(p, *item, s.fetch != nullptr);
     s.span = s.moving ? held_keys<M>(p) : chunk_keys<M>(p);
     const int64_t together = s.moving || item->key_end - item->key_begin <= s.span ? 1 : count;
     s.element_asked = together == 1 && !p.part ? sizeof(T) : 0;
