@@ -107,8 +107,9 @@ static void sweep_all(Sweep<M> &s, Tile<M> *const *tiles, int64_t count, int64_t
 template <class T, class M> static bool sees_few_keys(const tw_problem &p, const tw_item &item, bool copied) {
     constexpr int64_t bytes_in_place = 512 << 10;
     const tw_ranges &ranges = p.ranges;
-    if (!ranges.count || (copied && !M::tiled)) return false;
+    if (copied && !M::tiled) return false;
     const int64_t keys = copied ? held_keys<M>(p) : bytes_in_place / ((p.head_dim + p.value_dim) * int64_t(sizeof(T)));
+    if (!ranges.count) return !M::tiled && item.key_end - item.key_begin <= keys; // a chunk of tile registers is long
     const int64_t room = keys - 2 * block_keys * ranges.count, per_head = p.row_end - p.row_begin;
     for (int64_t row = item.row_begin; row < item.row_end; row += tile_rows<sum_of<M>>) {
         const int64_t h = item.kv_head * (p.q_heads / p.kv_heads) + row / per_head, i = p.row_begin + row % per_head;
