@@ -215,7 +215,6 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
             if (p.dropout.enabled) draw_dropout(p, s.batch, tile, key, n, keep);
             for (int g = 0; g < n; g += tile_keys) {
                 ask_ahead(s.ahead);
-                ask_for_rows(s, tile);
                 uint64_t some = 1, all = first_bits(tile_lanes);
                 if (masked) {
                     some = 0;
@@ -231,6 +230,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
                 group.words = all != first_bits(tile_lanes) ? words + g : nullptr;
                 begin_scores_of(s, tile, group);
                 weigh_waiting();
+                ask_for_rows(s, tile); // not in one go with what is asked ahead
                 finish_scores(s.background);
                 if (general) {
                     weigh_group<GENERAL>(s, tile, group, biased ? s.bias + g * tile_lanes : nullptr,

@@ -122,7 +122,8 @@ template <class T, class M> static void look_ahead(Sweep<M> &s, int64_t next, in
         const tw_item *after = item->next;
         if (!after || after->number != item->number) return;
         // A head of one chunk is there already.
-        if (after->b == item->b && after->kv_head == item->kv_head && after->key_end - after->key_begin <= chunk) return;
+        if (after->b == item->b && after->kv_head == item->kv_head && after->key_end - after->key_begin <= chunk)
+            return;
         item = after;
         next = item->key_begin;
     }

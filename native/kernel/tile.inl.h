@@ -24,7 +24,8 @@ template <class M> struct Tile {
     int spans;   // key intervals that hold everything any lane sees, whole blocks, in order
     int64_t span_begin[TW_MAX_RANGES], span_end[TW_MAX_RANGES];
     // Each lane's ranges, where ranges are 32 bits wide; spare lanes have the last row's.
-    alignas(64) int32_t start[TW_MAX_RANGES][TW_TILE_VECTORS * lanes<A>], stop[TW_MAX_RANGES][TW_TILE_VECTORS * lanes<A>];
+    alignas(64) int32_t start[TW_MAX_RANGES][TW_TILE_VECTORS * lanes<A>],
+        stop[TW_MAX_RANGES][TW_TILE_VECTORS * lanes<A>];
     int64_t common_begin[TW_MAX_RANGES], common_end[TW_MAX_RANGES]; // keys that interval r of every lane holds
 };
 
