@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,11 +23,16 @@ settings.load_profile(os.environ.get("TILEWISE_HYPOTHESIS", "default"))
 @pytest.fixture
 def loud_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh floating-point memory holds NaN, so that an element nobody wrote is seen."""
-    _fill(monkeypatch, np, ("empty", "empty_like"), lambda array: array.dtype.kind == "f")
+    _fill(monkeypatch, np, ("empty", "empty_like"), lambda array: _floating(array.dtype))
     torch = sys.modules.get("torch")
     if torch is not None:
         _fill(monkeypatch, torch, ("empty", "empty_like", "empty_strided"), lambda tensor: tensor.is_floating_point())
         _fill(monkeypatch, torch.Tensor, ("new_empty",), lambda tensor: tensor.is_floating_point())
+
+
+def _floating(dtype: np.dtype) -> bool:
+    """Whether NaN is a value of it. NumPy counts ml_dtypes' bfloat16 among plain bytes."""
+    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
 
 
 def _fill(monkeypatch: pytest.MonkeyPatch, place: Any, names: tuple[str, ...], floating: Callable[[Any], bool]) -> None:

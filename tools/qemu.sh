@@ -19,9 +19,12 @@ for needed in cmake qemu-aarch64 "$cross"; do
 done
 # Left out: what needs the module itself, or more time than emulation leaves; and jax, whose calls do not pass through
 # Python.
-[ $# -gt 0 ] || set -- tests/native/test_pages.py tests/native/test_gradients.py tests/native/test_row_bits.py \
-    tests/native/test_tangents.py tests/kernels/test_conformance.py \
-    -k "not jax and (pages or row_bits or facts or sizes or nothing or tangents or (conformance and native))"
+if [ $# -eq 0 ]; then
+    own="pages or row_bits or facts or sizes or nothing or tangents or dense_masks or row_invariance or sequences"
+    set -- tests/native/test_pages.py tests/native/test_gradients.py tests/native/test_row_bits.py \
+        tests/native/test_tangents.py tests/native/test_dense_masks.py tests/native/test_row_invariance.py \
+        tests/native/test_sequences.py tests/kernels/test_conformance.py -k "not jax and ($own or (conformance and native))"
+fi
 
 # server FOLDER CMAKE-ARGUMENTS
 server() {

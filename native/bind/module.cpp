@@ -8,35 +8,16 @@
 #include <string>
 #include <vector>
 
+#include "bind/arguments.h"
 #include "bind/xla_ffi.h"
 #include "core/dispatch.h"
 #include "core/threads.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using namespace tilewise;
 
 namespace {
-
-// The numbers of a tuple, in order.
-class Fields {
-  public:
-    explicit Fields(nb::handle tuple) : tuple_(nb::cast<nb::tuple>(tuple)) {}
-    int64_t next() { return nb::cast<int64_t>(tuple_[at_++]); }
-    uint64_t next_unsigned() { return nb::cast<uint64_t>(tuple_[at_++]); }
-    double next_number() { return nb::cast<double>(tuple_[at_++]); }
-    template <class P> P pointer() { return reinterpret_cast<P>(nb::cast<uintptr_t>(tuple_[at_++])); }
-
-  private:
-    nb::tuple tuple_;
-    size_t at_ = 0;
-};
-
-tw_tensor tensor_of(nb::handle tuple) {
-    Fields f(tuple);
-    void *data = f.pointer<void *>();
-    int64_t b = f.next(), h = f.next(), s = f.next();
-    return {data, b, h, s};
-}
 
 [[noreturn]] void raise(int status, const char *message) {
     if (status == TW_INVALID) throw nb::value_error(message);
@@ -45,118 +26,6 @@ tw_tensor tensor_of(nb::handle tuple) {
         throw nb::python_error();
     }
     throw std::runtime_error(message);
-}
-
-tw_problem problem_of(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v,
-                      nb::tuple out, uintptr_t lse, double scale, double softcap) {
-    tw_problem p = {};
-    p.dtype = dtype;
-    p.threads = threads;
-    Fields size(sizes), row(rows);
-    for (int64_t *field : {&p.batch, &p.q_heads, &p.kv_heads, &p.q_len, &p.k_len, &p.head_dim, &p.value_dim})
-        *field = size.next();
-    p.row_begin = row.next();
-    p.row_end = row.next();
-    p.q = tensor_of(q);
-    p.k = tensor_of(k);
-    p.v = tensor_of(v);
-    p.out = tensor_of(out);
-    p.lse = reinterpret_cast<void *>(lse);
-    p.lse_stride_h = p.q_len;
-    p.lse_stride_b = p.q_heads * p.q_len;
-    p.scale = scale;
-    p.softcap = softcap;
-    return p;
-}
-
-// The keywords that say what is visible and what is added, for all passes.
-struct Facts {
-    nb::object ranges, labels, mask, bits;
-    nb::tuple biases;
-    nb::object table;
-    uintptr_t sinks;
-    nb::object dropout, pages, sequences;
-};
-
-// Fills `to`, and returns how many there are.
-int32_t read_biases(nb::tuple biases, tw_bias *to) {
-    if (nb::len(biases) > TW_MAX_BIASES) throw nb::value_error("bias: at most 4 dense biases");
-    for (nb::handle bias : biases) {
-        Fields f(bias);
-        tw_bias &own = *to++;
-        own.data = f.pointer<const void *>();
-        own.dtype = int32_t(f.next());
-        for (int64_t *field : {&own.stride_b, &own.stride_h, &own.stride_i, &own.stride_j}) *field = f.next();
-    }
-    return int32_t(nb::len(biases));
-}
-
-tw_table table_of(nb::object table) {
-    if (table.is_none()) return {};
-    Fields f(table);
-    const void *data = f.pointer<const void *>();
-    int64_t b = f.next(), h = f.next();
-    return {data, b, h};
-}
-
-void read_facts(const Facts &facts, tw_problem &p) {
-    if (!facts.ranges.is_none()) {
-        Fields f(facts.ranges);
-        p.ranges.starts = f.pointer<const void *>();
-        p.ranges.stops = f.pointer<const void *>();
-        p.ranges.wide = int32_t(f.next());
-        p.ranges.count = int32_t(f.next());
-        p.ranges.stride_b = f.next();
-        p.ranges.stride_h = f.next();
-    }
-    if (!facts.labels.is_none()) {
-        Fields f(facts.labels);
-        p.labels.q = f.pointer<const int32_t *>();
-        p.labels.k = f.pointer<const int32_t *>();
-        for (int64_t *field : {&p.labels.q_stride_b, &p.labels.q_stride_h, &p.labels.k_stride_b, &p.labels.k_stride_h})
-            *field = f.next();
-    }
-    if (!facts.mask.is_none()) {
-        Fields f(facts.mask);
-        p.mask.data = f.pointer<const uint8_t *>();
-        for (int64_t *field : {&p.mask.stride_b, &p.mask.stride_h, &p.mask.stride_i, &p.mask.stride_j})
-            *field = f.next();
-    }
-    if (!facts.bits.is_none()) {
-        Fields f(facts.bits);
-        p.bits.index = f.pointer<const int32_t *>();
-        p.bits.words = f.pointer<const uint64_t *>();
-        for (int64_t *field : {&p.bits.stride_b, &p.bits.stride_h, &p.bits.tiles_q, &p.bits.tiles_k, &p.bits.q_offset})
-            *field = f.next();
-    }
-    p.bias_count = read_biases(facts.biases, p.bias);
-    p.table = table_of(facts.table);
-    p.sinks = reinterpret_cast<const void *>(facts.sinks);
-    if (!facts.dropout.is_none()) {
-        Fields f(facts.dropout);
-        p.dropout.enabled = 1;
-        p.dropout.threshold = f.next_unsigned();
-        p.dropout.inverse_keep = f.next_number();
-        p.dropout.seed = f.next_unsigned();
-        p.dropout.stream = f.next_unsigned();
-        for (uint64_t *field :
-             {&p.dropout.first, &p.dropout.stride_b, &p.dropout.stride_h, &p.dropout.stride_i, &p.dropout.stride_j})
-            *field = f.next_unsigned();
-    }
-    if (!facts.pages.is_none()) {
-        Fields f(facts.pages);
-        p.pages.table = f.pointer<const int32_t *>();
-        p.pages.stride_b = f.next();
-        p.pages.size = f.next();
-    }
-    if (!facts.sequences.is_none()) {
-        Fields f(facts.sequences);
-        tw_sequences &s = p.sequences;
-        for (const int64_t **array : {&s.q_begin, &s.q_len, &s.k_begin, &s.k_len, &s.table_begin})
-            *array = f.pointer<const int64_t *>();
-        p.lse_stride_b = f.next();
-        p.lse_stride_h = f.next();
-    }
 }
 
 // Whether a signal's handler raised, Ctrl-C's above all; the error stays set. Handlers run on Python's main thread alone:
@@ -175,14 +44,16 @@ bool signal_raised(void *asks) {
     return PyErr_CheckSignals() != 0;
 }
 
-// Runs with the GIL released and raises what goes wrong, or what a signal's handler raises meanwhile.
-template <class Run> void unlocked(Run run) {
+// Runs with the GIL released and raises what goes wrong, or what a signal's handler raises meanwhile. `threads` is 0 but for
+// torch's tensors, whose calls use torch's own threads.
+template <class Run> void unlocked(int threads, Run run) {
     const char *message = nullptr;
     int status;
     bool interrupted, asks = true;
     {
         nb::gil_scoped_release released;
-        tilewise::Interruptible interruptible(signal_raised, &asks);
+        Interruptible interruptible(signal_raised, &asks);
+        OnTorchThreads on_torch_threads(threads);
         status = run(&message);
         interrupted = interruptible.given_up();
     }
@@ -198,7 +69,7 @@ void forward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple 
     p.part = part;
     p.row_invariant = row_invariant;
     read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, pages, sequences}, p);
-    unlocked([&p](const char **message) { return tw_forward(&p, message); });
+    unlocked(threads, [&p](const char **message) { return tw_forward(&p, message); });
 }
 
 void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v,
@@ -223,7 +94,7 @@ void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple
         for (int64_t *field : {&own.stride_b, &own.stride_h, &own.stride_i, &own.stride_j}) *field = f.next();
     }
     g.sinks = reinterpret_cast<void *>(d_sinks);
-    unlocked([&](const char **message) { return tw_backward(&p, &g, message); });
+    unlocked(threads, [&](const char **message) { return tw_backward(&p, &g, message); });
 }
 
 void tangent(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple q, nb::tuple k, nb::tuple v,
@@ -243,7 +114,7 @@ void tangent(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple 
     t.sinks = reinterpret_cast<const void *>(d_sinks);
     t.out = tensor_of(d_out);
     t.lse = reinterpret_cast<void *>(d_lse);
-    unlocked([&](const char **message) { return tw_tangent(&p, &t, message); });
+    unlocked(threads, [&](const char **message) { return tw_tangent(&p, &t, message); });
 }
 
 const tw_kernel_table *found(const tw_kernel_table *table, const char *message) {
@@ -253,13 +124,13 @@ const tw_kernel_table *found(const tw_kernel_table *table, const char *message) 
 
 const tw_kernel_table *page() {
     const char *message = nullptr;
-    const tw_kernel_table *table = tilewise::page_in_use(&message);
+    const tw_kernel_table *table = page_in_use(&message);
     return found(table, message);
 }
 
 const tw_kernel_table *page_of(int dtype) {
     const char *message = nullptr;
-    const tw_kernel_table *table = tilewise::page_for(dtype, &message);
+    const tw_kernel_table *table = page_for(dtype, &message);
     return found(table, message);
 }
 
@@ -285,7 +156,7 @@ nb::dict build_info() {
     nb::list compiled, supported;
     nb::dict refused;
     int count;
-    const tilewise::Page *list = tilewise::pages(&count);
+    const Page *list = pages(&count);
     for (int i = 0; i < count; ++i) {
         compiled.append(list[i].table->name);
         if (list[i].host_runs) supported.append(list[i].table->name);
@@ -312,10 +183,10 @@ double peak_gflops(int threads, double seconds, int dtype) {
         double seconds;
         std::vector<double> rates;
     } probe{page_of(dtype)->peak_probes[dtype], seconds, {}};
-    if (threads <= 0) threads = tilewise::default_threads();
+    if (threads <= 0) threads = default_threads();
     probe.rates.assign(size_t(threads), 0.0);
     nb::gil_scoped_release unlocked;
-    tilewise::parallel_for(
+    parallel_for(
         threads, threads,
         [](void *context, int64_t index, int) {
             Probe &own = *static_cast<Probe *>(context);
@@ -336,7 +207,7 @@ double peak_gflops(int threads, double seconds, int dtype) {
 
 void set_num_threads(int threads) {
     if (threads < 0) throw nb::value_error("threads: must be positive, or 0 for the default");
-    tilewise::set_default_threads(threads);
+    set_default_threads(threads);
 }
 
 } // namespace
@@ -366,7 +237,7 @@ NB_MODULE(_native, m) {
           "(query rows of a tile, keys of a chunk, keys of a split or 0, bytes of workspace) of a forward pass.");
     m.def("build_info", &build_info,
           "compiler, pages (compiled in, best first), supported_pages, refused_pages (name: why), xla_ffi_version.");
-    m.def("num_threads", &tilewise::default_threads, "Threads a call uses where it does not say.");
+    m.def("num_threads", &default_threads, "Threads a call uses where it does not say.");
     m.def("set_num_threads", &set_num_threads, "threads"_a,
           "Set that number for the process; 0 returns to the default.");
     m.def("peak_gflops", &peak_gflops, "threads"_a = 0, "seconds"_a = 0.05, "dtype"_a = 0,

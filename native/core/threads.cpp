@@ -2,6 +2,7 @@
 
 #include "core/kernel_table.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
@@ -28,6 +29,7 @@ constexpr std::chrono::milliseconds between_questions(100);
 
 thread_local Interruptible *interruptible = nullptr; // whose work this thread does
 thread_local bool owns_region = false;               // has the pool; what it starts meanwhile runs on it alone
+thread_local int on_torch_threads = 0;               // how many they are
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -54,9 +56,41 @@ struct DefaultMode {
 #endif
 };
 
+// OpenMP's entry to a team: runs work(context) on so many threads, the caller among them, and waits for all of them. GNU's
+// library and LLVM's both have it.
+using OpenMP = void (*)(void (*work)(void *), void *context, unsigned threads, unsigned flags);
+
+// This process came from fork and has not become another program since. OpenMP's threads may have been left behind, even
+// before this library was loaded.
+bool forked() {
+    unsigned flags = 0;
+#if defined(__linux__)
+    if (FILE *stat = fopen("/proc/self/stat", "r")) {
+        // Number, name in parentheses, state, five numbers, flags; a name may hold anything, but no later field a ')'.
+        char text[512];
+        text[fread(text, 1, sizeof text - 1, stat)] = 0;
+        fclose(stat);
+        const char *name_end = strrchr(text, ')');
+        if (!name_end || sscanf(name_end, ") %*c %*d %*d %*d %*d %*d %u", &flags) != 1) flags = 0;
+    }
+#endif
+    return flags & 0x40; // PF_FORKNOEXEC
+}
+
+std::atomic<bool> left_behind{false}; // OpenMP's threads, by a fork
+
+OpenMP torch_threads() {
+    static const OpenMP found = [] {
+        // The one that torch itself is bound to, if several are loaded.
+        void *torch = forked() ? nullptr : dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+        return torch ? reinterpret_cast<OpenMP>(dlsym(torch, "GOMP_parallel")) : nullptr;
+    }();
+    return left_behind.load(std::memory_order_relaxed) ? nullptr : found;
+}
+
 // Workers sleep until a region opens. A region is a task and a counter of indices; every thread takes the next index.
 // The caller waits for workers *inside* the region only: one that the system has not scheduled yet is not waited for,
-// it finds the region closed and goes back to sleep.
+// it finds the region closed and goes back to sleep. (OpenMP's threads, where they do the work, are all waited for.)
 struct Pool {
     std::mutex owner; // held by the caller whose region is open
     std::mutex sleep;
@@ -64,9 +98,10 @@ struct Pool {
     std::atomic<uint64_t> epoch{0};
     std::atomic<int64_t> next{0};
     std::atomic<int> inside{0};
+    std::atomic<int> joined{0}; // of OpenMP's threads
     std::atomic<bool> open{false};
     int64_t count = 0;
-    int workers = 0, invited = 0;
+    int workers = 0, invited = 0, invited_openmp = 0; // how many there are; numbers up to these take part in the region
     Task task = nullptr;
     void *context = nullptr;
     Interruptible *caller = nullptr;
@@ -74,6 +109,35 @@ struct Pool {
     void run(int worker) {
         for (int64_t i; !tw_given_up() && (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
             task(context, i, worker);
+    }
+
+    // A worker's part in the region, if it is still open.
+    void help(int number, const int &most) {
+        inside.fetch_add(1); // before asking whether the region is open: the caller closes it, then counts
+        if (open.load() && number <= most) {
+            interruptible = caller;
+            run(number);
+            interruptible = nullptr;
+        }
+        inside.fetch_sub(1);
+    }
+
+    // The caller's part.
+    void lead() {
+        run(0);
+        open.store(false);
+        for (int i = 0; inside.load() != 0; ++i) {
+            i < spins ? pause_briefly() : std::this_thread::yield();
+            tw_given_up(); // the workers' last tasks may be long ones
+        }
+    }
+
+    // What each of OpenMP's threads does.
+    static void take_part(void *pool) {
+        Pool &own = *static_cast<Pool *>(pool);
+        if (owns_region) return own.lead();
+        DefaultMode mode;
+        own.help(own.joined.fetch_add(1) + 1, own.invited_openmp);
     }
 
     void work(int number) {
@@ -86,13 +150,7 @@ struct Pool {
                 wake.wait(lock, [&] { return epoch.load(std::memory_order_acquire) != seen; });
             }
             seen = epoch.load(std::memory_order_acquire);
-            inside.fetch_add(1); // before asking whether the region is open: the caller closes it, then counts
-            if (open.load() && number <= invited) {
-                interruptible = caller;
-                run(number);
-                interruptible = nullptr;
-            }
-            inside.fetch_sub(1);
+            help(number, invited);
         }
     }
 
@@ -122,6 +180,7 @@ Pool *pool() {
                                            [] {
                                                making.unlock();
                                                the_pool.store(nullptr);
+                                               left_behind.store(true);
                                            });
     (void)once;
     Pool *made = new (std::nothrow) Pool;
@@ -179,28 +238,34 @@ void parallel_for(int64_t count, int threads, Task task, void *context) {
         return;
     }
     int64_t helpers = threads - 1 < count - 1 ? threads - 1 : count - 1;
-    shared->grow(int(helpers));
+    const OpenMP openmp = on_torch_threads ? torch_threads() : nullptr;
+    if (!openmp) shared->grow(int(helpers));
     shared->task = task;
     shared->context = context;
     shared->count = count;
     shared->caller = interruptible;
-    shared->invited = int(helpers);
+    shared->invited = openmp ? 0 : int(helpers);
+    shared->invited_openmp = openmp ? int(helpers) : 0;
     shared->next.store(0, std::memory_order_relaxed);
+    shared->joined.store(0, std::memory_order_relaxed);
     shared->open.store(true);
     owns_region = true;
-    {
-        std::lock_guard<std::mutex> sleepers(shared->sleep);
-        shared->epoch.fetch_add(1, std::memory_order_release);
-    }
-    shared->wake.notify_all();
-    shared->run(0);
-    shared->open.store(false);
-    for (int i = 0; shared->inside.load() != 0; ++i) {
-        i < spins ? pause_briefly() : std::this_thread::yield();
-        tw_given_up(); // the workers' last tasks may be long ones
+    if (openmp) {
+        openmp(Pool::take_part, shared, unsigned(on_torch_threads), 0); // all: it ends threads that are left out
+    } else {
+        {
+            std::lock_guard<std::mutex> sleepers(shared->sleep);
+            shared->epoch.fetch_add(1, std::memory_order_release);
+        }
+        shared->wake.notify_all();
+        shared->lead();
     }
     owns_region = false;
 }
+
+OnTorchThreads::OnTorchThreads(int threads) : before_(on_torch_threads) { on_torch_threads = threads; }
+
+OnTorchThreads::~OnTorchThreads() { on_torch_threads = before_; }
 
 Interruptible::Interruptible(Wanted wanted, void *context)
     : wanted_(wanted), context_(context), before_(interruptible), owner_(std::this_thread::get_id()),

@@ -15,6 +15,20 @@ namespace tilewise {
 using Task = void (*)(void *context, int64_t index, int worker);
 void parallel_for(int64_t count, int threads, Task task, void *context);
 
+// While this lives, parallel_for of the thread that made it works on the OpenMP threads that run torch's own operators, as
+// one of those would: they spin for milliseconds after their work, on the very cores that our workers would wait for. Not
+// where torch has no such threads, nor in a forked child, where OpenMP's threads are gone and it does not know.
+class OnTorchThreads {
+  public:
+    explicit OnTorchThreads(int threads); // torch's number; 0: on the pool
+    ~OnTorchThreads();
+    OnTorchThreads(const OnTorchThreads &) = delete;
+    OnTorchThreads &operator=(const OnTorchThreads &) = delete;
+
+  private:
+    const int before_;
+};
+
 // While this lives, the work of the thread that made it can be given up. That thread asks `wanted` every tenth of a second
 // or so while it works or waits; from the first true on, parallel_for takes no index more, and tw_given_up
 // (kernel_table.h), which long tasks ask, is true on every thread of the work. What was computed by then is of no use.

@@ -16,28 +16,33 @@ template <> struct FewTiles<Tiles> {
     int32_t *values;        // [2 groups of 32 keys][numbers in tiles of 16][16 units][16]
     float *out, *spare;     // [8 rows][numbers] each: of all rows, and of one that is taken alone
 
-    static int64_t space(const tw_problem &p) {
-        const int64_t units = padded_units<Tiles>(p.head_dim),
-                      numbers = Tiles::numbers * padded_units<Tiles>(p.value_dim);
-        return units * tile_side + block_keys * units + few_rows<float> * block_keys / 2 + block_keys / 2 * numbers +
-               2 * few_rows<float> * numbers;
+    // Lays these out from `memory` on and returns how many numbers they are; NULL: only counts them.
+    int64_t lay_out(const tw_problem &p, int32_t *memory) {
+        int64_t taken = 0;
+        const auto take = [memory, &taken](int64_t count) {
+            taken += count;
+            return memory ? memory + (taken - count) : nullptr;
+        };
+        units = padded_units<Tiles>(p.head_dim);
+        numbers = Tiles::numbers * padded_units<Tiles>(p.value_dim);
+        query = take(units * tile_side);
+        keys = take(block_keys * units);
+        weights = take(few_rows<float> * block_keys / 2);
+        values = take(block_keys / 2 * numbers);
+        out = reinterpret_cast<float *>(take(few_rows<float> * numbers));
+        spare = reinterpret_cast<float *>(take(few_rows<float> * numbers));
+        return taken;
     }
+
+    static int64_t space(const tw_problem &p) { return FewTiles().lay_out(p, nullptr); }
 };
 
 // rows: of the whole problem, so that a part of it is summed in the same way.
 TW_INLINE void place(const tw_problem &p, int64_t rows, FewTiles<Tiles> &f, int32_t *memory) {
     f.used = rows >= 4;
-    f.units = padded_units<Tiles>(p.head_dim);
-    f.numbers = Tiles::numbers * padded_units<Tiles>(p.value_dim);
-    const auto take = [&memory](int64_t count) { return (memory += count) - count; };
-    f.query = take(f.units * tile_side);
-    f.keys = take(block_keys * f.units);
-    f.weights = take(few_rows<float> * block_keys / 2);
-    f.values = take(block_keys / 2 * f.numbers);
-    f.out = reinterpret_cast<float *>(take(few_rows<float> * f.numbers));
-    f.spare = reinterpret_cast<float *>(take(few_rows<float> * f.numbers));
-    // Rows that do not exist are multiplied too.
-    __builtin_memset(f.query, 0, size_t(reinterpret_cast<char *>(memory) - reinterpret_cast<char *>(f.query)));
+    if (!f.used) return;
+    const int64_t count = f.lay_out(p, memory);
+    __builtin_memset(memory, 0, size_t(count) * sizeof *memory); // rows that do not exist are multiplied too
 }
 
 // The queries of the rows, down the columns of B.

@@ -48,9 +48,10 @@ template <ScorePath PATH> static void slopes_of_group(const Slopes<Tiles> &s, co
                     PATH == GENERAL && keep ? __mmask16(keep[n + i] >> z * tile_side) : __mmask16(0xFFFF);
                 __m512 x = (__m512)load(group.scores + place), cap_slope = _mm512_set1_ps(1);
                 if (capped) {
-                    const vf t = tanh_of_log2<float>((vf)_mm512_mul_ps(x, factor) * twice_inverse);
-                    cap_slope = (__m512)(1.f - t * t);
-                    x = _mm512_sub_ps((__m512)(cap * t), shift[z]);
+                    vf slope_of_cap;
+                    x = (__m512)cap_score<float>((vf)_mm512_mul_ps(x, factor), cap, twice_inverse, slope_of_cap);
+                    cap_slope = (__m512)slope_of_cap;
+                    x = _mm512_sub_ps(x, shift[z]);
                 } else {
                     x = _mm512_fmsub_ps(x, factor, shift[z]);
                 }
@@ -84,7 +85,7 @@ TW_INLINE bool careful(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int64_t 
 // d_q of the block, in the slot at hand.
 static void add_to_tile(const Slopes<Tiles> &s, Tile<Tiles> &tile, int64_t block) {
     const uint32_t met = s.work.met[s.work.slot];
-    const int64_t begin = met & 1 ? 0 : tile_keys, end = met & 2 ? block_keys : tile_keys;
+    const int64_t begin = met & 1 ? 0 : tile_keys, end = met & 2 ? int64_t(block_keys) : tile_keys;
     const int32_t *raw_across = s.raw_across + begin / 2 * tile_lanes;
     const int32_t *k = s.k_across + (block - s.first + begin) / 2 * s.across_stride;
     if (!careful(s, tile, block)) {

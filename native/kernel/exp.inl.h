@@ -44,7 +44,6 @@ template <class A> TW_INLINE vec<A> power_of_two(vec<A> shifted) {
 
 // 2^x for x below the exponent's upper end; exactly 0 for x < smallest and -inf, exactly 1 for 0, NaN for NaN.
 template <class A> TW_INLINE vec<A> exp2(vec<A> x, A smallest = exp_numbers<A>::smallest) {
-    using N = exp_numbers<A>;
     vec<A> shifted, n, f;
     vec<A> h = exp2_parts<A>(x, shifted, n, f);
     vec<A> p = h * f + A(1);
@@ -72,4 +71,12 @@ template <class A> TW_INLINE vec<A> tanh_of_log2(vec<A> x) {
     vec<A> scale = power_of_two<A>(shifted);
     vec<A> less_one = scale * (f * h) + (scale - A(1));
     return less_one / (less_one + A(2));
+}
+
+// Softcap c of a score x in log2 units, c log2(e) tanh(x ln 2 / c), and its slope, the derivative by x.
+// cap: c log2(e); twice_inverse: 2 / c.
+template <class A> TW_INLINE vec<A> cap_score(vec<A> x, A cap, A twice_inverse, vec<A> &slope) {
+    const vec<A> t = tanh_of_log2<A>(x * twice_inverse), capped = cap * t;
+    slope = A(1) - t * t;
+    return capped;
 }

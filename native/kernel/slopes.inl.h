@@ -114,9 +114,9 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
             const int place = n * width + z * W;
             if constexpr (PATH == GENERAL) {
                 if (capped) {
-                    const vec<A> t = tanh_of_log2<A>(x[n][z] * twice_inverse);
-                    x[n][z] = cap * t;
-                    store(s.cap_slopes + place, A(1) - t * t);
+                    vec<A> slope;
+                    x[n][z] = cap_score<A>(x[n][z], cap, twice_inverse, slope);
+                    store(s.cap_slopes + place, slope);
                 }
                 if (s.biased) x[n][z] += load(s.bias + at * width + place);
             }

@@ -94,9 +94,9 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
             const int place = n * width + z * W;
             if constexpr (PATH == GENERAL) {
                 if (capped) {
-                    const vec<A> t = tanh_of_log2<A>(x[n][z] * twice_inverse);
-                    x[n][z] = cap * t;
-                    store(s.cap_slopes + place, A(1) - t * t);
+                    vec<A> slope;
+                    x[n][z] = cap_score<A>(x[n][z], cap, twice_inverse, slope);
+                    store(s.cap_slopes + place, slope);
                 }
                 if (s.biased) x[n][z] += load(s.bias + at * width + place);
             }

@@ -71,7 +71,8 @@ def test_xla_structs(tmp_path: Path) -> None:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         pytest.skip("no C++ compiler")
-    checks = ["#include <stddef.h>", '#include "xla/ffi/api/c_api.h"', '#include "bind/xla_ffi.cpp"']
+    headers = ("<stddef.h>", '"xla/ffi/api/c_api.h"', '"bind/xla_c_api.h"')
+    checks = [*(f"#include {header}" for header in headers), "using namespace tw_xla;"]
     for ours, (theirs, fields) in _STRUCTS.items():
         for mine, field in fields.items():
             checks.append(f'static_assert(offsetof({ours}, {mine}) == offsetof({theirs}, {field}), "{ours}.{mine}");')

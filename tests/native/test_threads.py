@@ -45,28 +45,34 @@ def test_concurrent_backward_passes() -> None:
 
 
 _TORCH = """
-import os
+import os, time
 import numpy as np, torch, tilewise as tw
 
 threads = lambda: len(os.listdir("/proc/self/task"))
 q = torch.from_numpy(np.ones((2, 4, 500, 32), np.float32))
 before = threads()
-for number in (1, 3, 2):
+for number in (1, 9):
     torch.set_num_threads(number)
     tw.attention(q, q, q, kernel="native")
     print(threads() - before)
+torch.zeros(1 << 22).exp_()
+print(threads() - before)
+q, k = torch.ones(1, 2, 65, 512), torch.ones(1, 2, 600, 512)
+tw.attention(q, k, k, kernel="native")  # at most six tiles
+time.sleep(0.3)
+print(threads() - before)
 """
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
-def test_the_number_follows_torch() -> None:
+def test_torch_and_its_calls_share_threads() -> None:
     pytest.importorskip("torch")
     environment = {**os.environ, "TILEWISE_NUM_THREADS": "4"}
     result = subprocess.run(
         [sys.executable, "-c", _TORCH], env=environment, capture_output=True, text=True, check=True, timeout=90
     )
-    # The caller works too; workers stay for the next call.
-    assert result.stdout.split() == ["0", "2", "2"]
+    # The caller works too; those that a call started do torch's own work, and a call with little work ends none.
+    assert result.stdout.split() == ["0", "8", "8", "8"]
 
 
 _FORK = """
@@ -85,9 +91,38 @@ assert (run() == expected).all()
 """
 
 
+# torch's own threads stay behind too; a call that waited for them would wait for ever, as torch's own operators do.
+_FORK_WITH_TORCH = """
+import os, signal
+import numpy as np, torch
+torch.set_num_threads(3)
+q = torch.ones(1 << 22).exp_()[: 2 * 4 * 300 * 32].view(2, 4, 300, 32)
+def run():
+    import tilewise as tw
+    return tw.attention(q, q, q, kernel="native")
+if {called_before}:
+    run()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    out = run()
+    os._exit(0 if np.isfinite(out.numpy()).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+run()
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork_after_use() -> None:
     subprocess.run([sys.executable, "-c", _FORK], check=True, timeout=90)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("called_before", [True, False])
+def test_fork_after_torch_has_worked(called_before) -> None:
+    pytest.importorskip("torch")
+    program = _FORK_WITH_TORCH.format(called_before=called_before)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

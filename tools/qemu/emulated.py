@@ -9,98 +9,28 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shlex
 import struct
-import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from request import BACKWARD, DESCRIBE, FORWARD, PAGE_IN_USE, PAGES, PHILOX, TANGENT, THREADS, Block, ask
 from structs import structs
 
 _STRUCTS = structs(Path(__file__).parents[2] / "native/core/problem.h")
 _PROBLEM, _GRADIENTS, _TANGENTS, _DESCRIPTION = (
     _STRUCTS[f"tw_{name}"] for name in ("problem", "gradients", "tangents", "description")
 )
-_FORWARD, _BACKWARD, _TANGENT, _DESCRIBE, _PAGES, _PAGE_IN_USE, _THREADS, _PHILOX = range(8)
-_ERRORS = {1: ValueError, 3: MemoryError}  # of enum tw_status; RuntimeError for the rest
 _ITEM_BYTES = (4, 8, 2, 2)  # of each tw_dtype
-_server = subprocess.Popen(
-    shlex.split(os.environ["TILEWISE_SERVER"]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=-1
-)
-assert _server.stdin and _server.stdout
-_to_server, _from_server = _server.stdin, _server.stdout
+_SIZES = "batch q_heads kv_heads q_len k_len head_dim value_dim"
+_OVER_PAIRS = "stride_b stride_h stride_i stride_j"
 
 
-class _Block:
-    """The memory of a call: structs first, then copies of arrays."""
-
-    def __init__(self, *heads: ctypes.Structure) -> None:
-        self.heads = heads
-        self.arrays: list[tuple[int, int, int, bool]] = []  # first byte here, first byte there, bytes, is written
-        self.pointers: list[int] = []
-        self.size = sum(ctypes.sizeof(head) for head in heads)
-
-    def array(
-        self,
-        of: Any,
-        name: str,
-        address: int,
-        item: int,
-        sizes: Sequence[int],
-        strides: Sequence[int],
-        out: bool = False,
-    ) -> None:
-        """Point `of.name` to a copy of the array at `address`, of such sizes and strides in elements."""
-        if not address:
-            return
-        ends = [(size - 1) * stride * item for size, stride in zip(sizes, strides, strict=True)]
-        low, high = sum(min(0, end) for end in ends), sum(max(0, end) for end in ends) + item
-        self.size += -self.size % 64
-        setattr(of, name, self.size - low)
-        self.pointers.append(self._place(of, name))
-        if prod(sizes):
-            self.arrays.append((address + low, self.size, high - low, out))
-            self.size += high - low
-
-    def _place(self, of: Any, name: str) -> int:
-        place = ctypes.addressof(of) + getattr(type(of), name).offset
-        before = 0
-        for head in self.heads:
-            if 0 <= place - ctypes.addressof(head) < ctypes.sizeof(head):
-                return before + place - ctypes.addressof(head)
-            before += ctypes.sizeof(head)
-        raise AssertionError(f"{name} is in no struct of this call")
-
-    def run(self, operation: int) -> bytes:
-        """The block after the call; arrays that it writes are copied back."""
-        memory = bytearray(self.size)
-        heads = b"".join(bytes(head) for head in self.heads)
-        memory[: len(heads)] = heads
-        for here, there, size, _ in self.arrays:
-            memory[there : there + size] = ctypes.string_at(here, size)
-        _, after = _ask(operation, bytes(memory), self.pointers)
-        for here, there, size, out in self.arrays:
-            if out:
-                ctypes.memmove(here, after[there : there + size], size)
-        return after
-
-
-def _ask(operation: int, block: bytes = b"", pointers: Sequence[int] = ()) -> tuple[str, bytes]:
-    page = os.environ.get("TILEWISE_ISA", "").encode()
-    _to_server.write(struct.pack("3q40s", operation, len(pointers), len(block), page))
-    _to_server.write(struct.pack(f"{len(pointers)}q", *pointers) + block)
-    _to_server.flush()
-    head = _from_server.read(16)
-    if not head:
-        raise RuntimeError(f"{os.environ['TILEWISE_SERVER']}: ended with status {_server.wait()}")
-    status, length = struct.unpack("2q", head)
-    text, after = _from_server.read(length).decode(), _from_server.read(len(block))
-    if status:
-        raise _ERRORS.get(status, RuntimeError)(text)
-    return text, after
+def _integers(kind: Any, address: int, count: int) -> list[int]:
+    return list((kind * count).from_address(address)) if count else []
 
 
 def _set(of: Any, names: str, values: Sequence[Any]) -> None:
@@ -108,8 +38,15 @@ def _set(of: Any, names: str, values: Sequence[Any]) -> None:
         setattr(of, name, value)
 
 
-_SIZES = "batch q_heads kv_heads q_len k_len head_dim value_dim"
-_OVER_PAIRS = "stride_b stride_h stride_i stride_j"
+@dataclass(frozen=True)
+class _Sequence:
+    """A batch row: where its queries, keys and table begin, and its lengths."""
+
+    q_begin: int
+    q_len: int
+    k_begin: int
+    k_len: int
+    table_begin: int
 
 
 class _Call:
@@ -117,26 +54,45 @@ class _Call:
 
     def __init__(self, *more: ctypes.Structure, dtype: int, threads: int, sizes: tuple, **facts: Any) -> None:
         self.problem = p = _PROBLEM(dtype=dtype, threads=threads)
-        self.block = _Block(p, *more)
+        self.block = Block(p, *more)
         self.item, self.wide = _ITEM_BYTES[dtype], 8 if dtype == 1 else 4
         _set(p, _SIZES, sizes)
-        self.pairs = (p.batch, p.q_heads, p.q_len, p.k_len)
+        self.sequences = [_Sequence(0, p.q_len, 0, p.k_len, 0)] * p.batch
         if facts:
             self._facts(**facts)
 
-    def tensor(self, of: Any, value: tuple, item: int, heads: int, length: int, width: int, out: bool = False) -> None:
-        """(address, strides) of (B, heads, length, width)."""
+    def tensor(self, of: Any, value: tuple, item: int, out: bool = False, *, width: int, keys: bool = False) -> None:
+        """(address, strides) of (B, heads, length, width), of query rows and heads, or of those of keys."""
         address, *strides = value
         _set(of, "stride_b stride_h stride_s", strides)
-        self.block.array(of, "data", address, item, (self.problem.batch, heads, length, width), (*strides, 1), out)
+        heads = self.problem.kv_heads if keys else self.problem.q_heads
+        places = [(x.k_begin, x.k_len) if keys else (x.q_begin, x.q_len) for x in self.sequences]
+        boxes = [
+            (n * strides[0] + begin * strides[2], (heads, length, width), (*strides[1:], 1))
+            for n, (begin, length) in enumerate(places)
+        ]
+        self.block.array(of, "data", address, item, boxes, out)
 
     def rows(self, of: Any, name: str, address: int, out: bool = False) -> None:
-        """A number for each query row."""
-        self.block.array(of, name, address, self.wide, (prod(self.pairs[:3]),), (1,), out)
+        """A number for each query row, as in lse."""
+        p = self.problem
+        boxes = [
+            (n * p.lse_stride_b + x.q_begin, (p.q_heads, x.q_len), (p.lse_stride_h, 1))
+            for n, x in enumerate(self.sequences)
+        ]
+        self.block.array(of, name, address, self.wide, boxes, out)
 
     def heads(self, of: Any, name: str, address: int, out: bool = False) -> None:
         """A number for each query head."""
-        self.block.array(of, name, address, self.wide, (self.problem.q_heads,), (1,), out)
+        self.block.array(of, name, address, self.wide, [(0, (self.problem.q_heads,), (1,))], out)
+
+    def pairs(self, of: Any, name: str, address: int, item: int, strides: Sequence[int], out: bool = False) -> None:
+        """A number for each pair of a query and a key."""
+        boxes = [
+            (n * strides[0], (self.problem.q_heads, x.q_len, x.k_len), strides[1:])
+            for n, x in enumerate(self.sequences)
+        ]
+        self.block.array(of, name, address, item, boxes, out)
 
     def _facts(
         self,
@@ -165,63 +121,101 @@ class _Call:
     ) -> None:
         """`write`: whether the call gives out and lse; `as_forward`: whether out has forward's type, also in a part."""
         p, block = self.problem, self.block
-        assert pages is None and sequences is None, "pages and packed sequences are not sent to the emulated processor"
         self.result = self.wide if part else self.item
-        batch, q_heads, q_len, k_len = self.pairs
         _set(p, "row_begin row_end scale softcap part row_invariant", (*rows, scale, softcap, part, row_invariant))
-        _set(p, "lse_stride_b lse_stride_h", (q_heads * q_len, q_len))
-        self.tensor(p.q, q, self.item, q_heads, q_len, p.head_dim)
-        self.tensor(p.k, k, self.item, p.kv_heads, k_len, p.head_dim)
-        self.tensor(p.v, v, self.item, p.kv_heads, k_len, p.value_dim)
-        self.tensor(p.out, out, self.result if as_forward else self.item, q_heads, q_len, p.value_dim, write)
+        _set(p, "lse_stride_b lse_stride_h", (p.q_heads * p.q_len, p.q_len))
+        if sequences:
+            self._cut(*sequences)
+        self.tensor(p.q, q, self.item, width=p.head_dim)
+        if pages:
+            self._pages(k, v, *pages)
+        else:
+            self.tensor(p.k, k, self.item, width=p.head_dim, keys=True)
+            self.tensor(p.v, v, self.item, width=p.value_dim, keys=True)
+        self.tensor(p.out, out, self.result if as_forward else self.item, write, width=p.value_dim)
         self.rows(p, "lse", lse, write)
-        _set(p, "lse_stride_b lse_stride_h", (q_heads * q_len, q_len))
         if ranges:
             *sides, wide, count, stride_b, stride_h = ranges
             _set(p.ranges, "wide count stride_b stride_h", (wide, count, stride_b, stride_h))
-            strides = (stride_b, stride_h, count, 1)
+            boxes = [
+                (n * stride_b + x.q_begin * count, (p.q_heads, x.q_len, count), (stride_h, count, 1))
+                for n, x in enumerate(self.sequences)
+            ]
             for name, address in zip(("starts", "stops"), sides, strict=True):
-                block.array(p.ranges, name, address, 8 if wide else 4, (*self.pairs[:3], count), strides)
+                block.array(p.ranges, name, address, 8 if wide else 4, boxes)
         if labels:
-            q_labels, k_labels, *strides = labels
-            _set(p.labels, "q_stride_b q_stride_h k_stride_b k_stride_h", strides)
-            block.array(p.labels, "q", q_labels, 4, (batch, q_heads, q_len), (*strides[:2], 1))
-            block.array(p.labels, "k", k_labels, 4, (batch, q_heads, k_len), (*strides[2:], 1))
+            *sides, q_b, q_h, k_b, k_h = labels
+            _set(p.labels, "q_stride_b q_stride_h k_stride_b k_stride_h", (q_b, q_h, k_b, k_h))
+            own = enumerate(self.sequences)
+            block.array(p.labels, "q", sides[0], 4, [(n * q_b, (p.q_heads, x.q_len), (q_h, 1)) for n, x in own])
+            own = enumerate(self.sequences)
+            block.array(p.labels, "k", sides[1], 4, [(n * k_b, (p.q_heads, x.k_len), (k_h, 1)) for n, x in own])
         if mask:
             _set(p.mask, _OVER_PAIRS, mask[1:])
-            block.array(p.mask, "data", mask[0], 1, self.pairs, mask[1:])
+            self.pairs(p.mask, "data", mask[0], 1, mask[1:])
         if bits:
             self._bits(*bits)
         self.additions(p, biases, table, sinks)
         if dropout:
             _set(p.dropout, "enabled threshold inverse_keep seed stream first " + _OVER_PAIRS, (1, *dropout))
 
+    def _cut(self, *places_and_strides: int) -> None:
+        """Batch rows of different lengths."""
+        p, (*places, stride_b, stride_h) = self.problem, places_and_strides
+        _set(p, "lse_stride_b lse_stride_h", (stride_b, stride_h))
+        names = [field.name for field in fields(_Sequence)]
+        numbers = []
+        for name, address in zip(names, places, strict=True):
+            numbers.append(_integers(ctypes.c_int64, address, p.batch) if address else [0] * p.batch)
+            self.block.array(p.sequences, name, address, 8, [(0, (p.batch,), (1,))])
+        self.sequences = [_Sequence(*own) for own in zip(*numbers, strict=True)]
+
+    def _pages(self, k: tuple, v: tuple, table: int, stride_b: int, size: int) -> None:
+        """Keys and values in pages; of these, those that hold a key are sent."""
+        p = self.problem
+        _set(p.pages, "stride_b size", (stride_b, size))
+        needed = [-(-x.k_len // size) for x in self.sequences]
+        own = [(n * stride_b, (count,), (1,)) for n, count in enumerate(needed)]
+        self.block.array(p.pages, "table", table, 4, own)
+        held = [
+            (page, min(size, x.k_len - at * size))
+            for n, x in enumerate(self.sequences)
+            for at, page in enumerate(_integers(ctypes.c_int32, table + 4 * n * stride_b, needed[n]))
+        ]
+        for of, (address, *strides), width in ((p.k, k, p.head_dim), (p.v, v, p.value_dim)):
+            _set(of, "stride_b stride_h stride_s", strides)
+            boxes = [(page * strides[0], (p.kv_heads, rows, width), (*strides[1:], 1)) for page, rows in held]
+            self.block.array(of, "data", address, self.item, boxes)
+
     def additions(self, of: Any, biases: Sequence[tuple], table: tuple | None, sinks: int) -> None:
         """Biases, a table over j - i and sinks, or their tangents."""
-        batch, q_heads, q_len, k_len = self.pairs
         of.bias_count = len(biases)
         for bias, (address, dtype, *strides) in zip(of.bias, biases, strict=False):
             _set(bias, "dtype " + _OVER_PAIRS, (dtype, *strides))
-            self.block.array(bias, "data", address, _ITEM_BYTES[dtype], self.pairs, strides)
+            self.pairs(bias, "data", address, _ITEM_BYTES[dtype], strides)
         if table:
-            _set(of.table, "stride_b stride_h", table[1:])
-            diagonals = (batch, q_heads, q_len + k_len - 1)
-            self.block.array(of.table, "data", table[0], self.wide, diagonals, (*table[1:], 1))
+            address, stride_b, stride_h = table
+            _set(of.table, "stride_b stride_h", (stride_b, stride_h))
+            boxes = [
+                (n * stride_b + x.table_begin, (self.problem.q_heads, max(0, x.q_len + x.k_len - 1)), (stride_h, 1))
+                for n, x in enumerate(self.sequences)
+            ]
+            self.block.array(of.table, "data", address, self.wide, boxes)
         self.heads(of, "sinks", sinks)
 
     def _bits(self, index: int, words: int, stride_b: int, stride_h: int, *tiles_and_offset: int) -> None:
         p = self.problem
         _set(p.bits, "stride_b stride_h tiles_q tiles_k q_offset", (stride_b, stride_h, *tiles_and_offset))
-        sizes = (*self.pairs[:2], *tiles_and_offset[:2])
-        self.block.array(p.bits, "index", index, 4, sizes, (stride_b, stride_h, sizes[3], 1))
+        sizes = (p.batch, p.q_heads, *tiles_and_offset[:2])
+        self.block.array(p.bits, "index", index, 4, [(0, sizes, (stride_b, stride_h, sizes[3], 1))])
         numbers = (sizes[0] - 1) * stride_b + (sizes[1] - 1) * stride_h + sizes[2] * sizes[3]
-        stored = max((ctypes.c_int32 * numbers).from_address(index)) + 1 if prod(sizes) else 0
-        self.block.array(p.bits, "words", words, 8, (64 * stored,), (1,))
+        stored = max(_integers(ctypes.c_int32, index, numbers)) + 1 if prod(sizes) else 0
+        self.block.array(p.bits, "words", words, 8, [(0, (64 * stored,), (1,))])
 
 
 def forward(**call: Any) -> None:
     """As tilewise._native.forward."""
-    _Call(**call, write=True).block.run(_FORWARD)
+    _Call(**call, write=True).block.run(FORWARD)
 
 
 def backward(
@@ -239,16 +233,16 @@ def backward(
     g = _GRADIENTS(gather_count=len(gather))
     whole = _Call(g, **call, write=False, as_forward=False)
     p = whole.problem
-    whole.tensor(g.d_out, d_out, whole.item, p.q_heads, p.q_len, p.value_dim)
+    whole.tensor(g.d_out, d_out, whole.item, width=p.value_dim)
     whole.rows(g, "d_lse", d_lse)
-    whole.tensor(g.d_q, d_q, whole.result, p.q_heads, p.q_len, p.head_dim, out=True)
-    whole.tensor(g.d_k, d_k, whole.wide, p.kv_heads, p.k_len, p.head_dim, out=True)
-    whole.tensor(g.d_v, d_v, whole.wide, p.kv_heads, p.k_len, p.value_dim, out=True)
+    whole.tensor(g.d_q, d_q, whole.result, True, width=p.head_dim)
+    whole.tensor(g.d_k, d_k, whole.wide, True, width=p.head_dim, keys=True)
+    whole.tensor(g.d_v, d_v, whole.wide, True, width=p.value_dim, keys=True)
     for own, (address, *strides) in zip(g.gather, gather, strict=False):
         _set(own, _OVER_PAIRS, strides)
-        whole.block.array(own, "data", address, whole.wide, whole.pairs, strides, out=True)
+        whole.pairs(own, "data", address, whole.wide, strides, True)
     whole.heads(g, "sinks", d_sinks, out=True)
-    whole.block.run(_BACKWARD)
+    whole.block.run(BACKWARD)
 
 
 def tangent(
@@ -267,13 +261,13 @@ def tangent(
     t = _TANGENTS()
     whole = _Call(t, **call, write=False)
     p = whole.problem
-    whole.tensor(t.q, d_q, whole.item, p.q_heads, p.q_len, p.head_dim)
-    whole.tensor(t.k, d_k, whole.item, p.kv_heads, p.k_len, p.head_dim)
-    whole.tensor(t.v, d_v, whole.item, p.kv_heads, p.k_len, p.value_dim)
+    whole.tensor(t.q, d_q, whole.item, width=p.head_dim)
+    whole.tensor(t.k, d_k, whole.item, width=p.head_dim, keys=True)
+    whole.tensor(t.v, d_v, whole.item, width=p.value_dim, keys=True)
     whole.additions(t, d_biases, d_table, d_sinks)
-    whole.tensor(t.out, d_out, whole.result, p.q_heads, p.q_len, p.value_dim, out=True)
+    whole.tensor(t.out, d_out, whole.result, True, width=p.value_dim)
     whole.rows(t, "lse", d_lse, out=True)
-    whole.block.run(_TANGENT)
+    whole.block.run(TANGENT)
 
 
 def describe(dtype: int, threads: int, sizes: tuple, row_invariant: bool = False) -> tuple[int, ...]:
@@ -281,34 +275,34 @@ def describe(dtype: int, threads: int, sizes: tuple, row_invariant: bool = False
     call = _Call(_DESCRIPTION(), dtype=dtype, threads=threads, sizes=sizes)
     call.problem.row_invariant = row_invariant
     call.problem.row_end = call.problem.q_len
-    after = call.block.run(_DESCRIBE)
+    after = call.block.run(DESCRIBE)
     return struct.unpack("4q", after[-32:])
 
 
 def isa() -> str:
     """As tilewise._native.isa."""
-    return _ask(_PAGE_IN_USE)[0]
+    return ask(PAGE_IN_USE)[0]
 
 
 def build_info() -> dict[str, Any]:
     """As tilewise._native.build_info, as far as tests ask."""
-    compiled, supported, _ = _ask(_PAGES)[0].split(";")
+    compiled, supported, _ = ask(PAGES)[0].split(";")
     return {"compiler": "cross", "pages": tuple(compiled.split()), "supported_pages": tuple(supported.split())}
 
 
 def num_threads() -> int:
     """As tilewise._native.num_threads."""
-    return int(_ask(_THREADS, struct.pack("q", -1))[0])
+    return int(ask(THREADS, struct.pack("q", -1))[0])
 
 
 def set_num_threads(threads: int) -> None:
     """As tilewise._native.set_num_threads."""
-    _ask(_THREADS, struct.pack("q", threads))
+    ask(THREADS, struct.pack("q", threads))
 
 
 def philox_word(seed: int, stream: int, index: int) -> int:
     """As tilewise._native.philox_word."""
-    _, after = _ask(_PHILOX, struct.pack("4Q", seed, stream, index, 0))
+    _, after = ask(PHILOX, struct.pack("4Q", seed, stream, index, 0))
     return struct.unpack("I", after[24:28])[0]
 
 
@@ -316,7 +310,7 @@ def pytest_report_header() -> str:
     return f"kernels: {' '.join(build_info()['supported_pages'])}, by {os.environ['TILEWISE_SERVER']}"
 
 
-_sizes = [int(size) for size in _ask(_PAGES)[0].split(";")[2].split()]
+_sizes = [int(size) for size in ask(PAGES)[0].split(";")[2].split()]
 assert _sizes == [ctypes.sizeof(each) for each in (_PROBLEM, _GRADIENTS, _TANGENTS)], (
     "the server was built from another problem.h"
 )

