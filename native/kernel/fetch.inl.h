@@ -18,8 +18,8 @@ template <class M> TW_INLINE int64_t held_keys(const tw_problem &p) { return chu
 enum { most_held_blocks = 8 * run_keys / block_keys };
 
 // Rows of keys and values that will be wanted next: the next chunk's, the next block's, or those of the item that follows.
-// They are asked for along the sweep, since memory is slow to begin and the processor's own prefetchers end where an array's rows do. In tile
-// registers alone: other products take longer than memory.
+// They are asked for along the sweep, since memory is slow to begin and the processor's own prefetchers end where an
+// array's rows do. In tile registers alone: other products take longer than memory.
 struct RowsAhead {
     const char *k, *v;
     int64_t k_stride, v_stride, k_bytes, v_bytes; // in bytes

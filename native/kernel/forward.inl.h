@@ -84,7 +84,7 @@ static void sweep_all(Sweep<M> &s, Tile<M> *const *tiles, int64_t count, int64_t
         }
         return next;
     };
-    if (s.element_asked) plan_asking(s, *tiles[0], M::tiled ? 32 : TW_GROUP_KEYS);
+    if (count == 1) plan_asking(s, *tiles[0], M::tiled ? 32 : TW_GROUP_KEYS);
     for (int64_t key = begin, next = first_key(key); next < end && !tw_given_up();) {
         const int64_t first = next - next % s.span;
         key = first + s.span < end ? first + s.span : end;
