@@ -1,10 +1,16 @@
 // The two products of few rows (few_products.inl.h) in tile registers, a block of 64 keys at a time: there the arithmetic
-// of four rows and more takes less time than their keys and values take to come from memory, which the vectors' dot
-// product does not reach. Fewer rows are taken by the dot product.
+// of two rows and more takes less time than their keys and values take to come from memory. One row is taken by the dot
+// product, which is as fast then.
 //
 // Scores: S = K Q^T with keys in the rows of A, in place where they stand in whole tiles, and query rows in the columns of
-// B. Values: O += P V with query rows in the rows of A and of the sums, so that these take eight rows' time, and values in
-// B, two keys beside each other as `interleave` lays them. A sum's bits depend on its own row and key or column alone.
+// B. Values: O += P V with query rows in the rows of A and of the sums, and values in B as they stand in memory. There two
+// columns stand beside each other where the instruction wants two keys; so each probability has a zero beside it, once
+// after and once before, and the even and the odd columns are summed apart: twice the products, which cost less than
+// laying the values out anew. Zero times what is not finite is NaN in a column that has nothing to do with it, so a row
+// that ends with something that is not finite is summed again, carefully.
+//
+// A product's result is there after the time of three or four products, so four sums are made in turns. A sum's bits
+// depend on its own row and key or column alone.
 
 // What an item keeps for this; the rows' sums stand in `out`, one after another.
 template <> struct FewTiles<Tiles> {
@@ -12,9 +18,10 @@ template <> struct FewTiles<Tiles> {
     int64_t units, numbers; // of a key, filled up to whole tiles; of a row's out
     int32_t *query;         // [units][16 rows]
     int32_t *keys;          // [block_keys][units], where they cannot be read in place
-    int32_t *weights;       // [8 rows][units of block_keys]
-    int32_t *values;        // [2 groups of 32 keys][numbers in tiles of 16][16 units][16]
-    float *out, *spare;     // [8 rows][numbers] each: of all rows, and of one that is taken alone
+    int32_t *weights[2];    // [16 rows][block_keys]: bfloat16 with a zero after it, and before it
+    int32_t *values;        // [block_keys][numbers in pairs], where they cannot be read in place
+    float *out, *spare; // [16 rows][numbers] each: of all rows, and of one that is taken alone; of 32 columns the even
+                        // ones come first
 
     // Lays these out from `memory` on and returns how many numbers they are; NULL: only counts them.
     int64_t lay_out(const tw_problem &p, int32_t *memory) {
@@ -27,10 +34,10 @@ template <> struct FewTiles<Tiles> {
         numbers = Tiles::numbers * padded_units<Tiles>(p.value_dim);
         query = take(units * tile_side);
         keys = take(block_keys * units);
-        weights = take(few_rows<float> * block_keys / 2);
+        for (int32_t *&own : weights) own = take(tile_side * block_keys);
         values = take(block_keys / 2 * numbers);
-        out = reinterpret_cast<float *>(take(few_rows<float> * numbers));
-        spare = reinterpret_cast<float *>(take(few_rows<float> * numbers));
+        out = reinterpret_cast<float *>(take(tile_side * numbers));
+        spare = reinterpret_cast<float *>(take(tile_side * numbers));
         return taken;
     }
 
@@ -39,7 +46,7 @@ template <> struct FewTiles<Tiles> {
 
 // rows: of the whole problem, so that a part of it is summed in the same way.
 TW_INLINE void place(const tw_problem &p, int64_t rows, FewTiles<Tiles> &f, int32_t *memory) {
-    f.used = rows >= 4;
+    f.used = rows > 1;
     if (!f.used) return;
     const int64_t count = f.lay_out(p, memory);
     __builtin_memset(memory, 0, size_t(count) * sizeof *memory); // rows that do not exist are multiplied too
@@ -55,9 +62,41 @@ TW_INLINE void turn_queries(const FewTiles<Tiles> &f, Row<Tiles> *const *rows, i
     }
 }
 
+// Four numbers of each of 16 rows of 16, turned about.
+TW_INLINE void turn_four(const float *from, vf (&x)[4]) {
+    const auto piece = [from](int row) { return _mm_loadu_ps(from + row * tile_side); };
+    __m512 y[4]; // in the part l of y[i] row 4 l + i
+    TW_UNROLL(int i = 0; i < 4; ++i) {
+        y[i] = _mm512_zextps128_ps512(piece(i));
+        y[i] = _mm512_mask_broadcast_f32x4(y[i], 0x00F0, piece(4 + i));
+        y[i] = _mm512_mask_broadcast_f32x4(y[i], 0x0F00, piece(8 + i));
+        y[i] = _mm512_mask_broadcast_f32x4(y[i], 0xF000, piece(12 + i));
+    }
+    const __m512d low[2] = {_mm512_castps_pd(_mm512_unpacklo_ps(y[0], y[1])),
+                            _mm512_castps_pd(_mm512_unpacklo_ps(y[2], y[3]))};
+    const __m512d high[2] = {_mm512_castps_pd(_mm512_unpackhi_ps(y[0], y[1])),
+                             _mm512_castps_pd(_mm512_unpackhi_ps(y[2], y[3]))};
+    x[0] = (vf)_mm512_unpacklo_pd(low[0], low[1]);
+    x[1] = (vf)_mm512_unpackhi_pd(low[0], low[1]);
+    x[2] = (vf)_mm512_unpacklo_pd(high[0], high[1]);
+    x[3] = (vf)_mm512_unpackhi_pd(high[0], high[1]);
+}
+
+// Asks for the rows of a whole block, step by step between products. Lines come in pairs.
+struct Asking {
+    Ahead<bfloat> ahead;
+    int64_t steps, step = 0;
+    int asked = 0;
+};
+TW_INLINE void ask_some(Asking &a) {
+    if (!a.ahead.rows.first) return;
+    for (const int64_t until = block_keys * ++a.step / a.steps; a.asked < until; ++a.asked)
+        for (int64_t d = 0; d < a.ahead.n; d += 64) __builtin_prefetch(a.ahead.rows[a.asked] + d, 0, 2);
+}
+
 // Scores of a block's n keys with `count` rows, of which all have stood in turn_queries, times `factor`.
 static void scores_in_tiles(const FewTiles<Tiles> &f, Rows<bfloat> keys, int n, int64_t head_dim,
-                            Row<Tiles> *const *rows, int64_t count, float factor) {
+                            Row<Tiles> *const *rows, int64_t count, float factor, Ahead<bfloat> next) {
     const char *from = reinterpret_cast<const char *>(keys.first);
     int64_t bytes = keys.stride * int64_t(sizeof(bfloat));
     if (n < block_keys || keys.each || head_dim % (2 * tile_side)) {
@@ -66,6 +105,7 @@ static void scores_in_tiles(const FewTiles<Tiles> &f, Rows<bfloat> keys, int n, 
         bytes = f.units * int64_t(sizeof(int32_t));
     }
     alignas(64) float scores[block_keys * tile_side];
+    Asking asking = {next, f.units / 4};
     order_memory();
     _tile_zero(0);
     _tile_zero(1);
@@ -75,62 +115,121 @@ static void scores_in_tiles(const FewTiles<Tiles> &f, Rows<bfloat> keys, int n, 
         _tile_loadd(5, f.query + u * tile_side, 64);
         _tile_loadd(4, from, bytes);
         _tile_dpbf16ps(0, 4, 5);
+        ask_some(asking);
         _tile_loadd(4, from + 16 * bytes, bytes);
         _tile_dpbf16ps(1, 4, 5);
+        ask_some(asking);
         _tile_loadd(4, from + 32 * bytes, bytes);
         _tile_dpbf16ps(2, 4, 5);
+        ask_some(asking);
         _tile_loadd(4, from + 48 * bytes, bytes);
         _tile_dpbf16ps(3, 4, 5);
+        ask_some(asking);
     }
     _tile_stored(0, scores, 64);
     _tile_stored(1, scores + tile_units, 64);
     _tile_stored(2, scores + 2 * tile_units, 64);
     _tile_stored(3, scores + 3 * tile_units, 64);
     order_memory();
-    for (int j = 0; j < block_keys; j += tile_side) {
-        vf x[tile_side];
-        TW_UNROLL(int i = 0; i < tile_side; ++i) x[i] = load(scores + (j + i) * tile_side);
-        transpose<float>(x);
-        TW_UNROLL(int r = 0; r < few_rows<float>; ++r)
-            if (r < count) store(rows[r]->scores + j, x[r] * factor);
+    for (int j = 0; j < block_keys; j += tile_side)
+        for (int64_t first = 0; first < count; first += 4) {
+            vf x[4];
+            turn_four(scores + j * tile_side + first, x);
+            TW_UNROLL(int r = 0; r < 4; ++r)
+                if (first + r < count) store(rows[first + r]->scores + j, x[r] * factor);
+        }
+}
+
+// N tiles of 32 columns: even, odd columns of out += weights * values.
+template <int N>
+TW_INLINE void add_columns(const FewTiles<Tiles> &f, const char *values, int64_t bytes, bool even, bool odd, float *out,
+                           Asking &asking) {
+    constexpr int64_t weight_bytes = block_keys * sizeof(int32_t);
+    const int64_t out_bytes = f.numbers * int64_t(sizeof(float));
+    _tile_loadd(0, out, out_bytes);
+    _tile_loadd(1, out + tile_side, out_bytes);
+    if (N == 2) {
+        _tile_loadd(2, out + 2 * tile_side, out_bytes);
+        _tile_loadd(3, out + 3 * tile_side, out_bytes);
+    }
+    for (int key = 0; key < block_keys; key += tile_side, values += tile_side * bytes) {
+        _tile_loadd(6, f.weights[0] + key, weight_bytes);
+        _tile_loadd(7, f.weights[1] + key, weight_bytes);
+        ask_some(asking);
+        _tile_loadd(4, values, bytes);
+        if (even) _tile_dpbf16ps(0, 6, 4);
+        if (odd) _tile_dpbf16ps(1, 7, 4);
+        if (N == 1) continue;
+        _tile_loadd(5, values + 64, bytes);
+        if (even) _tile_dpbf16ps(2, 6, 5);
+        if (odd) _tile_dpbf16ps(3, 7, 5);
+    }
+    _tile_stored(0, out, out_bytes);
+    _tile_stored(1, out + tile_side, out_bytes);
+    if (N == 2) {
+        _tile_stored(2, out + 2 * tile_side, out_bytes);
+        _tile_stored(3, out + 3 * tile_side, out_bytes);
+    }
+}
+TW_INLINE void add_all_columns(const FewTiles<Tiles> &f, const char *values, int64_t bytes, bool even, bool odd,
+                               float *out, Ahead<bfloat> next = {{nullptr, 0, nullptr}, 0}) {
+    Asking asking = {next, (f.numbers + 2 * tile_side) / (4 * tile_side) * (block_keys / tile_side)};
+    order_memory();
+    int64_t d = 0;
+    for (; d + 4 * tile_side <= f.numbers; d += 4 * tile_side, values += 128)
+        add_columns<2>(f, values, bytes, even, odd, out + d, asking);
+    if (d < f.numbers) add_columns<1>(f, values, bytes, even, odd, out + d, asking);
+    order_memory();
+}
+
+// Copies the n values of a block, of whose numbers those under `kept` stay and the others become 0, as do all numbers of
+// keys that `seen` does not name; these are not read.
+TW_INLINE void copy_values(const FewTiles<Tiles> &f, Rows<bfloat> values, int64_t value_dim, uint64_t seen,
+                           uint32_t kept) {
+    int32_t *to = f.values;
+    for (int j = 0; j < block_keys; ++j, to += f.numbers / 2) {
+        if (seen >> j & 1)
+            copy_row(values[j], value_dim, to);
+        else
+            __builtin_memset(to, 0, size_t(f.numbers) * sizeof(bfloat));
+        if (~kept)
+            for (int64_t u = 0; u < f.numbers / 2; u += tile_side) store(to + u, load(to + u) & int32_t(kept));
     }
 }
 
-// out += weights * values for the keys of a block that `some` names; the others are not read. out: of the first row.
+// out += weights * values for the n keys of a block; out: of the first row. careful: the values of keys that are not
+// `seen` are left out, and what is not finite stays in its column; it changes no bit of what is finite.
 static void add_weighted_in_tiles(const FewTiles<Tiles> &f, Row<Tiles> *const *rows, int64_t count, Rows<bfloat> values,
-                                  int64_t value_dim, uint64_t some, Ahead<bfloat> next_keys,
-                                  Ahead<bfloat> next_values) {
-    constexpr int units = block_keys / 2, group = units / 2;
+                                  int64_t value_dim, int n, uint64_t seen, bool careful, Ahead<bfloat> next) {
     for (int64_t r = 0; r < count; ++r)
-        for (int u = 0; u < units; u += tile_side) store(f.weights + r * units + u, load(rows[r]->weights + u));
-    for (int unit = 0; unit < units; ++unit, some >>= 2) {
-        int32_t *to = f.values + unit / group * (f.numbers * group) + unit % group * tile_side;
-        const bfloat *row = some & 1 ? values[2 * unit] : nullptr, *other = some & 2 ? values[2 * unit + 1] : nullptr;
-        for (int j = 2 * unit; j < 2 * unit + 2; ++j) {
-            if (next_keys.rows.first) ask_for(next_keys.rows[j], next_keys.n);
-            if (next_values.rows.first) ask_for(next_values.rows[j], next_values.n);
+        for (int j = 0; j < block_keys; j += tile_side) {
+            const __m256i own = _mm256_loadu_si256((const __m256i *)(rows[r]->weights + j / 2));
+            const __m512i low = _mm512_cvtepu16_epi32(own);
+            store(f.weights[0] + r * block_keys + j, (vi32)low);
+            store(f.weights[1] + r * block_keys + j, (vi32)_mm512_slli_epi32(low, 16));
         }
-        for (int64_t d = 0; d < f.numbers; d += 2 * tile_side, to += 2 * tile_units) {
-            vi32 low = {}, high = {};
-            if (some & 3)
-                interleave(row ? row + d : other + d, other ? other + d : row + d, value_dim - d, some, low, high);
-            store(to, low);
-            store(to + tile_units, high);
-        }
+    float *const out = rows[0]->out;
+    const char *from = reinterpret_cast<const char *>(f.values);
+    const int64_t bytes = f.numbers * int64_t(sizeof(bfloat));
+    if (careful) {
+        copy_values(f, values, value_dim, seen, 0x0000FFFFu);
+        add_all_columns(f, from, bytes, true, false, out);
+        copy_values(f, values, value_dim, seen, 0xFFFF0000u);
+        add_all_columns(f, from, bytes, false, true, out);
+    } else if (n < block_keys || values.each || value_dim % (2 * tile_side)) {
+        copy_values(f, values, value_dim, first_bits(n), ~0u);
+        add_all_columns(f, from, bytes, true, true, out, next);
+    } else {
+        add_all_columns(f, reinterpret_cast<const char *>(values.first), values.stride * int64_t(sizeof(bfloat)), true,
+                        true, out, next);
     }
-    float *out = rows[0]->out;
-    const int64_t bytes = f.numbers * int64_t(sizeof(float));
-    order_memory();
-    for (int64_t d = 0; d < f.numbers; d += tile_side, out += tile_side) {
-        const int32_t *tile = f.values + d * group;
-        _tile_loadd(6, out, bytes);
-        _tile_loadd(7, f.weights, units * sizeof(int32_t));
-        _tile_loadd(5, tile, 64);
-        _tile_dpbf16ps(6, 7, 5);
-        _tile_loadd(7, f.weights + group, units * sizeof(int32_t));
-        _tile_loadd(5, tile + f.numbers * group, 64);
-        _tile_dpbf16ps(6, 7, 5);
-        _tile_stored(6, out, bytes);
+}
+
+// The sums of n columns, from the order of add_columns to their own.
+TW_INLINE void put_columns_in_order(float *sums, int64_t n) {
+    for (float *block = sums; block < sums + n; block += 2 * tile_side) {
+        float own[2 * tile_side];
+        for (int c = 0; c < 2 * tile_side; ++c) own[c] = block[c % 2 * tile_side + c / 2];
+        __builtin_memcpy(block, own, sizeof own);
     }
-    order_memory();
 }

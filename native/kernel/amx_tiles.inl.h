@@ -17,14 +17,12 @@ struct Tiles : Pairs {
 // The tiles' shape is part of a thread's state, and other libraries use tiles too. So a kernel sets it when it begins
 // and gives the registers back when it ends.
 template <> struct Registers<Tiles> {
-    // few: rows of registers 6 and 7; the others have sixteen.
-    explicit Registers(uint8_t few = tile_side) {
+    Registers() {
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         } shape;
-        shape.rows[6] = shape.rows[7] = few;
         __asm__ volatile("" : : "r"(&shape) : "memory");
         _tile_loadconfig(&shape);
     }

@@ -43,7 +43,8 @@ template <class M> static void weigh(const tw_problem &p, int64_t b, Row<M> &row
     vec<A> tops = load(row.scores);
     for (int j = W; j < block_keys; j += W) tops = larger<A>(tops, load(row.scores + j));
     A top = tops[0];
-    for (int l = 1; l < W; ++l) top = tops[l] > top ? tops[l] : top;
+    if (lane_bits(tops > row.limit))
+        for (int l = 1; l < W; ++l) top = tops[l] > top ? tops[l] : top;
     if (top > row.limit) {
         if (row.limit > -A(__builtin_inf())) {
             const A factor = power_of_two_of(row.shift - top);
@@ -80,6 +81,21 @@ template <class M> static size_t few_rows_bytes(const tw_problem &p) {
     return size_t(few_rows<A>) * row_bytes<M>(p) + size_t(FewTiles<M>::space(p)) * sizeof(A);
 }
 
+// The whole block that the same thread most likely reads after the one that begins at `key`; item = NULL: none.
+struct Block {
+    const tw_item *item;
+    int64_t key;
+};
+TW_INLINE Block block_after(const tw_item &item, int64_t key) {
+    const tw_item *own = &item;
+    key += block_keys;
+    if (key >= item.key_end) {
+        own = item.next && item.next->number == item.number ? item.next : nullptr;
+        key = own ? own->key_begin : 0;
+    }
+    return {own && key + block_keys <= own->key_end ? own : nullptr, key};
+}
+
 template <class T, class M>
 static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &tiles, Row<M> *const *rows, int64_t count,
                        bool careful) {
@@ -96,8 +112,18 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
         if (!some) continue;
         const Rows<T> keys = key_rows(p, p.k, item.b, item.kv_head, key, n, each_key);
         const Rows<T> values = key_rows(p, p.v, item.b, item.kv_head, key, n, each_value);
+        const Block after = block_after(item, key);
+        Ahead<T> next = {{nullptr, 0, nullptr}, p.head_dim};
+        if (after.item)
+            next.rows = key_rows(p, p.k, after.item->b, after.item->kv_head, after.key, block_keys, each_next);
+        Ahead<T> next_values = {{nullptr, 0, nullptr}, p.value_dim};
         if constexpr (M::tiled)
-            if (in_tiles) scores_in_tiles(tiles, keys, n, p.head_dim, rows, count, factor);
+            if (in_tiles) {
+                if (after.item)
+                    next_values.rows =
+                        key_rows(p, p.v, after.item->b, after.item->kv_head, after.key, block_keys, each_next_value);
+                scores_in_tiles(tiles, keys, n, p.head_dim, rows, count, factor, next);
+            }
         for (int j = 0; j < n && !in_tiles; j += W) {
             const T *own[W]; // a ragged end repeats the last key; no row sees the repetitions
             TW_UNROLL(int l = 0; l < W; ++l) own[l] = keys[j + l < n ? j + l : n - 1];
@@ -112,20 +138,12 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
             adjust_scores(p, item.b, *rows[r], key, n);
             weigh(p, item.b, *rows[r], key);
         }
+        if constexpr (M::tiled)
+            if (in_tiles) {
+                add_weighted_in_tiles(tiles, rows, count, values, p.value_dim, n, rows[0]->seen, careful, next_values);
+                continue;
+            }
         int64_t r = 0;
-        Ahead<T> next = {{nullptr, 0, nullptr}, p.head_dim};
-        if (key + 2 * block_keys <= item.key_end)
-            next.rows = key_rows(p, p.k, item.b, item.kv_head, key + block_keys, block_keys, each_next);
-        if (in_tiles) {
-            Ahead<T> next_values = {{nullptr, 0, nullptr}, p.value_dim};
-            if (next.rows.first)
-                next_values.rows =
-                    key_rows(p, p.v, item.b, item.kv_head, key + block_keys, block_keys, each_next_value);
-            const uint64_t read = careful ? rows[0]->seen : some;
-            if constexpr (M::tiled)
-                add_weighted_in_tiles(tiles, rows, count, values, p.value_dim, read, next, next_values);
-            continue;
-        }
         if (!careful)
             for (; r + 4 <= count; r += 4)
                 add_weighted<M, 4>(rows + r, values, p.value_dim, some, r ? Ahead<T>{} : next);
@@ -156,7 +174,7 @@ static void forward_few_rows(const tw_problem *problem, const tw_item *item, voi
     const int64_t count = item->row_end - item->row_begin, per_head = p.row_end - p.row_begin;
     const int64_t group = p.q_heads / p.kv_heads;
     const A factor = A(p.scale * 1.4426950408889634074);
-    const Registers<M> registers(few_rows<A>);
+    const Registers<M> registers;
     Row<M> *rows[few_rows<A>] = {};
     FewTiles<M> tiles;
     if constexpr (M::tiled)
@@ -181,7 +199,9 @@ static void forward_few_rows(const tw_problem *problem, const tw_item *item, voi
     sweep_rows<T>(p, *item, tiles, rows, count, false);
     for (int64_t r = 0; r < count; ++r) {
         Row<M> &row = *rows[r];
-        if ((row.masked || p.bias_count || p.table.data) && !all_finite(row.out, out_numbers<M>(p))) {
+        bool doubtful = row.masked || p.bias_count || p.table.data;
+        if constexpr (M::tiled) doubtful |= tiles.used;
+        if (doubtful && !all_finite(row.out, out_numbers<M>(p))) {
             if constexpr (M::tiled)
                 if (tiles.used) {
                     row.out = tiles.spare;
@@ -190,7 +210,14 @@ static void forward_few_rows(const tw_problem *problem, const tw_item *item, voi
             reset(p, row);
             sweep_rows<T>(p, *item, tiles, rows + r, 1, true);
         }
-        if constexpr (M::numbers > 1) put_in_order(row.out, p.value_dim);
+        bool in_order = M::numbers == 1;
+        if constexpr (M::tiled)
+            if (tiles.used) {
+                put_columns_in_order(row.out, p.value_dim);
+                in_order = true;
+            }
+        if constexpr (M::numbers > 1)
+            if (!in_order) put_in_order(row.out, p.value_dim);
         A sum = 0;
         for (int l = 0; l < lanes<A>; ++l) sum += row.sum[l];
         const bool seen = row.limit > -A(__builtin_inf()) || sum != 0;

@@ -103,6 +103,20 @@ def test_what_is_masked_cannot_be_seen(page, q_len, key, dtype) -> None:
     assert np.isnan(got[:, :, sees].astype("float32")).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("value", [24, 64])
+@pytest.mark.parametrize("q_len", [1, 3, 60])
+def test_a_value_that_is_not_finite_stays_in_its_column(page, q_len, value, dtype) -> None:
+    q, k, v = _arrays(dtype, q_len, 150, 16, value)
+    clean = tw.attention(q, k, v, kernel="native")
+    v[:, :, 20, 5], v[:, :, 77, 8], v[:, :, 149, 9] = np.inf, np.nan, -np.inf
+    got = tw.attention(q, k, v, kernel="native")
+    others = np.delete(np.arange(value), [5, 8, 9])
+    assert got[..., others].tobytes() == clean[..., others].tobytes()
+    assert (got[..., 5] == np.inf).all() and np.isnan(got[..., 8].astype("float32")).all()
+    assert (got[..., 9] == -np.inf).all()
+
+
 @pytest.mark.parametrize("q_len", [3, 80])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("rubbish", [np.nan, np.inf])

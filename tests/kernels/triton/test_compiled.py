@@ -15,6 +15,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+sys.path.append(str(Path(__file__).parent))
+
+from spills import SPILLS
+
 # Bytes of shared memory that one block may have.
 SHARED = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 INSTRUCTION = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
@@ -22,18 +26,10 @@ INSTRUCTION = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcge
 # The kernels whose tile sizes are in the table, and which use the matrix instruction of the architecture.
 TILED = ("forward_kernel", "d_kv_kernel", "d_q_kernel", "d_dense_kernel", "d_table_kernel")
 
-# No entry of the table for widths 64 and 128 in bfloat16 may spill a register on sm_80 or sm_90, but for what stands
-# here with the bytes of stack that it takes: by architecture, width, kernel and words of the problem.
-SPILLS = {
-    ("sm_80", 64, "d_kv_kernel", "+dropout+causal"): 8,
-    ("sm_80", 64, "d_kv_kernel", "+dropout+causal+atomics"): 16,
-    ("sm_90", 128, "d_kv_kernel", "+softcap+dense+sinks+dropout+table"): 8,
-    ("sm_90", 128, "d_kv_kernel", "+dropout+causal+atomics"): 40,
-}
-# From width 256 on the accumulators fill the registers, and what they push out is only bounded.
-WIDE_STACK = 640
+# All others run rarely or shortly and may spill a little: the compiler trades these bytes for more programs at once.
+OTHERS_STACK = 64
 
-QUICK = ["64,bfloat16,causal", "128,bfloat16,backward+causal"]
+QUICK = ["64,bfloat16,causal", "128,bfloat16,backward+causal", "256,bfloat16,backward+causal"]
 DECODE = ["128,bfloat16,decode+causal", "64,float16,decode", "256,bfloat16,decode+causal"]
 # Pages that hold several tiles of keys, parts of one, and what is no power of two.
 PAGES = [
@@ -46,7 +42,13 @@ PAGES = [
 COLUMNS = {
     "plain": ("", "+causal", "+softcap+sinks+causal", "+labels", "+atomics", "+causal+atomics"),
     "pairs": ("+bias", "+table+causal", "+dense", "+bias+atomics"),
-    "dropout": ("+dropout", "+dropout+causal", "+softcap+dense+sinks+dropout+table", "+dropout+causal+atomics"),
+    "several": ("+dropout", "+dropout+causal", "+softcap+dense+sinks+dropout+table", "+dropout+causal+atomics"),
+}
+# Of each column what wants most registers.
+HARDEST = {
+    "plain": ("+causal", "+causal+atomics"),
+    "pairs": ("+table+causal",),
+    "several": ("+softcap+dense+sinks+dropout+table",),
 }
 
 
@@ -66,22 +68,30 @@ def reports(arch: str, problems: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def check(arch: str, problems: tuple[str, ...]) -> None:
+    """Shared memory suffices, the matrix instruction is there, and nothing spills but what is recorded."""
     found = reports(arch, problems)
     assert {report["problem"] for report in found} == set(problems)
-    for report in found:
-        assert report["shared"] <= SHARED[arch], report
-        if report["kernel"] in TILED:
-            assert report[INSTRUCTION[arch]] > 0, report
-            if arch in ("sm_80", "sm_90"):
-                assert report["stack"] <= most_stack(report), report
+    wrong = [report for report in found if not fits(report)]
+    assert not wrong, "\n".join(map(json.dumps, wrong))
 
 
-def most_stack(report: dict[str, Any]) -> int:
-    """Bytes of stack that a kernel of sm_80 or sm_90 may use."""
-    width, _, words = report["problem"].split(",")
-    if int(width) >= 256:
-        return WIDE_STACK
-    return SPILLS.get((report["arch"], int(width), report["kernel"], words.removeprefix("backward")), 0)
+def fits(report: dict[str, Any]) -> bool:
+    """Whether one kernel is as it should be."""
+    width, dtype, words = report["problem"].split(",")
+    arch, kernel = report["arch"], report["kernel"]
+    if report["shared"] > SHARED[arch]:
+        return False
+    if kernel not in TILED:
+        return bool(report["stack"] <= OTHERS_STACK)
+    # float32 products run on the ordinary units. At width 512 tiles have fewer rows than the instruction for four warps
+    # takes: the smaller one serves.
+    names = {INSTRUCTION[arch]} | ({"mma"} if width == "512" else set())
+    if dtype != "float32" and not any(report.get(name) for name in names):
+        return False
+    words = words.removeprefix("backward")
+    if kernel != "d_kv_kernel":  # the only one whose code depends on the way
+        words = words.removesuffix("+atomics")
+    return bool(report["stack"] <= SPILLS.get((arch, int(width), dtype, kernel, words), 0))
 
 
 def test_hopper() -> None:
@@ -106,21 +116,29 @@ def test_decode(arch: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_every_entry_of_the_table(arch: str, width: int, column: str) -> None:
     check(arch, tuple(f"{width},bfloat16,backward{words}" for words in COLUMNS[column]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["", "+causal", "+bias"])
+@pytest.mark.parametrize("column", HARDEST)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_width_256(arch: str, words: str) -> None:
-    check(arch, (f"256,bfloat16,backward{words}",))
+def test_width_512(arch: str, column: str) -> None:
+    check(arch, tuple(f"512,bfloat16,backward{words}" for words in HARDEST[column]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_100", "gfx942"])
-@pytest.mark.parametrize("problem", QUICK)
-def test_other_architectures(arch: str, problem: str) -> None:
-    check(arch, (problem,))
+@pytest.mark.parametrize("column", HARDEST)
+@pytest.mark.parametrize("width", [64, 128, 256, 512])
+@pytest.mark.parametrize("arch", ["sm_89", "sm_100", "gfx942"])
+def test_other_architectures(arch: str, width: int, column: str) -> None:
+    check(arch, tuple(f"{width},bfloat16,backward{words}" for words in HARDEST[column]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128, 256, 512])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+def test_float32(arch: str, width: int) -> None:
+    check(arch, (f"{width},float32,backward+causal",))

@@ -127,6 +127,11 @@ def _plant_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     v[:, :, 2], v[:, :, 3, 0], k[:, :, 4] = float("nan"), float("inf"), float("nan")
 
 
+def _plant_one_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Rubbish in one head of one batch row alone: what is found unsound there is no other program's."""
+    k[1, 1, 2], v[1, 1, 3], q[1, 3, 0] = float("nan"), float("inf"), float("nan")
+
+
 def _some(b: Any, h: Any, i: Any, j: Any) -> Any:
     return (i * 7 + j * 3 + h + b) % 5 < 2
 
@@ -186,6 +191,8 @@ CASES = (
     Case("rubbish in a document", _thirds, plant=_plant_documents),
     Case("rubbish and soft cap", lambda s: _thirds(s) | {"softcap": 2.0}, plant=_plant_documents),
     Case("rubbish in late keys", lambda s: {"mask": tw.causal("start")}, plant=_plant_late, lengths=(0.6, 1.0)),
+    Case("rubbish in one row and head", _thirds, 2, (4, 2), plant=_plant_one_row),
+    Case("rubbish, width 256", _thirds, widths=(256, 256), plant=_plant_documents, wide=True),
     Case("rubbish behind a dense mask", _dense, plant=_plant_late, lengths=FEW),
     Case("rubbish behind -inf", _minus_inf, plant=_plant_late, lengths=FEW),
     # The gradient of q in the keys' pass.

@@ -41,6 +41,11 @@ def can_leak(plan: Plan) -> bool:
     return bool(mask.ranges or mask.labels or mask.bits or bias.dense or bias.table)
 
 
+def unsound_of(plan: Plan, grid: tuple[int], device: torch.device) -> torch.Tensor | None:
+    """A zero for each program, to be set where its result is not finite; None where nothing can leak."""
+    return torch.zeros(grid, dtype=torch.int8, device=device) if can_leak(plan) else None
+
+
 def heads_together(problem: AttentionProblem, heads: int, masked: bool) -> int:
     """How many of the B * heads heads run side by side.
 

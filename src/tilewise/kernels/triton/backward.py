@@ -11,16 +11,17 @@ from dataclasses import dataclass
 import torch
 
 from ...contract import Gradients, Operands, Plan
-from .arguments import call_of, can_leak, heads_together
+from .arguments import call_of, heads_together, unsound_of
 from .bias_kernels import d_dense_kernel, d_table_kernel
-from .d_kv_kernel import d_kv_kernel, unsound_d_q_kernel
+from .careful_kernels import careful_d_kv_kernel, careful_d_q_kernel, unsound_d_q_kernel
+from .d_kv_kernel import d_kv_kernel
 from .d_q_kernel import d_q_kernel
 from .device.records import Call, Rows, View, rows, view
 from .facts import Facts, facts_of
 from .forward import like_layout
 from .launch import blocks_of, launch, on_device_of
 from .rows_kernel import rows_kernel
-from .tiles import ATOMICS, keys_and_values_apart
+from .tiles import ATOMICS, careful, keys_and_values_apart
 
 _ROWS_AT_ONCE = 32
 
@@ -85,12 +86,13 @@ class _Step:
         blocks = blocks_of("d_q", self.plan, q.device)
         for slab in self.facts.slabs("queries", blocks):
             masked = slab.lists is not None
-            launch(
-                d_q_kernel, (slab.tiles * problem.batch * problem.q_heads,),
-                *self.tiles, view(d_q), self.call._replace(mask=slab.mask),
-                slab.lists, slab.first, slab.tiles, heads_together(problem, problem.q_heads, masked),
-                LAST_FIRST=masked, CAN_LEAK=can_leak(self.plan), blocks=blocks,
-            )  # fmt: skip
+            grid = (slab.tiles * problem.batch * problem.q_heads,)
+            walk = slab.lists, slab.first, slab.tiles, heads_together(problem, problem.q_heads, masked)
+            unsound = unsound_of(self.plan, grid, q.device)
+            arguments = (*self.tiles, view(d_q), unsound, self.call._replace(mask=slab.mask), *walk)
+            launch(d_q_kernel, grid, *arguments, LAST_FIRST=masked, blocks=blocks)
+            if unsound is not None:
+                launch(careful_d_q_kernel, grid, *arguments, LAST_FIRST=masked, blocks=careful(blocks))
         return d_q
 
     def d_qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -112,12 +114,16 @@ class _Step:
             grid, call = (slab.tiles * problem.batch * problem.kv_heads,), self.call._replace(mask=slab.mask)
             together = heads_together(problem, problem.kv_heads, slab.lists is not None)
             walk = slab.lists, slab.first, slab.tiles, together
+            unsound = unsound_of(self.plan, grid, k.device)
+            made = view(d_k), view(d_v), unsound
             for want_k, want_v in passes:
                 launch(
-                    d_kv_kernel, grid, *self.tiles, sums if want_k else None, view(d_k), view(d_v), call, *walk,
-                    WANT_K=want_k, WANT_V=want_v, CAN_LEAK=can_leak(self.plan), blocks=blocks,
+                    d_kv_kernel, grid, *self.tiles, sums if want_k else None, *made, call, *walk,
+                    WANT_K=want_k, WANT_V=want_v, blocks=blocks,
                 )  # fmt: skip
-            if sums is not None and can_leak(self.plan):
+            if unsound is not None:
+                launch(careful_d_kv_kernel, grid, *self.tiles, *made, call, *walk, blocks=careful(blocks))
+            if unsound is not None and sums is not None:
                 launch(unsound_d_q_kernel, grid, *self.tiles, sums, call, *walk, blocks=blocks)
         return d_k, d_v
 

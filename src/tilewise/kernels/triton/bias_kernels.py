@@ -94,14 +94,15 @@ def _add_tile(
     if tl.max(seen.to(tl.int32), axis=None) != 0:
         kv_head = h // call.shape.group
         q_tile = load_tile(q, b, h, queries, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
+        k_tile = load_tile(k, b, kv_head, keys, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, False)
+        row_level = load_row(level, b, h, row, call.shape.q_len, INF)[:, None]
+        p, keep, seen, bend = probabilities(product(q_tile, tl.trans(k_tile)), call, row_level, b, h, i, j, True)
+        # Only now, for registers hold what was loaded until it is multiplied.
         d_out_tile = load_tile(
             d_out, b, h, queries, call.shape.q_len, BLOCK_Q, call.shape.dv, call.shape.block_dv, False
         )
-        k_tile = load_tile(k, b, kv_head, keys, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, False)
         v_tile = load_tile(v, b, kv_head, keys, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, False)
-        row_level = load_row(level, b, h, row, call.shape.q_len, INF)[:, None]
         row_delta = load_row(delta, b, h, row, call.shape.q_len, 0.0)[:, None]
-        p, keep, seen, bend = probabilities(product(q_tile, tl.trans(k_tile)), call, row_level, b, h, i, j, True)
         d_scores, _ = slopes(p, product(d_out_tile, tl.trans(v_tile)), row_delta, keep, seen, bend, call, True)
         acc += d_scores
     return acc

@@ -58,7 +58,8 @@ def _tiles(problem: AttentionProblem) -> Tiles:
 
 
 def _workspace(problem: AttentionProblem, tiles: Tiles) -> int:
-    """Bounds of ranges, and lists of tiles: at most 64 MiB of those at once, and 32 MiB of evaluated predicates."""
+    """Bounds of ranges, a byte for each program, and lists of tiles: at most 64 MiB of those at once, and 32 MiB of
+    evaluated predicates."""
     leading = (problem.batch if problem.mask.batch else 1) * (problem.q_heads if problem.mask.heads else 1)
     bounds = 8 * leading * problem.q_len * problem.mask.ranges
     masked = problem.mask.ranges or problem.mask.labels or problem.mask.bits
@@ -67,7 +68,8 @@ def _workspace(problem: AttentionProblem, tiles: Tiles) -> int:
     if tiles.split:
         states = problem.batch * problem.kv_heads * -(-problem.k_len // tiles.split) * tiles.queries
         return bounds + 4 * states * (padded_width(problem) + 2)
-    return bounds + lists + (1 << 25 if problem.mask.bits == "lazy" else 0)
+    flags = problem.batch * problem.q_heads * -(-problem.q_len // max(1, tiles.queries))
+    return bounds + lists + flags + (1 << 25 if problem.mask.bits == "lazy" else 0)
 
 
 CARD = KernelCard(
@@ -78,7 +80,7 @@ CARD = KernelCard(
     dtypes=frozenset({"float32", "float16", "bfloat16"}),
     gradients=frozenset({"q", "k", "v", "bias", "table", "sinks"}),
     max_key_length=_MOST_KEYS,
-    # Held to the oracle by Triton's interpreter and compiled for four architectures: unasked, it runs where a GPU run
+    # Held to the oracle by Triton's interpreter and compiled for five architectures: unasked, it runs where a GPU run
     # has checked and timed it, which that device's measured table says.
     automatic=frozenset({"cuda"}),
     needs_table=True,

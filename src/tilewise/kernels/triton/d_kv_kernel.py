@@ -11,17 +11,17 @@ import triton
 import triton.language as tl
 
 from .device.arithmetic import INF, dot, load_tile, product, store_tile
-from .device.careful import CAREFUL_ROWS, add_seen, all_finite
+from .device.careful import add_seen, all_finite, note_unsound
 from .device.slopes import after_dropout, load_row, probabilities, slopes
 from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
 
 
 @triton.jit(do_not_specialize=GRID)
 def d_kv_kernel(
-    q, k, v, d_out, level, delta, d_q, d_k, d_v, call, lists, first_tile, tiles, together,
-    WANT_K: tl.constexpr, WANT_V: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q, k, v, d_out, level, delta, d_q, d_k, d_v, unsound, call, lists, first_tile, tiles, together,
+    WANT_K: tl.constexpr, WANT_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_k and d_v of one tile of keys of one kv head; CAN_LEAK as in the forward kernel.
+    """d_k and d_v of one tile of keys of one kv head; unsound as in the forward kernel.
 
     d_q: None, or float32 zeros (B, Hq, Sq, D), to which what the tile contributes is added, without the scale.
     """
@@ -33,7 +33,7 @@ def d_kv_kernel(
     acc_v = tl.zeros([BLOCK_K, call.shape.block_dv if WANT_V else 1], tl.float32)
     # A key that is not finite makes the whole product NaN: then `unsound_d_q_kernel` adds to d_q.
     sound = True
-    if CAN_LEAK and d_q is not None:
+    if unsound is not None and d_q is not None:
         sound = all_finite(k_tile.to(tl.float32))
     for member in range(0, call.shape.group):
         h = kv_head * call.shape.group + member
@@ -41,84 +41,28 @@ def d_kv_kernel(
         mixed, full = counts_of(lists, row, call.shape.q_len, BLOCK_Q, False)
         for n in range(0, mixed):
             queries = mixed_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
-            acc_k, acc_v = _absorb(
+            acc_k, acc_v = absorb_queries(
                 acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, d_q, sound, queries, first, b, h, call,
                 WANT_K, WANT_V, True, False, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
         for n in range(0, full):
             queries = full_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
-            acc_k, acc_v = _absorb(
+            acc_k, acc_v = absorb_queries(
                 acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, d_q, sound, queries, first, b, h, call,
                 WANT_K, WANT_V, False, False, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
-    if CAN_LEAK and not (all_finite(acc_k) & all_finite(acc_v)):
-        acc_k = tl.zeros([BLOCK_K, call.shape.block_d if WANT_K else 1], tl.float32)
-        acc_v = tl.zeros([BLOCK_K, call.shape.block_dv if WANT_V else 1], tl.float32)
-        for member in range(0, call.shape.group):
-            h = kv_head * call.shape.group + member
-            row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
-            mixed, full = counts_of(lists, row, call.shape.q_len, BLOCK_Q, False)
-            for n in range(0, mixed + full):
-                queries = _tile(lists, row, n, mixed, call.shape.q_len, BLOCK_Q) * BLOCK_Q
-                for part in range(0, BLOCK_Q, CAREFUL_ROWS):
-                    acc_k, acc_v = _absorb(
-                        acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, None, True, queries + part, first, b, h,
-                        call, WANT_K, WANT_V, True, True, CAREFUL_ROWS, BLOCK_K,
-                    )  # fmt: skip
     if WANT_K:
+        note_unsound(unsound, acc_k)
         store_tile(
             d_k, b, kv_head, first, call.shape.k_len, acc_k * call.scale, BLOCK_K, call.shape.d, call.shape.block_d
         )
     if WANT_V:
+        note_unsound(unsound, acc_v)
         store_tile(d_v, b, kv_head, first, call.shape.k_len, acc_v, BLOCK_K, call.shape.dv, call.shape.block_dv)
 
 
-@triton.jit(do_not_specialize=GRID)
-def unsound_d_q_kernel(
-    q, k, v, d_out, level, delta, d_q, call, lists, first_tile, tiles, together,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """What `d_kv_kernel` leaves out of d_q: the shares of tiles with keys that are not finite.
-
-    A kernel of its own, in the same grid, so that the rare case takes no registers from the common one.
-    """
-    tile, b, kv_head = place(tiles, together, call.shape.q_heads // call.shape.group, False)
-    first = (first_tile + tile) * BLOCK_K
-    k_tile = load_tile(k, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, False)
-    if not all_finite(k_tile.to(tl.float32)):
-        nothing = tl.zeros([CAREFUL_ROWS, 1], tl.float32)
-        for member in range(0, call.shape.group):
-            h = kv_head * call.shape.group + member
-            row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
-            mixed, full = counts_of(lists, row, call.shape.q_len, BLOCK_Q, False)
-            for n in range(0, mixed + full):
-                queries = _tile(lists, row, n, mixed, call.shape.q_len, BLOCK_Q) * BLOCK_Q
-                for part in range(0, BLOCK_K, CAREFUL_ROWS):
-                    key = first + part
-                    k_rows = load_tile(
-                        k, b, kv_head, key, call.shape.k_len, CAREFUL_ROWS, call.shape.d, call.shape.block_d, False
-                    )
-                    v_rows = load_tile(
-                        v, b, kv_head, key, call.shape.k_len, CAREFUL_ROWS, call.shape.dv, call.shape.block_dv, False
-                    )
-                    _absorb(
-                        nothing, nothing, k_rows, v_rows, q, d_out, level, delta, d_q, True, queries, key, b, h, call,
-                        False, False, True, True, BLOCK_Q, CAREFUL_ROWS,
-                    )  # fmt: skip
-
-
 @triton.jit
-def _tile(lists, row, n, mixed, size, BLOCK: tl.constexpr):
-    """Number of the n-th tile, of which the first are mixed and the others full."""
-    if n < mixed:
-        number = mixed_tile(lists, row, n, size, BLOCK)
-    else:
-        number = full_tile(lists, row, n - mixed, size, BLOCK)
-    return number
-
-
-@triton.jit
-def _absorb(
+def absorb_queries(
     acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, d_q, sound, first_query, first, b, h, call,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr, MIXED: tl.constexpr, CAREFUL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -6,17 +6,17 @@ import triton
 import triton.language as tl
 
 from .device.arithmetic import INF, dot, load_tile, product, store_tile
-from .device.careful import CAREFUL_ROWS, add_seen, all_finite
+from .device.careful import add_seen, note_unsound
 from .device.slopes import load_row, probabilities, slopes
 from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
 
 
 @triton.jit(do_not_specialize=GRID)
 def d_q_kernel(
-    q, k, v, d_out, level, delta, d_q, call, lists, first_tile, tiles, together,
-    LAST_FIRST: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q, k, v, d_out, level, delta, d_q, unsound, call, lists, first_tile, tiles, together,
+    LAST_FIRST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_q of one tile of queries of one head; CAN_LEAK as in the forward kernel."""
+    """d_q of one tile of queries of one head; unsound as in the forward kernel."""
     tile, b, h = place(tiles, together, call.shape.q_heads, LAST_FIRST)
     first = (first_tile + tile) * BLOCK_Q
     q_tile = load_tile(q, b, h, first, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
@@ -29,31 +29,20 @@ def d_q_kernel(
     acc = tl.zeros([BLOCK_Q, call.shape.block_d], tl.float32)
     for n in range(0, mixed):
         keys = mixed_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
-        acc = _absorb(
+        acc = absorb_keys(
             acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys, first, b, h, call, True, False, BLOCK_Q, BLOCK_K
         )
     for n in range(0, full):
         keys = full_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
-        acc = _absorb(
+        acc = absorb_keys(
             acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys, first, b, h, call, False, False, BLOCK_Q, BLOCK_K
         )
-    if CAN_LEAK and not all_finite(acc):
-        acc = tl.zeros([BLOCK_Q, call.shape.block_d], tl.float32)
-        for n in range(0, mixed + full):
-            if n < mixed:
-                keys = mixed_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
-            else:
-                keys = full_tile(lists, row, n - mixed, call.shape.k_len, BLOCK_K) * BLOCK_K
-            for part in range(0, BLOCK_K, CAREFUL_ROWS):
-                acc = _absorb(
-                    acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys + part, first, b, h, call,
-                    True, True, BLOCK_Q, CAREFUL_ROWS,
-                )  # fmt: skip
+    note_unsound(unsound, acc)
     store_tile(d_q, b, h, first, call.shape.q_len, acc * call.scale, BLOCK_Q, call.shape.d, call.shape.block_d)
 
 
 @triton.jit
-def _absorb(
+def absorb_keys(
     acc, q_tile, d_out_tile, level, delta, k, v, first_key, first, b, h, call,
     MIXED: tl.constexpr, CAREFUL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from ...contract import Operands, Plan
-from .arguments import call_of, can_leak, heads_together
+from .arguments import call_of, heads_together, unsound_of
+from .careful_kernels import careful_forward_kernel
 from .decode import decode, decodes
 from .device.records import rows, view
 from .facts import facts_of
 from .forward_kernel import forward_kernel
 from .launch import blocks_of, launch, on_device_of
+from .tiles import careful
 
 
 def forward(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,13 +42,15 @@ def forward(plan: Plan, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]
     blocks = blocks_of("forward", plan, q.device)
     with on_device_of(q):
         for slab in facts_of(operands.mask, q.device).slabs("queries", blocks):
-            masked = slab.lists is not None
-            launch(
-                forward_kernel, (slab.tiles * problem.batch * problem.q_heads,),
-                view(q), view(k), view(v), view(out), rows(lse), call._replace(mask=slab.mask), sinks,
+            masked, grid = slab.lists is not None, (slab.tiles * problem.batch * problem.q_heads,)
+            unsound = unsound_of(plan, grid, q.device)
+            arguments = (
+                view(q), view(k), view(v), view(out), rows(lse), unsound, call._replace(mask=slab.mask), sinks,
                 slab.lists, slab.first, slab.tiles, heads_together(problem, problem.q_heads, masked),
-                LAST_FIRST=masked, CAN_LEAK=can_leak(plan), blocks=blocks,
             )  # fmt: skip
+            launch(forward_kernel, grid, *arguments, LAST_FIRST=masked, blocks=blocks)
+            if unsound is not None:
+                launch(careful_forward_kernel, grid, *arguments, LAST_FIRST=masked, blocks=careful(blocks))
     return out, lse
 
 

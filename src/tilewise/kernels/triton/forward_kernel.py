@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .device.arithmetic import INF, LN2, LOG2E, dot, load_tile, product, store_tile
-from .device.careful import CAREFUL_ROWS, add_seen, all_finite
+from .device.careful import add_seen, note_unsound
 from .device.pages import load_keys
 from .device.philox import kept
 from .device.scores import score
@@ -15,12 +15,13 @@ from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
 
 @triton.jit(do_not_specialize=GRID)
 def forward_kernel(
-    q, k, v, out, lse, call, sinks, lists, first_tile, tiles, together,
-    LAST_FIRST: tl.constexpr, CAN_LEAK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q, k, v, out, lse, unsound, call, sinks, lists, first_tile, tiles, together,
+    LAST_FIRST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: out and lse.
 
-    CAN_LEAK says that some pair may be unseen in a tile that is read, so that 0 * NaN has to be thought of.
+    unsound: None where every pair of a tile that is read is seen; else 0 for each program, which becomes 1 where the
+    result is not finite, as 0 * NaN would make it, and `careful_kernels` are to look again.
     """
     tile, b, h = place(tiles, together, call.shape.q_heads, LAST_FIRST)
     first = (first_tile + tile) * BLOCK_Q
@@ -37,20 +38,8 @@ def forward_kernel(
     for n in range(0, full):
         keys = full_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
         acc, peak, total = absorb(acc, peak, total, q_tile, k, v, keys, i, b, h, kv_head, call, False, False, BLOCK_K)
-    if CAN_LEAK and not all_finite(acc):
-        acc = tl.zeros([BLOCK_Q, call.shape.block_dv], tl.float32)
-        peak = tl.full([BLOCK_Q], -INF, tl.float32)
-        total = tl.zeros([BLOCK_Q], tl.float32)
-        for n in range(0, mixed + full):
-            if n < mixed:
-                keys = mixed_tile(lists, row, n, call.shape.k_len, BLOCK_K) * BLOCK_K
-            else:
-                keys = full_tile(lists, row, n - mixed, call.shape.k_len, BLOCK_K) * BLOCK_K
-            for part in range(0, BLOCK_K, CAREFUL_ROWS):
-                acc, peak, total = absorb(
-                    acc, peak, total, q_tile, k, v, keys + part, i, b, h, kv_head, call, True, True, CAREFUL_ROWS
-                )
-    _finish(acc, peak, total, out, lse, call, sinks, first, b, h, BLOCK_Q)
+    note_unsound(unsound, acc)
+    finish(acc, peak, total, out, lse, call, sinks, first, b, h, BLOCK_Q)
 
 
 @triton.jit
@@ -93,7 +82,7 @@ def absorb(
 
 
 @triton.jit
-def _finish(acc, peak, total, out, lse, call, sinks, first, b, h, BLOCK_Q: tl.constexpr):
+def finish(acc, peak, total, out, lse, call, sinks, first, b, h, BLOCK_Q: tl.constexpr):
     """Store out and lse of a tile of one head."""
     acc, value = finished(acc, peak, total, call, sinks, h)
     store_tile(out, b, h, first, call.shape.q_len, acc, BLOCK_Q, call.shape.dv, call.shape.block_dv)

@@ -1,7 +1,8 @@
 """The tile sizes that were chosen by compiling for architectures, by pass and width.
 
-For half precision each entry has three: for problems with nothing but a mask of ranges or labels; for those with arrays
-that are read for each pair (dense masks and biases, tables); and for those with dropout, whatever else they have.
+For half precision each entry has three: for problems with nothing but a mask of ranges or labels; for those with an
+array that is read for each pair (dense masks and biases, tables); and for those with several such arrays or dropout.
+More stages cost shared memory and save registers: tiles that the pipeline copies pass none on their way.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ HALF: dict[tuple[str, str], dict[int, _Three]] = {
     ("forward", "sm_90"): {
         64: (_b(128, 128, 8, 3), _b(128, 64, 8, 2), _b(128, 32, 8, 2)),
         128: (_b(128, 64, 8, 3), _b(128, 64, 8, 2), _b(128, 32, 8, 2)),
-        256: (_b(128, 64, 8, 2), _b(128, 32, 8, 2), _b(128, 32, 8, 2)),
+        256: (_b(128, 64, 8, 2), _b(128, 32, 8, 2), _b(128, 16, 8, 3)),
         512: (_b(32, 32, 8, 2), _b(32, 32, 8, 1), _b(32, 32, 8, 1)),
     },
     ("forward", "sm_80"): {
         64: (_b(128, 64, 8, 3), _b(128, 64, 8, 2), _b(128, 32, 8, 2)),
         128: (_b(64, 64, 4, 2), _b(64, 32, 4, 2), _b(32, 32, 4, 2)),
-        256: (_b(32, 64, 4, 1), _b(128, 64, 8, 1), _b(128, 64, 8, 1)),
+        256: (_b(32, 64, 4, 1), _b(32, 64, 8, 1), _b(32, 64, 8, 1)),
         512: _all(32, 32, 8, 1),
     },
     ("forward", "small"): {
@@ -72,13 +73,13 @@ HALF: dict[tuple[str, str], dict[int, _Three]] = {
     ("d_kv", "sm_90"): {
         64: (_b(64, 128, 8, 2), _b(64, 128, 8, 2), _b(32, 128, 8, 2)),
         128: (_b(32, 128, 8, 1), _b(32, 128, 8, 2), _b(32, 128, 8, 2)),
-        256: (_b(32, 128, 8, 2), _b(32, 128, 8, 1), _b(32, 128, 8, 1)),
+        256: (_b(32, 128, 8, 2), _b(32, 128, 8, 2), _b(16, 128, 8, 3)),
         512: _all(16, 32, 8, 1),
     },
     ("d_kv", "sm_80"): {
         64: (_b(64, 128, 8, 2), _b(32, 128, 8, 2), _b(32, 64, 8, 2)),
         128: (_b(64, 64, 8, 1), _b(64, 64, 8, 2), _b(64, 64, 8, 2)),
-        256: _all(32, 128, 8, 1),
+        256: (_b(32, 64, 8, 1), _b(32, 64, 8, 1), _b(32, 32, 8, 1)),
         512: _all(16, 32, 8, 1),
     },
     ("d_kv", "small"): {
@@ -90,13 +91,13 @@ HALF: dict[tuple[str, str], dict[int, _Three]] = {
     ("d_q", "sm_90"): {
         64: (_b(128, 64, 8, 2), _b(128, 64, 8, 2), _b(128, 32, 8, 2)),
         128: (_b(128, 64, 8, 2), _b(128, 64, 8, 2), _b(128, 32, 8, 2)),
-        256: (_b(128, 32, 8, 2), _b(128, 32, 8, 1), _b(128, 32, 8, 1)),
+        256: (_b(128, 32, 8, 2), _b(128, 32, 8, 2), _b(128, 16, 8, 3)),
         512: _all(32, 16, 8, 1),
     },
     ("d_q", "sm_80"): {
         64: (_b(128, 64, 8, 2), _b(128, 32, 8, 2), _b(64, 32, 8, 2)),
         128: (_b(128, 32, 8, 2), _b(128, 32, 8, 2), _b(32, 32, 8, 1)),
-        256: _all(128, 32, 8, 1),
+        256: (_b(64, 64, 8, 1), _b(64, 32, 8, 1), _b(32, 32, 8, 1)),
         512: _all(32, 16, 8, 1),
     },
     ("d_q", "small"): {
@@ -108,7 +109,7 @@ HALF: dict[tuple[str, str], dict[int, _Three]] = {
     ("d_qkv", "sm_90"): {
         64: (_b(64, 128, 8, 2), _b(32, 128, 8, 2), _b(32, 64, 8, 2)),
         128: (_b(16, 128, 8, 1), _b(32, 64, 8, 1), _b(16, 64, 8, 1)),
-        256: _all(16, 128, 8, 1),
+        256: (_b(16, 64, 8, 2), _b(16, 64, 8, 2), _b(16, 64, 8, 3)),
         512: _all(16, 16, 8, 1),
     },
     ("d_qkv", "sm_80"): {

@@ -1,8 +1,8 @@
 """Tile sizes by pass, architecture, width and element size: a table, so that no call ever waits for a tuner.
 
-Sizes were chosen by compiling: shared memory suffices everywhere, and up to width 128 half precision on sm_80 and sm_90
-spills no register but where the compile tests, which hold every such entry to that, record it. They were not yet timed
-on a GPU. A table that was measured may be named instead (see `tuned.py`).
+Sizes were chosen by compiling: up to width 256 half precision spills no register on sm_80, sm_90, sm_100 and gfx942 but
+where the compile tests, which hold entries to that, record it. They were not yet timed on a GPU. A table that was
+measured may be named instead (see `tuned.py`).
 """
 
 from __future__ import annotations
@@ -37,8 +37,14 @@ def blocks_for(purpose: Pass, arch: str, problem: AttentionProblem) -> Blocks:
     if problem.dtype == "float32":
         return SINGLE[width]
     blocks = HALF[purpose, family_of(arch)][width][_burden(problem)]
-    # The pipeline holds tiles of arrays with an element for each pair, too.
-    return blocks._replace(stages=max(1, blocks.stages - (_pair_arrays(problem) > 1)))
+    # The pipeline holds tiles of arrays with an element for each pair, too: shared memory is counted for two of them.
+    arrays = _pair_arrays(problem)
+    return blocks._replace(stages=1 if arrays > 2 else max(1, blocks.stages - (arrays > 1)))
+
+
+def careful(blocks: Blocks) -> Blocks:
+    """How the kernels for what is not finite run over the same tiles: of these they take a few rows at a time."""
+    return blocks._replace(stages=1)
 
 
 def keys_and_values_apart(problem: AttentionProblem) -> bool:
@@ -56,8 +62,8 @@ def _pair_arrays(problem: AttentionProblem) -> int:
 
 
 def _burden(problem: AttentionProblem) -> int:
-    """What wants registers beside the scores: 0 nothing, 1 arrays of pairs, 2 the rounds of dropout's generator."""
-    return 2 if problem.dropout else int(_pair_arrays(problem) > 0)
+    """What wants registers beside the scores: 0 nothing, 1 an array of pairs, 2 several, or dropout's generator."""
+    return 2 if problem.dropout else min(2, _pair_arrays(problem))
 
 
 # Queries of all heads of a group that stand in one tile, and keys of a split: fixed, so that no row's bits depend on

@@ -1,8 +1,8 @@
 """A product over keys (or queries) of which some rows are not finite and some outputs must not see them.
 
 A weight of 0 does not hide a NaN: 0 * NaN is NaN. The kernels therefore look at their result once, at its end, and only
-where it is not finite compute it again with the product below, in which a row that is not finite reaches just those
-who see it.
+where it is not finite is it computed again, with the product below, in which a row that is not finite reaches just
+those who see it: in `careful_kernels`, or where few rows are decoded in the same kernel.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ def add_seen(acc, weights, seen, rows):
             sees = tl.max((this[None, :] & seen).to(tl.int32), axis=1) != 0
             acc = tl.where(sees[:, None], acc + weight[:, None] * row[None, :], acc)
     return acc
+
+
+@triton.jit
+def note_unsound(unsound, x):
+    """Set this program's number in `unsound`, unless that is None, where a 2-D tile is not finite."""
+    if unsound is not None:
+        tl.store(unsound + tl.program_id(0), 1, mask=all_finite(x) == 0)
 
 
 @triton.jit

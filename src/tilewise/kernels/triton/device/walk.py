@@ -84,3 +84,13 @@ def full_tile(lists, row, n, size, BLOCK: tl.constexpr):
     if lists is not None:
         number = tl.load(lists.index + (row + 1) * tl.cdiv(size, BLOCK) - 1 - n)
     return number
+
+
+@triton.jit
+def nth_tile(lists, row, n, mixed, size, BLOCK: tl.constexpr):
+    """Number of the n-th tile, of which the first are mixed and the others full."""
+    if n < mixed:
+        number = mixed_tile(lists, row, n, size, BLOCK)
+    else:
+        number = full_tile(lists, row, n - mixed, size, BLOCK)
+    return number
