@@ -226,7 +226,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
                 }
                 Group &group = groups[turn ^= 1];
                 group.key = key + g;
-                group.count = n - g <= tile_side ? tile_side : tile_keys;
+                group.count = n - g <= tile_side ? int(tile_side) : int(tile_keys);
                 group.words = all != first_bits(tile_lanes) ? words + g : nullptr;
                 begin_scores_of(s, tile, group);
                 weigh_waiting();
