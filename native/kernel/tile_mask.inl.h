@@ -69,7 +69,8 @@ TW_INLINE uint64_t row_sight(const tw_problem &p, int64_t b, int64_t h, int64_t 
 }
 
 #if defined(__AVX512BW__)
-// Narrows words[0..n) (bit = lane) by the rows' ranges, where these are 32 bits wide: a comparison of all lanes' starts, and one of all stops, for each key.
+// Narrows words[0..n) (bit = lane) by the rows' ranges, where these are 32 bits wide: a comparison of all lanes' starts, and
+// one of all stops, for each key.
 template <class M>
 TW_INLINE Sight narrow_by_bounds(const tw_problem &p, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
     const __m512i first = _mm512_set1_epi32(int32_t(key)), most = _mm512_set1_epi32(block_keys);
