@@ -20,10 +20,11 @@ done
 # Left out: what needs the module itself, or more time than emulation leaves; and jax, whose calls do not pass through
 # Python.
 if [ $# -eq 0 ]; then
-    own="pages or row_bits or facts or sizes or nothing or tangents or dense_masks or row_invariance or sequences"
+    own="pages or row_bits or facts or sizes or nothing or tangents or dense_masks or row_invariance or sequences or few_keys"
     set -- tests/native/test_pages.py tests/native/test_gradients.py tests/native/test_row_bits.py \
         tests/native/test_tangents.py tests/native/test_dense_masks.py tests/native/test_row_invariance.py \
-        tests/native/test_sequences.py tests/kernels/test_conformance.py -k "not jax and ($own or (conformance and native))"
+        tests/native/test_sequences.py tests/native/test_few_keys.py tests/kernels/test_conformance.py \
+        -k "not jax and ($own or (conformance and native))"
 fi
 
 # server FOLDER CMAKE-ARGUMENTS
