@@ -105,10 +105,12 @@ def _report(name: str, compiled: Any) -> dict[str, Any]:
         }
         return report | {"registers": registers, "stack": stack}
     code = compiled.asm["amdgcn"]
-    # Scratch memory of a thread; scalar registers that do not fit go to lanes of vector registers, not to memory.
+    # Scratch memory of a thread. Where no instruction reaches it, room was only reserved for scalar registers that do
+    # not fit, and these went to lanes of vector registers.
     stack = re.search(r"\.private_segment_fixed_size:\s*(\d+)", code)
     assert stack, code[-3000:]
-    return report | {"mfma": code.count("v_mfma"), "stack": int(stack[1])}
+    used = re.search(r"^\s*scratch_(load|store)", code, re.MULTILINE)
+    return report | {"mfma": code.count("v_mfma"), "stack": int(stack[1]) if used else 0}
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ...problem import AttentionProblem, kind_of
-from .table import HALF, SINGLE, family_of
+from .table import HALF, family_of, single
 from .tuned import Blocks, Key, tuned_blocks
 
 Pass = Literal["forward", "decode", "d_kv", "d_q", "d_qkv", "d_bias"]
@@ -35,7 +35,7 @@ def blocks_for(purpose: Pass, arch: str, problem: AttentionProblem) -> Blocks:
     if arch == "interpreter":
         return _INTERPRETER
     if problem.dtype == "float32":
-        return SINGLE[width]
+        return single(arch, width)
     blocks = HALF[purpose, family_of(arch)][width][_burden(problem)]
     # The pipeline holds tiles of arrays with an element for each pair, too: shared memory is counted for two of them.
     arrays = _pair_arrays(problem)
