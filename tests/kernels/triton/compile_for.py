@@ -130,8 +130,9 @@ def problem(d: int, dtype: str, what: str) -> tuple[Any, frozenset[str]]:
     words = what.split("+")
     b, h, s = 1, 2, 1024
     q, k, v = (torch.empty((b, h, s, d), dtype=getattr(torch, dtype)) for _ in range(3))
-    if "decode" in words:  # one query, eight heads of queries for each of keys
-        q = torch.empty((b, 8 * h, 1, d), dtype=q.dtype)
+    if "decode" in words:  # one query, eight heads of queries for each of keys, or as many as a word "group…" names
+        group = next((int(word.removeprefix("group")) for word in words if word.startswith("group")), 8)
+        q = torch.empty((b, group * h, 1, d), dtype=q.dtype)
     mask = tilewise.causal("end") if "causal" in words else None
     if "dense" in words:
         mask = tilewise.dense(torch.ones(s, s, dtype=torch.bool))

@@ -3,8 +3,8 @@
 By architecture, width, dtype, kernel, and words of the problem (see `compile_for.py`). What is not here spills nothing,
 or, beside the kernels whose tiles the table holds, little.
 
-At width 512 a tile already has as few rows as products take. What spills there are the kernels for inputs that are not
-finite, which hold two accumulators at once: fewer keys in a tile would make the common ones read all queries more often.
+At width 512 tiles have as few rows as products take. What spills there are mostly the kernels for inputs that are not
+finite, which hold two accumulators at once: fewer keys in a tile would have the common ones read queries more often.
 """
 
 SPILLS = {
@@ -13,6 +13,7 @@ SPILLS = {
     ("sm_80", 256, "bfloat16", "d_q_kernel", "+bias"): 8,
     ("sm_80", 256, "bfloat16", "d_dense_kernel", "+bias"): 16,
     ("sm_80", 256, "bfloat16", "d_table_kernel", "+table+causal"): 8,
+    ("sm_80", 256, "bfloat16", "decode_kernel", "decode+group64"): 8,
     ("sm_80", 512, "bfloat16", "careful_d_kv_kernel", "+causal"): 160,
     ("sm_80", 512, "bfloat16", "careful_d_kv_kernel", "+table+causal"): 176,
     ("sm_80", 512, "bfloat16", "careful_d_kv_kernel", "+softcap+dense+sinks+dropout+table"): 384,

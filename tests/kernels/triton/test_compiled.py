@@ -33,6 +33,14 @@ OF_A_WAY = ("d_kv_kernel", "careful_d_kv_kernel", "unsound_d_q_kernel")
 
 QUICK = ["64,bfloat16,causal", "128,bfloat16,backward+causal", "256,bfloat16,backward+causal"]
 DECODE = ["128,bfloat16,decode+causal", "64,float16,decode", "256,bfloat16,decode+causal"]
+# As many rows as one tile takes.
+FULLEST = [
+    *(f"{width},bfloat16,decode+group64" for width in (64, 128, 256, 512)),
+    "64,float32,decode+group64",
+    "128,float32,decode+group32",
+    "256,float32,decode+group16",
+    "512,float32,decode+group16",
+]
 # Pages that hold several tiles of keys, parts of one, and what is no power of two.
 PAGES = [
     "128,bfloat16,pages64+window",
@@ -102,19 +110,22 @@ def test_hopper() -> None:
 
 
 def check_decode(arch: str, problems: tuple[str, ...]) -> None:
-    """Nothing spills; rows are as few as the smaller matrix instruction takes, so on sm_90 that one is used."""
+    """Nothing spills but what is recorded; few rows take the smaller matrix instruction, on sm_90 too."""
     found = reports(arch, problems)
-    assert {report["kernel"] for report in found} >= {"decode_kernel", "merge_kernel"}
+    kernels = [(report["problem"], report["kernel"]) for report in found]
+    assert set(kernels) >= {(problem, kernel) for problem in problems for kernel in ("decode_kernel", "merge_kernel")}
     for report in found:
-        assert report["shared"] <= SHARED[arch] and report["stack"] == 0, report
-        if report["kernel"] == "decode_kernel":
+        width, dtype, words = report["problem"].split(",")
+        recorded = SPILLS.get((arch, int(width), dtype, report["kernel"], words), 0)
+        assert report["shared"] <= SHARED[arch] and report["stack"] <= recorded, report
+        if report["kernel"] == "decode_kernel" and dtype != "float32":
             assert sum(report.get(name, 0) for name in ("mma", "wgmma", "tcgen05", "mfma")) > 0, report
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_decode(arch: str) -> None:
-    check_decode(arch, (*DECODE, *PAGES))
+    check_decode(arch, (*DECODE, *FULLEST, *PAGES))
 
 
 @pytest.mark.slow
