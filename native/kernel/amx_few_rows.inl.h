@@ -82,21 +82,21 @@ TW_INLINE void turn_four(const float *from, vf (&x)[4]) {
     x[3] = (vf)_mm512_unpackhi_pd(high[0], high[1]);
 }
 
-// Asks for the rows of a whole block, step by step between products. Lines come in pairs.
-struct Asking {
-    Ahead<bfloat> ahead;
-    int64_t steps, step = 0;
-    int asked = 0;
-};
-TW_INLINE void ask_some(Asking &a) {
-    if (!a.ahead.rows.first) return;
-    for (const int64_t until = block_keys * ++a.step / a.steps; a.asked < until; ++a.asked)
-        for (int64_t d = 0; d < a.ahead.n; d += 64) __builtin_prefetch(a.ahead.rows[a.asked] + d, 0, 2);
+// Scores of 16 keys, into a register.
+template <int WHICH> TW_INLINE void add_scores(const FewTiles<Tiles> &f, const char *keys, int64_t bytes) {
+    for (int64_t u = 0; u < f.units; u += tile_side, keys += 64) {
+        _tile_loadd(5, f.query + u * tile_side, 64);
+        _tile_loadd(4, keys, bytes);
+        if (WHICH == 0) _tile_dpbf16ps(0, 4, 5); // operands have to be written as numbers
+        if (WHICH == 1) _tile_dpbf16ps(1, 4, 5);
+        if (WHICH == 2) _tile_dpbf16ps(2, 4, 5);
+        if (WHICH == 3) _tile_dpbf16ps(3, 4, 5);
+    }
 }
 
 // Scores of a block's n keys with `count` rows, of which all have stood in turn_queries, times `factor`.
 static void scores_in_tiles(const FewTiles<Tiles> &f, Rows<bfloat> keys, int n, int64_t head_dim,
-                            Row<Tiles> *const *rows, int64_t count, float factor, Ahead<bfloat> next) {
+                            Row<Tiles> *const *rows, int64_t count, float factor) {
     const char *from = reinterpret_cast<const char *>(keys.first);
     int64_t bytes = keys.stride * int64_t(sizeof(bfloat));
     if (n < block_keys || keys.each || head_dim % (2 * tile_side)) {
@@ -105,27 +105,16 @@ static void scores_in_tiles(const FewTiles<Tiles> &f, Rows<bfloat> keys, int n, 
         bytes = f.units * int64_t(sizeof(int32_t));
     }
     alignas(64) float scores[block_keys * tile_side];
-    Asking asking = {next, f.units / 4};
     order_memory();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t u = 0; u < f.units; u += tile_side, from += 64) {
-        _tile_loadd(5, f.query + u * tile_side, 64);
-        _tile_loadd(4, from, bytes);
-        _tile_dpbf16ps(0, 4, 5);
-        ask_some(asking);
-        _tile_loadd(4, from + 16 * bytes, bytes);
-        _tile_dpbf16ps(1, 4, 5);
-        ask_some(asking);
-        _tile_loadd(4, from + 32 * bytes, bytes);
-        _tile_dpbf16ps(2, 4, 5);
-        ask_some(asking);
-        _tile_loadd(4, from + 48 * bytes, bytes);
-        _tile_dpbf16ps(3, 4, 5);
-        ask_some(asking);
-    }
+    // All of 16 keys before the next ones: the processor's prefetchers follow addresses that grow.
+    add_scores<0>(f, from, bytes);
+    add_scores<1>(f, from + 16 * bytes, bytes);
+    add_scores<2>(f, from + 32 * bytes, bytes);
+    add_scores<3>(f, from + 48 * bytes, bytes);
     _tile_stored(0, scores, 64);
     _tile_stored(1, scores + tile_units, 64);
     _tile_stored(2, scores + 2 * tile_units, 64);
@@ -140,10 +129,16 @@ static void scores_in_tiles(const FewTiles<Tiles> &f, Rows<bfloat> keys, int n, 
         }
 }
 
+// Asks for the values of a block while its rows are weighed, in the order of their addresses, which the products' is not.
+TW_INLINE void ask_for_values(Rows<bfloat> values, int n, int64_t value_dim) {
+    for (int j = 0; j < n; ++j)
+        for (int64_t d = 0; d < value_dim; d += 32) __builtin_prefetch(values[j] + d, 0, 3);
+}
+
 // N tiles of 32 columns: even, odd columns of out += weights * values.
 template <int N>
-TW_INLINE void add_columns(const FewTiles<Tiles> &f, const char *values, int64_t bytes, bool even, bool odd, float *out,
-                           Asking &asking) {
+TW_INLINE void add_columns(const FewTiles<Tiles> &f, const char *values, int64_t bytes, bool even, bool odd,
+                           float *out) {
     constexpr int64_t weight_bytes = block_keys * sizeof(int32_t);
     const int64_t out_bytes = f.numbers * int64_t(sizeof(float));
     _tile_loadd(0, out, out_bytes);
@@ -155,7 +150,6 @@ TW_INLINE void add_columns(const FewTiles<Tiles> &f, const char *values, int64_t
     for (int key = 0; key < block_keys; key += tile_side, values += tile_side * bytes) {
         _tile_loadd(6, f.weights[0] + key, weight_bytes);
         _tile_loadd(7, f.weights[1] + key, weight_bytes);
-        ask_some(asking);
         _tile_loadd(4, values, bytes);
         if (even) _tile_dpbf16ps(0, 6, 4);
         if (odd) _tile_dpbf16ps(1, 7, 4);
@@ -172,13 +166,12 @@ TW_INLINE void add_columns(const FewTiles<Tiles> &f, const char *values, int64_t
     }
 }
 TW_INLINE void add_all_columns(const FewTiles<Tiles> &f, const char *values, int64_t bytes, bool even, bool odd,
-                               float *out, Ahead<bfloat> next = {{nullptr, 0, nullptr}, 0}) {
-    Asking asking = {next, (f.numbers + 2 * tile_side) / (4 * tile_side) * (block_keys / tile_side)};
+                               float *out) {
     order_memory();
     int64_t d = 0;
     for (; d + 4 * tile_side <= f.numbers; d += 4 * tile_side, values += 128)
-        add_columns<2>(f, values, bytes, even, odd, out + d, asking);
-    if (d < f.numbers) add_columns<1>(f, values, bytes, even, odd, out + d, asking);
+        add_columns<2>(f, values, bytes, even, odd, out + d);
+    if (d < f.numbers) add_columns<1>(f, values, bytes, even, odd, out + d);
     order_memory();
 }
 
@@ -197,10 +190,11 @@ TW_INLINE void copy_values(const FewTiles<Tiles> &f, Rows<bfloat> values, int64_
     }
 }
 
-// out += weights * values for the n keys of a block; out: of the first row. careful: the values of keys that are not
-// `seen` are left out, and what is not finite stays in its column; it changes no bit of what is finite.
+// out += weights * values for the n keys of a block, of which no row sees others than `seen`; out: of the first row.
+// careful: values of the others are left out, and what is not finite stays in its column; it changes no bit of what is
+// finite.
 static void add_weighted_in_tiles(const FewTiles<Tiles> &f, Row<Tiles> *const *rows, int64_t count, Rows<bfloat> values,
-                                  int64_t value_dim, int n, uint64_t seen, bool careful, Ahead<bfloat> next) {
+                                  int64_t value_dim, int n, uint64_t seen, bool careful) {
     for (int64_t r = 0; r < count; ++r)
         for (int j = 0; j < block_keys; j += tile_side) {
             const __m256i own = _mm256_loadu_si256((const __m256i *)(rows[r]->weights + j / 2));
@@ -217,11 +211,11 @@ static void add_weighted_in_tiles(const FewTiles<Tiles> &f, Row<Tiles> *const *r
         copy_values(f, values, value_dim, seen, 0xFFFF0000u);
         add_all_columns(f, from, bytes, false, true, out);
     } else if (n < block_keys || values.each || value_dim % (2 * tile_side)) {
-        copy_values(f, values, value_dim, first_bits(n), ~0u);
-        add_all_columns(f, from, bytes, true, true, out, next);
+        copy_values(f, values, value_dim, seen, ~0u);
+        add_all_columns(f, from, bytes, true, true, out);
     } else {
         add_all_columns(f, reinterpret_cast<const char *>(values.first), values.stride * int64_t(sizeof(bfloat)), true,
-                        true, out, next);
+                        true, out);
     }
 }
 

@@ -155,7 +155,16 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const 
     weigh<PATH>(s, tile, group, bias, keep, true);
 }
 
-// The keys [begin, end) of the chunk entered, as far as the tile's spans reach.
+// Fetches a block. If the last run's values, which may still be waited for, lie in its place, they are added before.
+static void fetch_beside_work(Sweep<Tiles> &s, int64_t key, int n) {
+    const Background<Tiles> &work = s.background;
+    const int32_t *place = s.fetched_values + (key - s.chunk) / 2 * s.value_stride;
+    const int64_t run = work.groups * tile_side * s.value_stride, block = block_keys / 2 * s.value_stride;
+    if (work.row < work.rows && work.values < place + block && place < work.values + run) finish_work(s.background);
+    s.fetch(s, key, n);
+}
+
+// The keys [begin, end) of the span entered, as far as the tile's spans reach.
 static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t begin, int64_t end) {
     const tw_problem &p = *s.problem;
     const bool facts = p.ranges.count || p.mask.data || p.labels.q || p.bits.index,
@@ -190,7 +199,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
         if (sight == SEES_NOTHING) {
             stop_run(key, stop);
         } else {
-            if (!(s.fetched >> (key - s.chunk) / block_keys & 1)) s.fetch(s, key, n);
+            if (lacks(s, key)) fetch_beside_work(s, key, n);
             bool masked = sight == SEES_SOME;
             if (!masked && n % tile_keys) {
                 for (int j = 0; j < block_keys; ++j) words[j] = j < n ? first_bits(tile_lanes) : 0;
@@ -206,7 +215,6 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
             if (p.dropout.enabled) draw_dropout(p, s.batch, tile, key, n, keep);
             for (int g = 0; g < n; g += tile_keys) {
                 ask_ahead(s.ahead);
-                ask_for_rows(s, tile, key, g / 2, g / 2 + tile_side);
                 uint64_t some = 1, all = first_bits(tile_lanes);
                 if (masked) {
                     some = 0;
@@ -218,10 +226,11 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
                 }
                 Group &group = groups[turn ^= 1];
                 group.key = key + g;
-                group.count = n - g <= tile_side ? tile_side : tile_keys;
+                group.count = n - g <= tile_side ? int(tile_side) : int(tile_keys);
                 group.words = all != first_bits(tile_lanes) ? words + g : nullptr;
                 begin_scores_of(s, tile, group);
                 weigh_waiting();
+                ask_for_rows(s, tile); // not in one go with what is asked ahead
                 finish_scores(s.background);
                 if (general) {
                     weigh_group<GENERAL>(s, tile, group, biased ? s.bias + g * tile_lanes : nullptr,

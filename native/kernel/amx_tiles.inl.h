@@ -86,11 +86,43 @@ TW_INLINE void multiply_rows(Turn turn) {
     }
 }
 
+// The numbers [d, d + 8) of the 32 rows from r on, for each of the 8 a row of 16 pairs. Pieces of 16 bytes of the rows r,
+// r + 8, r + 16 and r + 24 share a vector, so that the rest of the turn stays within 16 bytes.
+TW_INLINE void turn_eight_columns(const Rows<bfloat> &from, int64_t r, int64_t d, int32_t *to) {
+    const auto piece = [&](int64_t row) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(from[row] + d)); };
+    __m512i x[8], pairs[8], squares[8];
+    TW_UNROLL(int i = 0; i < 8; ++i) {
+        x[i] = _mm512_castsi128_si512(piece(r + i));
+        x[i] = _mm512_inserti32x4(x[i], piece(r + i + 8), 1);
+        x[i] = _mm512_inserti32x4(x[i], piece(r + i + 16), 2);
+        x[i] = _mm512_inserti32x4(x[i], piece(r + i + 24), 3);
+    }
+    TW_UNROLL(int i = 0; i < 4; ++i) { // pairs of rows: columns 0 to 3, then 4 to 7
+        pairs[i] = _mm512_unpacklo_epi16(x[2 * i], x[2 * i + 1]);
+        pairs[i + 4] = _mm512_unpackhi_epi16(x[2 * i], x[2 * i + 1]);
+    }
+    TW_UNROLL(int i = 0; i < 8; i += 2) { // two pairs: columns 0 and 1, then 2 and 3
+        squares[i] = _mm512_unpacklo_epi32(pairs[i], pairs[i + 1]);
+        squares[i + 1] = _mm512_unpackhi_epi32(pairs[i], pairs[i + 1]);
+    }
+    TW_UNROLL(int i = 0; i < 8; ++i) {
+        const int two = i / 4 * 4 + i / 2 % 2;
+        const __m512i column = i % 2 ? _mm512_unpackhi_epi64(squares[two], squares[two + 2])
+                                     : _mm512_unpacklo_epi64(squares[two], squares[two + 2]);
+        store(to + i * tile_side, (vi32)column);
+    }
+}
+
 // Rows of n numbers, turned about: to [groups of 32 rows][padded n][16], each group whole tiles that hold a number of
 // the rows along k. Rows that do not exist are zeros.
 TW_INLINE void columns_to_tiles(Rows<bfloat> from, int64_t count, int64_t n, int32_t *to) {
     for (int64_t r = 0; r < count; r += 2 * tile_side)
         for (int64_t d = 0; d < n; d += tile_side, to += tile_units) {
+            if (count - r >= 2 * tile_side && n - d >= tile_side) {
+                turn_eight_columns(from, r, d, to);
+                turn_eight_columns(from, r, d + 8, to + 8 * tile_side);
+                continue;
+            }
             vi32 x[tile_side];
             for (int64_t i = 0; i < tile_side; ++i) {
                 x[i] = vi32{};

@@ -12,9 +12,14 @@ template <class M> TW_INLINE int64_t chunk_keys(const tw_problem &p) {
     return dims <= 256 ? 4 * run_keys : dims <= 512 ? 2 * run_keys : run_keys;
 }
 
-// Rows of keys and values that will be wanted next: the next chunk's, or those of the item that follows. They are asked for
-// along the sweep, since memory is slow to begin and the processor's own prefetchers end where an array's rows do. In tile
-// registers alone: other products take longer than memory.
+// Keys that a copy holds, block by block: a block's place is its key modulo these. Tiles that see fewer keys are swept one
+// after another over all they see, and the copy moves along with them; two chunks of tile registers, where these are used.
+template <class M> TW_INLINE int64_t held_keys(const tw_problem &p) { return chunk_keys<M>(p) * (M::tiled ? 2 : 1); }
+enum { most_held_blocks = 8 * run_keys / block_keys };
+
+// Rows of keys and values that will be wanted next: the next chunk's, the next block's, or those of the item that follows.
+// They are asked for along the sweep, since memory is slow to begin and the processor's own prefetchers end where an
+// array's rows do. In tile registers alone: other products take longer than memory.
 struct RowsAhead {
     const char *k, *v;
     int64_t k_stride, v_stride, k_bytes, v_bytes; // in bytes
@@ -30,16 +35,20 @@ template <class M> struct Sweep {
     const U *values; // [keys in units][Dv]
     int64_t key_stride, value_stride, head_units, value_dim, batch, kv_head;
     void (*fetch)(Sweep &, int64_t key, int n); // NULL: read in place
-    U *fetched_keys, *fetched_values;           // of a chunk
-    uint32_t fetched;                           // bit per block of the chunk
+    U *fetched_keys, *fetched_values;           // of the keys held
+    int64_t held[most_held_blocks];             // the first key of the block at each place, or -1
     U *probabilities;       // [run_keys in units][width], of the keys from chunk or, in tile registers, from run_begin
     U *other_probabilities; // of the run before, where its values are added in the background
     A *bias;                // [block_keys][width]
     A factor;               // of the products, where queries are not multiplied by it: scale * log2(e)
     bool general;           // softcap, bias or dropout: every group takes the general path
+    bool moving;            // tiles see few keys: each is swept over all before the next
     bool careful;           // bar invisible values lane by lane: they hold something that is not finite
     int64_t element_asked;  // bytes of an element of q and out where sweeps ask for their rows ahead, else 0
-    int64_t chunk, run_begin; // chunk: the key that the one entered begins at, or -1
+    int asked, ask_at_once; // lanes of the tile whose rows are asked for; how many for each group of keys
+    int64_t groups;         // of keys, that a tile which is finished alone may see
+    int64_t span;           // keys that have places beside each other: the chunk's, or all held
+    int64_t chunk, run_begin; // chunk: the first key of the span entered, or -1
     const tw_item *item;
     int64_t tiles;   // of the item
     RowsAhead ahead; // of tile registers
@@ -50,11 +59,22 @@ TW_INLINE void ask_for(const void *from, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char *>(from) + at, 0, 2);
 }
 
-// While a tile sweeps its only chunk: asks for the rows of lanes [begin, end) that are written next, and for those that the
-// next tile reads (most often they follow in the same head). All at once they would wait for one another.
-template <class M>
-TW_INLINE void ask_for_rows(const Sweep<M> &s, const Tile<M> &tile, int64_t key, int begin, int end) {
-    if (!s.element_asked || key != s.chunk) return;
+// For tiles that are finished one after another: spreads the rows to ask for over the groups of keys.
+template <class M> TW_INLINE void plan_asking(Sweep<M> &s, const Tile<M> &tile, int64_t group_keys) {
+    int64_t keys = 0;
+    for (int n = 0; n < tile.spans; ++n) keys += tile.span_end[n] - tile.span_begin[n];
+    s.groups = keys > 2 * group_keys ? keys / group_keys - 1 : 1;
+    s.asked = 0;
+    const int64_t early = (3 * s.groups + 3) / 4; // the first of them, as what is asked for at the end comes late
+    s.ask_at_once = int((tile.width + early - 1) / early);
+}
+
+// Called for each group of keys: asks for some rows that this tile writes, and for some that the next tile reads (most
+// often they follow in the same head). All at once they would wait for one another.
+template <class M> TW_INLINE void ask_for_rows(Sweep<M> &s, const Tile<M> &tile) {
+    if (!s.element_asked || s.asked >= tile.width) return;
+    const int begin = s.asked, end = begin + s.ask_at_once < tile.width ? begin + s.ask_at_once : tile.width;
+    s.asked = end;
     const tw_problem &p = *s.problem;
     const auto row = [&](const tw_tensor &x, int64_t h, int64_t i) {
         return static_cast<const char *>(x.data) +
@@ -76,39 +96,45 @@ TW_INLINE void ask_ahead(RowsAhead &ahead) {
     }
 }
 
-// Finds the rows that are wanted after the chunk that begins at `key`.
-template <class T, class M> static void look_ahead(Sweep<M> &s, int64_t key) {
+// Asks for up to `rows` rows from `key` on, along the next `groups` groups of keys.
+template <class T, class M>
+static void ask_along(Sweep<M> &s, const tw_item *item, int64_t key, int64_t rows, int64_t groups) {
     const tw_problem &p = *s.problem;
-    const int64_t chunk = chunk_keys<M>(p);
-    const tw_item *item = s.item;
-    s.ahead = {};
-    if (p.pages.table) return;
-    key += chunk;
-    if (key >= item->key_end) {
-        const tw_item *next = item->next;
-        if (!next || next->number != item->number) return;
-        // A head of one chunk is there already.
-        if (next->b == item->b && next->kv_head == item->kv_head && next->key_end - next->key_begin <= chunk) return;
-        item = next;
-        key = item->key_begin;
-    }
     s.ahead.k = reinterpret_cast<const char *>(tensor_row<const T>(p.k, item->b, item->kv_head, key));
     s.ahead.v = reinterpret_cast<const char *>(tensor_row<const T>(p.v, item->b, item->kv_head, key));
     s.ahead.k_stride = p.k.stride_s * int64_t(sizeof(T));
     s.ahead.v_stride = p.v.stride_s * int64_t(sizeof(T));
     s.ahead.k_bytes = p.head_dim * int64_t(sizeof(T));
     s.ahead.v_bytes = p.value_dim * int64_t(sizeof(T));
-    s.ahead.left = s.ahead.rows = item->key_end - key < chunk ? item->key_end - key : chunk;
-    s.ahead.groups = s.tiles * (chunk / 32); // a group of tile registers has 32 keys
+    s.ahead.left = s.ahead.rows = item->key_end - key < rows ? item->key_end - key : rows;
+    s.ahead.groups = groups;
 }
 
-// Goes to the chunk that begins at `key`, unless it is there.
-template <class T, class M> TW_INLINE void enter_chunk(Sweep<M> &s, int64_t key) {
+// Finds the rows that are wanted after a chunk that `tiles` tiles sweep. next: the first key of the chunk after it that any
+// of them sees, or the item's end.
+template <class T, class M> static void look_ahead(Sweep<M> &s, int64_t next, int64_t tiles) {
+    const tw_problem &p = *s.problem;
+    const int64_t chunk = chunk_keys<M>(p);
+    const tw_item *item = s.item;
+    s.ahead = {};
+    if (p.pages.table) return;
+    if (next >= item->key_end) {
+        const tw_item *after = item->next;
+        if (!after || after->number != item->number) return;
+        // A head of one chunk is there already.
+        if (after->b == item->b && after->kv_head == item->kv_head && after->key_end - after->key_begin <= chunk)
+            return;
+        item = after;
+        next = item->key_begin;
+    }
+    ask_along<T>(s, item, next, chunk, tiles * (chunk / 32)); // a group of tile registers has 32 keys
+}
+
+// Goes to the span that begins at `key`, unless it is there.
+template <class T, class M> TW_INLINE void enter_span(Sweep<M> &s, int64_t key) {
     const tw_problem &p = *s.problem;
     if (s.chunk == key) return;
     s.chunk = key;
-    s.fetched = 0;
-    if constexpr (M::tiled) look_ahead<T>(s, key);
     if constexpr (sizeof(T) == sizeof(unit_of<M>)) {
         if (s.fetch) return;
         s.keys = tensor_row<const T>(p.k, s.batch, s.kv_head, key);
@@ -133,7 +159,16 @@ template <class T, class M> static void fetch_block(Sweep<M> &s, int64_t key, in
                      s.fetched_keys + first * s.key_stride, s.key_stride);
     keys_across_units<M>(key_rows(p, p.v, s.batch, s.kv_head, key, n, each), n, p.value_dim,
                          s.fetched_values + first / M::numbers * s.value_stride, s.value_stride);
-    s.fetched |= 1u << first / block_keys;
+    s.held[first / block_keys] = key;
+    // What tiles that pass one after another see next. Two tiles or more share a block.
+    if constexpr (M::tiled)
+        if (s.moving && !p.pages.table && key + block_keys < s.item->key_end)
+            ask_along<T>(s, s.item, key + block_keys, block_keys, 2 * s.groups);
+}
+
+// Whether the block at `key` has to be fetched first.
+template <class M> TW_INLINE bool lacks(const Sweep<M> &s, int64_t key) {
+    return s.fetch && s.held[(key - s.chunk) / block_keys] != key;
 }
 
 // Whether rows of keys or values lie so far apart (heads stand between them) that a chunk of them falls on few sets of the
@@ -152,7 +187,7 @@ template <class T, class M> TW_INLINE bool copies(const tw_problem &p, int64_t t
 // Units of a chunk's copy.
 template <class T, class M> TW_INLINE int64_t fetched_units(const tw_problem &p, int64_t tiles) {
     if (!copies<T, M>(p, tiles)) return 0;
-    const int64_t keys = chunk_keys<M>(p);
+    const int64_t keys = held_keys<M>(p);
     return keys * padded_units<M>(p.head_dim) + keys / M::numbers * padded<sum_of<M>>(p.value_dim);
 }
 
@@ -167,6 +202,7 @@ template <class T, class M> TW_INLINE void choose_source(Sweep<M> &s, int64_t ti
         s.key_stride = padded_units<M>(p.head_dim);
         s.value_stride = padded<sum_of<M>>(p.value_dim);
         s.keys = s.fetched_keys = copy;
-        s.values = s.fetched_values = copy + chunk_keys<M>(p) * s.key_stride;
+        s.values = s.fetched_values = copy + held_keys<M>(p) * s.key_stride;
+        for (int64_t &key : s.held) key = -1;
     }
 }

@@ -81,29 +81,13 @@ template <class M> static size_t few_rows_bytes(const tw_problem &p) {
     return size_t(few_rows<A>) * row_bytes<M>(p) + size_t(FewTiles<M>::space(p)) * sizeof(A);
 }
 
-// The whole block that the same thread most likely reads after the one that begins at `key`; item = NULL: none.
-struct Block {
-    const tw_item *item;
-    int64_t key;
-};
-TW_INLINE Block block_after(const tw_item &item, int64_t key) {
-    const tw_item *own = &item;
-    key += block_keys;
-    if (key >= item.key_end) {
-        own = item.next && item.next->number == item.number ? item.next : nullptr;
-        key = own ? own->key_begin : 0;
-    }
-    return {own && key + block_keys <= own->key_end ? own : nullptr, key};
-}
-
 template <class T, class M>
 static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &tiles, Row<M> *const *rows, int64_t count,
                        bool careful) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
-    const T *each_key[block_keys], *each_value[block_keys], *each_next[block_keys],
-        *each_next_value[block_keys];                                            // where rows lie in pages
-    const A factor = M::numbers > 1 ? A(p.scale * 1.4426950408889634074) : A(1); // else the queries have it
+    const T *each_key[block_keys], *each_value[block_keys], *each_next[block_keys]; // where rows lie in pages
+    const A factor = M::numbers > 1 ? A(p.scale * 1.4426950408889634074) : A(1);    // else the queries have it
     bool in_tiles = false;
     if constexpr (M::tiled) in_tiles = tiles.used;
     for (int64_t key = item.key_begin; key < item.key_end; key += block_keys) {
@@ -112,17 +96,10 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
         if (!some) continue;
         const Rows<T> keys = key_rows(p, p.k, item.b, item.kv_head, key, n, each_key);
         const Rows<T> values = key_rows(p, p.v, item.b, item.kv_head, key, n, each_value);
-        const Block after = block_after(item, key);
-        Ahead<T> next = {{nullptr, 0, nullptr}, p.head_dim};
-        if (after.item)
-            next.rows = key_rows(p, p.k, after.item->b, after.item->kv_head, after.key, block_keys, each_next);
-        Ahead<T> next_values = {{nullptr, 0, nullptr}, p.value_dim};
         if constexpr (M::tiled)
             if (in_tiles) {
-                if (after.item)
-                    next_values.rows =
-                        key_rows(p, p.v, after.item->b, after.item->kv_head, after.key, block_keys, each_next_value);
-                scores_in_tiles(tiles, keys, n, p.head_dim, rows, count, factor, next);
+                scores_in_tiles(tiles, keys, n, p.head_dim, rows, count, factor);
+                ask_for_values(values, n, p.value_dim);
             }
         for (int j = 0; j < n && !in_tiles; j += W) {
             const T *own[W]; // a ragged end repeats the last key; no row sees the repetitions
@@ -140,10 +117,14 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
         }
         if constexpr (M::tiled)
             if (in_tiles) {
-                add_weighted_in_tiles(tiles, rows, count, values, p.value_dim, n, rows[0]->seen, careful, next_values);
+                add_weighted_in_tiles(tiles, rows, count, values, p.value_dim, n, careful ? rows[0]->seen : some,
+                                      careful);
                 continue;
             }
         int64_t r = 0;
+        Ahead<T> next = {{nullptr, 0, nullptr}, p.head_dim};
+        if (key + 2 * block_keys <= item.key_end)
+            next.rows = key_rows(p, p.k, item.b, item.kv_head, key + block_keys, block_keys, each_next);
         if (!careful)
             for (; r + 4 <= count; r += 4)
                 add_weighted<M, 4>(rows + r, values, p.value_dim, some, r ? Ahead<T>{} : next);

@@ -76,32 +76,71 @@ template <class M> TW_INLINE void sweep(Sweep<M> &s, Tile<M> &tile, int64_t begi
 // Sweeps all `count` tiles over the keys [begin, end) of the item.
 template <class T, class M>
 static void sweep_all(Sweep<M> &s, Tile<M> *const *tiles, int64_t count, int64_t begin, int64_t end) {
-    const int64_t chunk = chunk_keys<M>(*s.problem);
-    for (int64_t key = begin;;) {
+    const auto first_key = [&](int64_t from) {
         int64_t next = end;
         for (int64_t t = 0; t < count; ++t) {
-            const int64_t own = next_key(*tiles[t], key, end);
+            const int64_t own = next_key(*tiles[t], from, end);
             next = own < next ? own : next;
         }
-        if (next >= end || tw_given_up()) return;
-        next -= next % chunk;
-        key = next + chunk < end ? next + chunk : end;
-        enter_chunk<T>(s, next);
-        for (int64_t t = 0; t < count; ++t) sweep(s, *tiles[t], next, key);
-        if constexpr (M::tiled) finish_work(s.background); // which reads the chunk's values
+        return next;
+    };
+    if (count == 1) plan_asking(s, *tiles[0], M::tiled ? 32 : TW_GROUP_KEYS);
+    for (int64_t key = begin, next = first_key(key); next < end && !tw_given_up();) {
+        const int64_t first = next - next % s.span;
+        key = first + s.span < end ? first + s.span : end;
+        next = first_key(key);
+        if constexpr (M::tiled)
+            if (!s.moving && s.chunk != first) {
+                int64_t meeting = 0; // tiles that see some of the chunk
+                for (int64_t t = 0; t < count; ++t) meeting += next_key(*tiles[t], first, end) < key;
+                look_ahead<T>(s, next, count > 1 ? meeting : s.tiles);
+            }
+        enter_span<T>(s, first);
+        for (int64_t t = 0; t < count; ++t) sweep(s, *tiles[t], first, key);
+        if constexpr (M::tiled)
+            if (!s.moving || next >= end) finish_work(s.background); // which reads the chunk's values
     }
+}
+
+// Whether the rows of an item see so few keys that what a tile sees stays in cache for the next: in the copy, or, where
+// they are read in place, in the second level. It changes no bit. Asked of one row of each tile.
+template <class T, class M> static bool sees_few_keys(const tw_problem &p, const tw_item &item, bool copied) {
+    constexpr int64_t bytes_in_place = 512 << 10;
+    const tw_ranges &ranges = p.ranges;
+    if (copied && !M::tiled) return false;
+    const int64_t keys = copied ? held_keys<M>(p) : bytes_in_place / ((p.head_dim + p.value_dim) * int64_t(sizeof(T)));
+    if (!ranges.count) return !M::tiled && item.key_end - item.key_begin <= keys; // a chunk of tile registers is long
+    const int64_t room = keys - 2 * block_keys * ranges.count, per_head = p.row_end - p.row_begin;
+    for (int64_t row = item.row_begin; row < item.row_end; row += tile_rows<sum_of<M>>) {
+        const int64_t h = item.kv_head * (p.q_heads / p.kv_heads) + row / per_head, i = p.row_begin + row % per_head;
+        const int64_t at = range_row(ranges, item.b, h, i);
+        int64_t keys = 0;
+        for (int r = 0; r < ranges.count; ++r) {
+            const int64_t start = read_range(ranges, ranges.starts, at + r),
+                          stop = read_range(ranges, ranges.stops, at + r);
+            keys += stop > start ? stop - start : 0;
+        }
+        if (keys > room) return false;
+    }
+    return true;
 }
 
 // Something that no finite input explains: a value that is not finite may have reached rows that must not see it.
 template <class M> static bool needs_care(const Tile<M> &tile, int64_t value_dim) {
     using A = sum_of<M>;
     if (!tile.masked) return false;
-    vec<A> doubt = {};
-    for (int64_t at = 0; at < value_dim * tile.width; at += lanes<A>) {
+    vec<A> doubt[4] = {}; // sums that need not wait for one another
+    const int64_t numbers = value_dim * tile.width;
+    const auto ask = [&](int which, int64_t at) {
         const vec<A> x = load(tile.out + at);
-        doubt += x - x; // 0 for finite numbers, else NaN
-    }
-    return lane_bits(doubt != doubt) != 0;
+        doubt[which] += x - x; // 0 for finite numbers, else NaN
+    };
+    int64_t at = 0;
+    for (; at + 4 * lanes<A> <= numbers; at += 4 * lanes<A>)
+        TW_UNROLL(int i = 0; i < 4; ++i) ask(i, at + i * lanes<A>);
+    for (; at < numbers; at += lanes<A>) ask(0, at);
+    const vec<A> all = (doubt[0] + doubt[1]) + (doubt[2] + doubt[3]);
+    return lane_bits(all != all) != 0;
 }
 
 // Sweeps a tile anew over the keys [begin, end), values barred lane by lane.
@@ -142,12 +181,16 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     s.bias = reinterpret_cast<A *>(take((block_keys + TW_GROUP_KEYS) * width));
     choose_source<T>(s, count, reinterpret_cast<U *>(take(fetched_units<T, M>(p, count))));
     s.careful = false;
+    s.ahead = {};
     s.chunk = -1;
     s.item = item;
     s.tiles = count;
 
-    // Tiles share a chunk's keys; where there is one chunk, each is finished before the next, which takes its memory.
-    const int64_t together = item->key_end - item->key_begin <= chunk_keys<M>(p) ? 1 : count;
+    // Tiles share a chunk's keys; where there is one chunk, or tiles see few keys, each is finished before the next, which
+    // takes its memory.
+    s.moving = sees_few_keys<T, M>(p, *item, s.fetch != nullptr);
+    s.span = s.moving ? held_keys<M>(p) : chunk_keys<M>(p);
+    const int64_t together = s.moving || item->key_end - item->key_begin <= s.span ? 1 : count;
     s.element_asked = together == 1 && !p.part ? sizeof(T) : 0;
     Tile<M> *tiles[most_tiles_of_item] = {};
     for (int64_t t = 0; t < together; ++t) {

@@ -161,7 +161,7 @@ template <class M, int NZ> static void sweep_block(Sweep<M> &s, Tile<M> &tile, i
         flush<M, NZ>(s, tile, key, key + n);
         return;
     }
-    if (s.fetch && !(s.fetched >> (key - s.chunk) / block_keys & 1)) s.fetch(s, key, n);
+    if (lacks(s, key)) s.fetch(s, key, n);
     const uint64_t every_lane = first_bits(width);
     if (sight == SEES_ALL && n % NK != 0) {
         for (int j = 0; j < block_keys; ++j) words[j] = j < n ? every_lane : 0;
@@ -178,7 +178,7 @@ template <class M, int NZ> static void sweep_block(Sweep<M> &s, Tile<M> &tile, i
     if (p.dropout.enabled) draw_dropout(p, s.batch, tile, key, n, keep);
 
     for (int g = 0; g < n; g += NK) {
-        ask_for_rows(s, tile, key, g * width / block_keys, (g + NK) * width / block_keys);
+        ask_for_rows(s, tile);
         bool masked = sight == SEES_SOME;
         if (masked) {
             uint64_t some = 0, all = every_lane;

@@ -23,6 +23,9 @@ template <class M> struct Tile {
     bool masked; // whether any lane was ever barred from a key that another saw
     int spans;   // key intervals that hold everything any lane sees, whole blocks, in order
     int64_t span_begin[TW_MAX_RANGES], span_end[TW_MAX_RANGES];
+    // Each lane's ranges, where ranges are 32 bits wide; spare lanes have the last row's.
+    alignas(64) int32_t start[TW_MAX_RANGES][TW_TILE_VECTORS * lanes<A>],
+        stop[TW_MAX_RANGES][TW_TILE_VECTORS * lanes<A>];
     int64_t common_begin[TW_MAX_RANGES], common_end[TW_MAX_RANGES]; // keys that interval r of every lane holds
 };
 
@@ -62,9 +65,10 @@ template <class M> static void find_spans(const tw_problem &p, int64_t b, int64_
     for (int r = 0; r < p.ranges.count; ++r) {
         int64_t low = end, high = begin;
         int64_t &common_low = tile.common_begin[r] = 0, &common_high = tile.common_end[r] = INT64_MAX;
-        for (int l = 0; l < tile.rows; ++l) {
+        for (int l = 0; l < tile.width; ++l) {
             int64_t at = range_row(p.ranges, b, tile.h[l], tile.i[l]) + r;
             int64_t start = read_range(p.ranges, p.ranges.starts, at), stop = read_range(p.ranges, p.ranges.stops, at);
+            if (!p.ranges.wide) tile.start[r][l] = int32_t(start), tile.stop[r][l] = int32_t(stop);
             common_low = start > common_low ? start : common_low;
             common_high = stop < common_high ? stop : common_high;
             if (start >= stop) continue;

@@ -68,12 +68,46 @@ TW_INLINE uint64_t row_sight(const tw_problem &p, int64_t b, int64_t h, int64_t 
     return row;
 }
 
+#if defined(__AVX512BW__)
+// Narrows words[0..n) (bit = lane) by the rows' ranges, where these are 32 bits wide: a comparison of all lanes' starts, and
+// one of all stops, for each key.
+template <class M>
+TW_INLINE Sight narrow_by_bounds(const tw_problem &p, const Tile<M> &tile, int64_t key, int n, uint64_t *words) {
+    const __m512i first = _mm512_set1_epi32(int32_t(key)), most = _mm512_set1_epi32(block_keys);
+    // Sides of the ranges as seen from the block: 0 to 64. Lanes that do not exist see from 0 to 0.
+    const auto sides = [&](const int32_t *from) {
+        alignas(64) uint8_t bytes[64] = {};
+        for (int l = 0; l < tile.width; l += 16) {
+            const __m512i own = _mm512_maskz_loadu_epi32(__mmask16(first_bits(tile.width - l)), from + l);
+            const __m512i side = _mm512_min_epi32(_mm512_sub_epi32(_mm512_max_epi32(own, first), first), most);
+            _mm_store_si128(reinterpret_cast<__m128i *>(bytes + l), _mm512_cvtepi32_epi8(side));
+        }
+        return _mm512_load_si512(bytes);
+    };
+    __m512i start[TW_MAX_RANGES], stop[TW_MAX_RANGES], at = _mm512_setzero_si512();
+    for (int r = 0; r < p.ranges.count; ++r) start[r] = sides(tile.start[r]), stop[r] = sides(tile.stop[r]);
+    uint64_t some = 0, all = first_bits(tile.width);
+    for (int j = 0; j < n; ++j, at = _mm512_add_epi8(at, _mm512_set1_epi8(1))) {
+        uint64_t seen = 0;
+        for (int r = 0; r < p.ranges.count; ++r)
+            seen |= _mm512_mask_cmpgt_epu8_mask(_mm512_cmple_epu8_mask(start[r], at), stop[r], at);
+        words[j] &= seen;
+        some |= seen;
+        all &= seen;
+    }
+    return !some ? SEES_NOTHING : all == first_bits(tile.width) ? SEES_ALL : SEES_SOME;
+}
+#endif
+
 // Narrows words[0..n) (bit = lane) by the rows' ranges. A row's ranges are disjoint: as keys pass, each start and stop turns
 // its lane over.
 template <class M>
 TW_INLINE Sight narrow_by_ranges(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n,
                                  uint64_t *words) {
     const tw_ranges &ranges = p.ranges;
+#if defined(__AVX512BW__)
+    if (!ranges.wide) return narrow_by_bounds(p, tile, key, n, words);
+#endif
     uint64_t turned[block_keys] = {}, seen = 0; // lanes that key j turns over; those that see the key reached
     for (int l = 0; l < tile.width; ++l) {
         const uint64_t lane = uint64_t(1) << l;
@@ -201,6 +235,7 @@ static Sight look(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t k
     const bool asked = p.ranges.count && !within_common_range(p, tile, key, n);
     Sight ranges = asked ? narrow_by_ranges(p, b, tile, key, n, words) : SEES_ALL;
     if (ranges == SEES_NOTHING) return SEES_NOTHING;
+    if (!p.mask.data && !p.labels.q && !p.bits.index) return ranges;
     if (p.mask.data) narrow_by_mask(p, b, tile, key, n, words);
     Sight labels = p.labels.q ? narrow_by_labels(p, b, tile, key, n, words) : SEES_ALL;
     if (labels == SEES_NOTHING) return SEES_NOTHING;
