@@ -105,10 +105,12 @@ def _report(name: str, compiled: Any) -> dict[str, Any]:
         }
         return report | {"registers": registers, "stack": stack}
     code = compiled.asm["amdgcn"]
-    # Scratch memory of a thread; scalar registers that do not fit go to lanes of vector registers, not to memory.
+    # Scratch memory of a thread. Where no instruction reaches it, room was only reserved for scalar registers that do
+    # not fit, and these went to lanes of vector registers.
     stack = re.search(r"\.private_segment_fixed_size:\s*(\d+)", code)
     assert stack, code[-3000:]
-    return report | {"mfma": code.count("v_mfma"), "stack": int(stack[1])}
+    used = re.search(r"^\s*scratch_(load|store)", code, re.MULTILINE)
+    return report | {"mfma": code.count("v_mfma"), "stack": int(stack[1]) if used else 0}
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -128,8 +130,9 @@ def problem(d: int, dtype: str, what: str) -> tuple[Any, frozenset[str]]:
     words = what.split("+")
     b, h, s = 1, 2, 1024
     q, k, v = (torch.empty((b, h, s, d), dtype=getattr(torch, dtype)) for _ in range(3))
-    if "decode" in words:  # one query, eight heads of queries for each of keys
-        q = torch.empty((b, 8 * h, 1, d), dtype=q.dtype)
+    if "decode" in words:  # one query, eight heads of queries for each of keys, or as many as a word "group…" names
+        group = next((int(word.removeprefix("group")) for word in words if word.startswith("group")), 8)
+        q = torch.empty((b, group * h, 1, d), dtype=q.dtype)
     mask = tilewise.causal("end") if "causal" in words else None
     if "dense" in words:
         mask = tilewise.dense(torch.ones(s, s, dtype=torch.bool))

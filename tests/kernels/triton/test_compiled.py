@@ -27,10 +27,20 @@ INSTRUCTION = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcge
 TILED = ("forward_kernel", "d_kv_kernel", "d_q_kernel", "d_dense_kernel", "d_table_kernel")
 
 # All others run rarely or shortly and may spill a little: the compiler trades these bytes for more programs at once.
-OTHERS_STACK = 64
+OTHERS_STACK = 128
+# The kernels whose code depends on the way of the backward pass, by what it computes or by its tile sizes.
+OF_A_WAY = ("d_kv_kernel", "careful_d_kv_kernel", "unsound_d_q_kernel")
 
 QUICK = ["64,bfloat16,causal", "128,bfloat16,backward+causal", "256,bfloat16,backward+causal"]
 DECODE = ["128,bfloat16,decode+causal", "64,float16,decode", "256,bfloat16,decode+causal"]
+# As many rows as one tile takes.
+FULLEST = [
+    *(f"{width},bfloat16,decode+group64" for width in (64, 128, 256, 512)),
+    "64,float32,decode+group64",
+    "128,float32,decode+group32",
+    "256,float32,decode+group16",
+    "512,float32,decode+group16",
+]
 # Pages that hold several tiles of keys, parts of one, and what is no power of two.
 PAGES = [
     "128,bfloat16,pages64+window",
@@ -81,17 +91,18 @@ def fits(report: dict[str, Any]) -> bool:
     arch, kernel = report["arch"], report["kernel"]
     if report["shared"] > SHARED[arch]:
         return False
+    words = words.removeprefix("backward")
+    if kernel not in OF_A_WAY:
+        words = words.removesuffix("+atomics")
+    recorded = SPILLS.get((arch, int(width), dtype, kernel, words), 0)
     if kernel not in TILED:
-        return bool(report["stack"] <= OTHERS_STACK)
+        return bool(report["stack"] <= max(OTHERS_STACK, recorded))
     # float32 products run on the ordinary units. At width 512 tiles have fewer rows than the instruction for four warps
     # takes: the smaller one serves.
     names = {INSTRUCTION[arch]} | ({"mma"} if width == "512" else set())
     if dtype != "float32" and not any(report.get(name) for name in names):
         return False
-    words = words.removeprefix("backward")
-    if kernel != "d_kv_kernel":  # the only one whose code depends on the way
-        words = words.removesuffix("+atomics")
-    return bool(report["stack"] <= SPILLS.get((arch, int(width), dtype, kernel, words), 0))
+    return bool(report["stack"] <= recorded)
 
 
 def test_hopper() -> None:
@@ -99,19 +110,23 @@ def test_hopper() -> None:
 
 
 def check_decode(arch: str, problems: tuple[str, ...]) -> None:
-    """Nothing spills; rows are as few as the smaller matrix instruction takes, so on sm_90 that one is used."""
+    """Nothing spills but what is recorded; few rows take the smaller matrix instruction, on sm_90 too."""
     found = reports(arch, problems)
-    assert {report["kernel"] for report in found} >= {"decode_kernel", "merge_kernel"}
+    kernels = [(report["problem"], report["kernel"]) for report in found]
+    assert set(kernels) >= {(problem, kernel) for problem in problems for kernel in ("decode_kernel", "merge_kernel")}
     for report in found:
-        assert report["shared"] <= SHARED[arch] and report["stack"] == 0, report
-        if report["kernel"] == "decode_kernel":
+        width, dtype, words = report["problem"].split(",")
+        tiled = report["kernel"] == "decode_kernel"
+        stack = SPILLS.get((arch, int(width), dtype, report["kernel"], words), 0) if tiled else OTHERS_STACK
+        assert report["shared"] <= SHARED[arch] and report["stack"] <= stack, report
+        if tiled and dtype != "float32":
             assert sum(report.get(name, 0) for name in ("mma", "wgmma", "tcgen05", "mfma")) > 0, report
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_decode(arch: str) -> None:
-    check_decode(arch, (*DECODE, *PAGES))
+    check_decode(arch, (*DECODE, *FULLEST, *PAGES))
 
 
 @pytest.mark.slow
@@ -141,4 +156,5 @@ def test_other_architectures(arch: str, width: int, column: str) -> None:
 @pytest.mark.parametrize("width", [64, 128, 256, 512])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_float32(arch: str, width: int) -> None:
-    check(arch, (f"{width},float32,backward+causal",))
+    refused = (arch, width) == ("sm_89", 512)  # see `test_card.py`
+    check(arch, (f"{width},float32,causal" if refused else f"{width},float32,backward+causal",))

@@ -8,11 +8,15 @@ from importlib.util import find_spec
 
 from ...contract import KernelCard, Tiles, Unavailable
 from ...problem import AttentionProblem
+from .table import family_of
 from .tiles import ATOMICS, SPLIT, blocks_for, decode_split, packed_rows, packs, padded_width
 
 # Positions are 32-bit in the kernels, and the last tile reaches a little beyond the last key.
 _MOST_KEYS = 2**31 - 1024
 _WIDEST = 512
+# In float32 and wider than this, the four tiles of a step of the backward pass, of as few rows as products take, need
+# 128 KiB of shared memory. AMD's compiler keeps them in registers.
+_WIDEST_SINGLE_BACKWARD = 256
 
 
 def _interpreted() -> bool:
@@ -42,6 +46,15 @@ def _further(problem: AttentionProblem) -> tuple[str, ...]:
         (problem.q_len > _MOST_KEYS, f"it takes at most {_MOST_KEYS} queries and there are {problem.q_len}"),
     )
     return tuple(reason for holds, reason in reasons if holds)
+
+
+def _further_backward(problem: AttentionProblem) -> tuple[str, ...]:
+    """Wide float32 on NVIDIA's cards with 99 KiB of shared memory a block."""
+    widest, arch = max(problem.head_dim, problem.value_dim), problem.architecture
+    small = arch.startswith("sm_") and family_of(arch) == "small"
+    if not small or problem.dtype != "float32" or widest <= _WIDEST_SINGLE_BACKWARD:
+        return ()
+    return (f"on {arch} its float32 backward takes head dimensions up to {_WIDEST_SINGLE_BACKWARD}, not {widest}",)
 
 
 def _backward_ways(problem: AttentionProblem) -> tuple[str, ...]:
@@ -85,6 +98,7 @@ CARD = KernelCard(
     automatic=frozenset({"cuda"}),
     needs_table=True,
     further=_further,
+    further_backward=_further_backward,
     backward_ways=_backward_ways,
     unordered=frozenset({ATOMICS}),
     rate=3e14,

@@ -21,7 +21,7 @@ from .decode import parts_of
 from .decode_kernel import decode_kernel, merge_kernel
 from .device.records import Bits, Call, Dropout, Mask, Packed, Pages, View, rows, shape_of, view
 from .launch import blocks_of, launch, on_device_of, split_of
-from .tiles import MOST_PACKED, rows_together
+from .tiles import most_packed, rows_together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +73,7 @@ def paged_forward(plan: Plan, operands: PagedOperands) -> tuple[torch.Tensor, to
     if int(operands.q_len.sum()) < tokens:
         out.zero_()
         lse.fill_(float("-inf"))
-    works = list(_works(operands, plan.problem.group, split_of(device)))
+    works = list(_works(operands, plan.problem.group, most_packed(plan.problem), split_of(device)))
     sequences = [operands.q_begin, operands.q_len, operands.k_len]
     sequences.append(np.zeros_like(operands.k_len) if operands.first is None else operands.first)
     items_and_groups = (array for work in works for array in work[1:])
@@ -101,17 +101,17 @@ def paged_forward(plan: Plan, operands: PagedOperands) -> tuple[torch.Tensor, to
     return out, lse
 
 
-def _works(operands: PagedOperands, group: int, split: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each height of a tile: the height, and the items of `decode_kernel` and of `merge_kernel`."""
+def _works(operands: PagedOperands, group: int, most: int, split: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each height of a tile, at most `most`: the height, and the items of `decode_kernel` and of `merge_kernel`."""
     packed = group * operands.q_len
-    heights = np.array([rows_together(int(rows)) for rows in packed])
+    heights = np.array([rows_together(int(rows), most) for rows in packed])
     for height in np.unique(heights[packed > 0]):
         own = np.nonzero((heights == height) & (packed > 0))[0]
         tiles = -(-packed[own] // height)
         sequence, tile = np.repeat(own, tiles), _counted(tiles)
         keys = operands.k_len[sequence]
         # One split even where there is no key, so that what no one sees is written too.
-        step = np.where(packed[sequence] <= MOST_PACKED, split, np.maximum(keys, 1))
+        step = np.where(packed[sequence] <= most, split, np.maximum(keys, 1))
         splits = np.maximum(1, -(-keys // step))
         begin = splits.cumsum() - splits
         at = np.repeat(np.arange(len(sequence)), splits)

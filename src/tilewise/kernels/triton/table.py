@@ -46,9 +46,9 @@ HALF: dict[tuple[str, str], dict[int, _Three]] = {
         512: _all(32, 32, 8, 1),
     },
     ("forward", "small"): {
-        64: (_b(128, 64, 4, 2), _b(128, 64, 4, 2), _b(128, 64, 4, 2)),
-        128: (_b(64, 64, 4, 2), _b(64, 64, 4, 2), _b(64, 64, 4, 2)),
-        256: _all(64, 32, 4, 1),
+        64: (_b(128, 64, 4, 2), _b(64, 64, 4, 2), _b(64, 64, 4, 2)),
+        128: (_b(64, 64, 4, 2), _b(64, 32, 4, 2), _b(64, 32, 4, 2)),
+        256: (_b(64, 32, 4, 1), _b(32, 32, 4, 1), _b(32, 32, 4, 1)),
         512: _all(32, 16, 4, 1),
     },
     # Rows of queries are those of a group; see `packed_rows`.
@@ -84,7 +84,7 @@ HALF: dict[tuple[str, str], dict[int, _Three]] = {
     },
     ("d_kv", "small"): {
         64: _all(32, 64, 4, 1),
-        128: _all(32, 64, 4, 1),
+        128: (_b(32, 64, 4, 1), _b(32, 32, 4, 1), _b(32, 64, 4, 1)),
         256: _all(16, 32, 4, 1),
         512: _all(16, 16, 4, 1),
     },
@@ -128,13 +128,13 @@ HALF: dict[tuple[str, str], dict[int, _Three]] = {
         64: _all(64, 64, 8, 1),
         128: _all(64, 64, 8, 1),
         256: _all(64, 64, 8, 1),
-        512: _all(32, 32, 8, 1),
+        512: _all(16, 16, 8, 1),
     },
     ("d_bias", "sm_80"): {
         64: _all(32, 32, 8, 1),
         128: _all(32, 32, 8, 1),
         256: _all(32, 32, 8, 1),
-        512: _all(32, 32, 8, 1),
+        512: _all(16, 16, 8, 1),
     },
     ("d_bias", "small"): {
         64: _all(32, 32, 4, 1),
@@ -145,9 +145,18 @@ HALF: dict[tuple[str, str], dict[int, _Three]] = {
 }
 
 # float32 products run on the ordinary units, whose operands live in registers: small tiles, one stage.
-SINGLE: dict[int, Blocks] = {
-    64: Blocks(32, 32, 4, 1),
-    128: Blocks(32, 32, 8, 1),
+_SINGLE: dict[int, Blocks] = {
+    64: Blocks(32, 32, 8, 1),
+    128: Blocks(16, 32, 8, 1),
     256: Blocks(16, 16, 8, 1),
     512: Blocks(16, 16, 8, 1),
 }
+
+
+def single(arch: str, width: int) -> Blocks:
+    """The tile sizes of all passes in float32.
+
+    AMD's warps have 64 threads: eight would leave each half the registers, and be more than a tile has elements.
+    """
+    blocks = _SINGLE[width]
+    return blocks._replace(warps=4) if arch.startswith("gfx") else blocks

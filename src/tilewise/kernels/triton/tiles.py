@@ -1,7 +1,7 @@
 """Tile sizes by pass, architecture, width and element size: a table, so that no call ever waits for a tuner.
 
-Sizes were chosen by compiling: up to width 256 half precision spills no register on sm_80, sm_90, sm_100 and gfx942 but
-where the compile tests, which hold entries to that, record it. They were not yet timed on a GPU. A table that was
+Sizes were chosen by compiling: on sm_80, sm_89, sm_90, sm_100 and gfx942 shared memory suffices, and no register spills
+but where the compile tests, which hold entries to that, record it. They were not yet timed on a GPU. A table that was
 measured may be named instead (see `tuned.py`).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ...problem import AttentionProblem, kind_of
-from .table import HALF, SINGLE, family_of
+from .table import HALF, family_of, single
 from .tuned import Blocks, Key, tuned_blocks
 
 Pass = Literal["forward", "decode", "d_kv", "d_q", "d_qkv", "d_bias"]
@@ -35,7 +35,7 @@ def blocks_for(purpose: Pass, arch: str, problem: AttentionProblem) -> Blocks:
     if arch == "interpreter":
         return _INTERPRETER
     if problem.dtype == "float32":
-        return SINGLE[width]
+        return single(arch, width)
     blocks = HALF[purpose, family_of(arch)][width][_burden(problem)]
     # The pipeline holds tiles of arrays with an element for each pair, too: shared memory is counted for two of them.
     arrays = _pair_arrays(problem)
@@ -68,7 +68,9 @@ def _burden(problem: AttentionProblem) -> int:
 
 # Queries of all heads of a group that stand in one tile, and keys of a split: fixed, so that no row's bits depend on
 # how many others there are. The interpreter's split is small enough for several in tests.
-MOST_PACKED = 64
+_MOST_PACKED = 64
+# Numbers of such a tile in float32, which wants four times the registers and twice the shared memory of half precision.
+_MOST_PACKED_SINGLE = 64 * 64
 _SPLIT = {"interpreter": 32}
 _USUAL_SPLIT = 512
 
@@ -78,19 +80,26 @@ def decode_split(arch: str) -> int:
     return _SPLIT.get(arch, _USUAL_SPLIT)
 
 
+def most_packed(problem: AttentionProblem) -> int:
+    """Rows of a group that one tile takes: 64, in float32 fewer where they are wide, but the 16 that products take."""
+    if problem.dtype != "float32":
+        return _MOST_PACKED
+    return max(16, min(_MOST_PACKED, _MOST_PACKED_SINGLE // padded_width(problem)))
+
+
 def packs(problem: AttentionProblem) -> bool:
     """Whether the queries of a group fit one tile, and no predicate has to be evaluated for them."""
-    return problem.group * problem.q_len <= MOST_PACKED and problem.mask.bits != "lazy"
+    return problem.group * problem.q_len <= most_packed(problem) and problem.mask.bits != "lazy"
 
 
 def packed_rows(problem: AttentionProblem) -> int:
     """Rows of the tile for the queries of a group that packs."""
-    return rows_together(problem.group * problem.q_len)
+    return rows_together(problem.group * problem.q_len, most_packed(problem))
 
 
-def rows_together(rows: int) -> int:
-    """Rows of a tile for so many of a group, which take several tiles where they are more than MOST_PACKED."""
-    return min(MOST_PACKED, max(16, 1 << (max(1, rows) - 1).bit_length()))
+def rows_together(rows: int, most: int) -> int:
+    """Rows of a tile for so many of a group, which take several tiles where they are more than `most`."""
+    return min(most, max(16, 1 << (max(1, rows) - 1).bit_length()))
 
 
 def padded_width(problem: AttentionProblem) -> int:
