@@ -9,7 +9,7 @@
 enum { tile_side = 16, tile_units = tile_side * tile_side };
 enum { tile_keys = 2 * tile_side, tile_lanes = 2 * tile_side }; // of a group of keys, and of a tile of queries
 
-// bfloat16 pairs: few rows by the vector dot product, all else in tile registers.
+// bfloat16 pairs: one row alone by the vector dot product, all else in tile registers.
 struct Tiles : Pairs {
     static constexpr bool tiled = true;
 };
