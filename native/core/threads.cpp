@@ -111,7 +111,7 @@ struct Pool {
             task(context, i, worker);
     }
 
-    // A worker's part in the region, if it is still open.
+    // A worker's part in the region, if it is still open. most: a field of the region, to be read once that stands.
     void help(int number, const int &most) {
         inside.fetch_add(1); // before asking whether the region is open: the caller closes it, then counts
         if (open.load() && number <= most) {

@@ -16,4 +16,5 @@ else:
 def page(request, monkeypatch) -> str:
     """Runs a test on each page of kernels that this processor supports; returns its name."""
     monkeypatch.setenv("TILEWISE_ISA", request.param)
+    assert _native.isa() == request.param
     return request.param

@@ -9,17 +9,9 @@ import pytest
 import tilewise as tw
 
 _native = pytest.importorskip("tilewise._native")
-PAGES = _native.build_info()["supported_pages"]
 # Pages that multiply bfloat16 by the machine's dot product: probabilities are rounded to bfloat16 for it, and it takes
 # denormal numbers for 0.
 DOT_PRODUCT = {"avx512_bf16", "amx_bf16", "neon_bf16"}
-
-
-@pytest.fixture(params=PAGES)
-def page(request, monkeypatch) -> str:
-    monkeypatch.setenv("TILEWISE_ISA", request.param)
-    assert _native.isa() == request.param
-    return request.param
 
 
 def _arrays(dtype: str, q_len: int, k_len: int, dim: int, value: int, heads: int = 4, kv: int = 2, seed: int = 0):
