@@ -85,22 +85,50 @@ TW_INLINE void values_across(Rows<T> rows, int j, int64_t d, int64_t left, uint6
     }
 }
 
-// Memory is the bound here, and its own prefetchers start too late: asks for a row of n numbers.
-template <class T> TW_INLINE void ask_for(const T *row, int64_t n) {
-    for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
-}
-
-// Rows of n numbers to ask for, one for each key: the next block's.
+// Keys and values of the block that is wanted next, asked for along the work on the one before: memory is the bound here.
+// The processor's own prefetchers follow addresses within a page of 4 KB and start anew in the next, and several pages at
+// once come faster than one after another; so each step takes a line of keys and of values from each quarter of the block.
 template <class T> struct Ahead {
-    Rows<T> rows; // first = NULL: none
-    int64_t n;
+    static constexpr int64_t quarter = block_keys / 4, line = 64 / int64_t(sizeof(T));
+    Rows<T> keys, values;
+    int64_t key_numbers, value_numbers; // of a row
+    int64_t row, column;                // of each quarter, the next to ask for; row = quarter: nothing is left
+    const T *key[4], *value[4];         // where that row begins
+    int64_t steps;                      // of each call of ask
+
+    __attribute__((always_inline)) void enter_row(int64_t i) {
+        row = i;
+        column = 0;
+        TW_UNROLL(int q = 0; q < 4 && row < quarter; ++q) {
+            key[q] = keys[q * quarter + row];
+            value[q] = values[q * quarter + row];
+        }
+    }
+
+    // So many quarters of the lines will be asked for in so many calls.
+    __attribute__((always_inline)) void spread(int64_t quarters, int64_t calls) {
+        const int64_t longest = key_numbers > value_numbers ? key_numbers : value_numbers;
+        const int64_t all = (longest + line - 1) / line * quarters * (quarter / 4);
+        steps = (all + calls - 1) / calls;
+    }
+
+    __attribute__((always_inline)) void ask() {
+        for (int64_t n = 0; n < steps && row < quarter; ++n) {
+            TW_UNROLL(int q = 0; q < 4; ++q) {
+                if (column < key_numbers) __builtin_prefetch(key[q] + column, 0, 2);
+                if (column < value_numbers) __builtin_prefetch(value[q] + column, 0, 2);
+            }
+            column += line;
+            if (column >= key_numbers && column >= value_numbers) enter_row(row + 1);
+        }
+    }
 };
 
 // The columns from d of add_weighted, in NC vectors of COUNT rows; `left` of them exist. Keys that `some` leaves out are
 // not read.
 template <class M, int COUNT, int NC, class T>
 TW_INLINE void weighted_columns(Row<M> *const *rows, Rows<T> values, int64_t left, int64_t d, uint64_t some,
-                                Ahead<T> next) {
+                                Ahead<T> &ahead) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
     vec<A> out[COUNT][NC];
@@ -112,9 +140,7 @@ TW_INLINE void weighted_columns(Row<M> *const *rows, Rows<T> values, int64_t lef
         values_across<M>(values, j, d, left, rest >> j, value);
         rest &= rest - 1;
         if constexpr (M::numbers > 1) rest &= ~(uint64_t(2) << j);
-        if (next.rows.first && d < next.n)
-            TW_UNROLL(int i = 0; i < M::numbers; ++i)
-                ask_for(next.rows[j + i] + d, next.n - d < NC * W ? next.n - d : NC * W);
+        ahead.ask();
         TW_UNROLL(int r = 0; r < COUNT; ++r) {
             const vec<unit_of<M>> weight = splat(rows[r]->weights[unit]);
             TW_UNROLL(int c = 0; c < NC; ++c) out[r][c] = add_product(out[r][c], value[c], weight);
@@ -126,9 +152,9 @@ TW_INLINE void weighted_columns(Row<M> *const *rows, Rows<T> values, int64_t lef
 
 // out += weights * values, for the keys of the block that `some` names.
 template <class M, int COUNT, class T>
-TW_INLINE void add_weighted(Row<M> *const *rows, Rows<T> values, int64_t value_dim, uint64_t some, Ahead<T> next) {
+TW_INLINE void add_weighted(Row<M> *const *rows, Rows<T> values, int64_t value_dim, uint64_t some, Ahead<T> &ahead) {
     constexpr int W = lanes<sum_of<M>>, N = M::numbers;
     int64_t d = 0;
-    for (; d + 4 * W <= value_dim; d += 4 * W) weighted_columns<M, COUNT, 4>(rows, values, 4 * W, d, some, next);
-    for (; d < value_dim; d += N * W) weighted_columns<M, COUNT, N>(rows, values, value_dim - d, d, some, next);
+    for (; d + 4 * W <= value_dim; d += 4 * W) weighted_columns<M, COUNT, 4>(rows, values, 4 * W, d, some, ahead);
+    for (; d < value_dim; d += N * W) weighted_columns<M, COUNT, N>(rows, values, value_dim - d, d, some, ahead);
 }

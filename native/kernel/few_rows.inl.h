@@ -76,6 +76,29 @@ static uint64_t look_by_row(const tw_problem &p, int64_t b, Row<M> *const *rows,
     return some;
 }
 
+// What is wanted after the block at `key`: the next of the item, or the first of the item that follows. `each_key` and
+// `each_value` hold the places of its rows where they lie in pages.
+template <class T>
+static Ahead<T> block_after(const tw_problem &p, const tw_item &item, int64_t key, const T **each_key,
+                            const T **each_value) {
+    Ahead<T> ahead = {};
+    ahead.row = ahead.quarter;
+    const tw_item *of = &item;
+    key += block_keys;
+    if (key >= item.key_end) {
+        of = item.next;
+        if (!of || of->number != item.number) return ahead;
+        key = of->key_begin;
+    }
+    if (of->key_end - key < block_keys) return ahead;
+    ahead.keys = key_rows(p, p.k, of->b, of->kv_head, key, block_keys, each_key);
+    ahead.values = key_rows(p, p.v, of->b, of->kv_head, key, block_keys, each_value);
+    ahead.key_numbers = p.head_dim;
+    ahead.value_numbers = p.value_dim;
+    ahead.enter_row(0);
+    return ahead;
+}
+
 template <class M> static size_t few_rows_bytes(const tw_problem &p) {
     using A = sum_of<M>;
     return size_t(few_rows<A>) * row_bytes<M>(p) + size_t(FewTiles<M>::space(p)) * sizeof(A);
@@ -86,8 +109,9 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
                        bool careful) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
-    const T *each_key[block_keys], *each_value[block_keys], *each_next[block_keys]; // where rows lie in pages
-    const A factor = M::numbers > 1 ? A(p.scale * 1.4426950408889634074) : A(1);    // else the queries have it
+    const T *each_key[block_keys], *each_value[block_keys]; // where rows lie in pages
+    const T *each_key_ahead[block_keys], *each_value_ahead[block_keys];
+    const A factor = M::numbers > 1 ? A(p.scale * 1.4426950408889634074) : A(1); // else the queries have it
     bool in_tiles = false;
     if constexpr (M::tiled) in_tiles = tiles.used;
     for (int64_t key = item.key_begin; key < item.key_end; key += block_keys) {
@@ -96,40 +120,37 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
         if (!some) continue;
         const Rows<T> keys = key_rows(p, p.k, item.b, item.kv_head, key, n, each_key);
         const Rows<T> values = key_rows(p, p.v, item.b, item.kv_head, key, n, each_value);
+        Ahead<T> ahead = block_after(p, item, key, each_key_ahead, each_value_ahead);
         if constexpr (M::tiled)
-            if (in_tiles) {
-                scores_in_tiles(tiles, keys, n, p.head_dim, rows, count, factor);
-                ask_for_values(values, n, p.value_dim);
-            }
+            if (in_tiles) scores_in_tiles(tiles, keys, n, p.head_dim, rows, count, factor, ahead);
+        if (!in_tiles) ahead.spread(2, block_keys / W * count);
         for (int j = 0; j < n && !in_tiles; j += W) {
             const T *own[W]; // a ragged end repeats the last key; no row sees the repetitions
             TW_UNROLL(int l = 0; l < W; ++l) own[l] = keys[j + l < n ? j + l : n - 1];
             for (int64_t r = 0; r < count; ++r) {
-                for (int64_t l = j + r * W / count; l < j + (r + 1) * W / count && l < n; ++l)
-                    ask_for(values[l], p.value_dim);
+                ahead.ask();
                 store(rows[r]->scores + j, dot_products<M>(own, rows[r]->query, p.head_dim) * factor);
             }
         }
+        if (in_tiles) ahead.spread(1, count);
         for (int64_t r = 0; r < count; ++r) {
             for (int j = (n + W - 1) / W * W; j < block_keys; ++j) rows[r]->scores[j] = 0; // unseen, but not garbage
             adjust_scores(p, item.b, *rows[r], key, n);
             weigh(p, item.b, *rows[r], key);
+            if (in_tiles) ahead.ask();
         }
         if constexpr (M::tiled)
             if (in_tiles) {
                 add_weighted_in_tiles(tiles, rows, count, values, p.value_dim, n, careful ? rows[0]->seen : some,
-                                      careful);
+                                      careful, ahead);
                 continue;
             }
-        int64_t r = 0;
-        Ahead<T> next = {{nullptr, 0, nullptr}, p.head_dim};
-        if (key + 2 * block_keys <= item.key_end)
-            next.rows = key_rows(p, p.k, item.b, item.kv_head, key + block_keys, block_keys, each_next);
-        if (!careful)
-            for (; r + 4 <= count; r += 4)
-                add_weighted<M, 4>(rows + r, values, p.value_dim, some, r ? Ahead<T>{} : next);
-        for (; r < count; ++r)
-            add_weighted<M, 1>(rows + r, values, p.value_dim, careful ? rows[r]->seen : some, r ? Ahead<T>{} : next);
+        const int64_t together = careful ? 0 : count / 4 * 4;
+        ahead.spread(2, (together / 4 + count - together) * (block_keys / M::numbers) *
+                            ((p.value_dim + 4 * W - 1) / (4 * W)));
+        for (int64_t r = 0; r < together; r += 4) add_weighted<M, 4>(rows + r, values, p.value_dim, some, ahead);
+        for (int64_t r = together; r < count; ++r)
+            add_weighted<M, 1>(rows + r, values, p.value_dim, careful ? rows[r]->seen : some, ahead);
     }
 }
 
@@ -194,7 +215,7 @@ static void forward_few_rows(const tw_problem *problem, const tw_item *item, voi
         bool in_order = M::numbers == 1;
         if constexpr (M::tiled)
             if (tiles.used) {
-                put_columns_in_order(row.out, p.value_dim);
+                put_columns_in_order(tiles, row.out, p.value_dim);
                 in_order = true;
             }
         if constexpr (M::numbers > 1)
