@@ -11,6 +11,7 @@
 #include "bind/arguments.h"
 #include "bind/xla_ffi.h"
 #include "core/dispatch.h"
+#include "core/large_pages.h"
 #include "core/threads.h"
 
 namespace nb = nanobind;
@@ -240,6 +241,10 @@ NB_MODULE(_native, m) {
     m.def("num_threads", &default_threads, "Threads a call uses where it does not say.");
     m.def("set_num_threads", &set_num_threads, "threads"_a,
           "Set that number for the process; 0 returns to the default.");
+    m.def(
+        "prefer_large_pages",
+        [](uintptr_t address, size_t bytes) { prefer_large_pages(reinterpret_cast<void *>(address), bytes); },
+        "address"_a, "bytes"_a, "For memory that is about to be filled; less than 4 MB is left alone.");
     m.def("peak_gflops", &peak_gflops, "threads"_a = 0, "seconds"_a = 0.05, "dtype"_a = 0,
           "Measured peak of the products that the kernels of a dtype (a tw_dtype number) are made of, GFLOP/s.");
     m.def("philox_word", &philox_word, "seed"_a, "stream"_a, "index"_a,

@@ -174,6 +174,29 @@ void add_items(const tw_problem &p, const Cut &cut, int64_t n, tw_item *&item, t
             }
 }
 
+bool share_keys(const tw_item &a, const tw_item &b) {
+    return a.number == b.number && a.b == b.b && a.kv_head == b.kv_head;
+}
+
+// The items of a head follow one another, since they share its keys and values in the caches, the longest first. So that
+// no thread is left with a long one at the end, the last heads are mixed: as many as give each thread the work of two
+// items as long as the longest of them.
+void order_items(tw_item *items, tw_item *end, int threads) {
+    const auto longer = [](const tw_item &a, const tw_item &b) { return a.cost > b.cost; };
+    double work = 0, longest = 0;
+    tw_item *mixed = end;
+    while (mixed != items && (mixed == end || work < 2 * threads * longest || share_keys(mixed[-1], *mixed))) {
+        --mixed;
+        work += mixed->cost;
+        longest = std::max(longest, mixed->cost);
+    }
+    for (tw_item *head = items, *next; head != mixed; head = next) {
+        next = std::find_if(head, mixed, [head](const tw_item &item) { return !share_keys(*head, item); });
+        std::stable_sort(head, next, longer);
+    }
+    std::stable_sort(mixed, end, longer);
+}
+
 } // namespace
 
 int run_forward(const tw_problem &p, const char **message) {
@@ -198,10 +221,7 @@ int run_forward(const tw_problem &p, const char **message) {
         const tw_problem &one = problem_of(p, n, own);
         add_items(one, cut_of(one, *kernels, whole.tiles_in_call, whole.threads_asked), n, item, merge, partial);
     }
-    // The longest first, so that no thread is left with a long one at the end.
-    if ((p.ranges.count || p.sequences.q_len) && whole.threads > 1)
-        std::stable_sort(call.items, item, [](const tw_item &a, const tw_item &b) { return a.cost > b.cost; });
-
+    if ((p.ranges.count || p.sequences.q_len) && whole.threads > 1) order_items(call.items, item, whole.threads);
     for (int64_t i = 0; i + whole.threads < whole.count; ++i) call.items[i].next = call.items + i + whole.threads;
 
     parallel_for(whole.count, whole.threads, run_item, &call);

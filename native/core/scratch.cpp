@@ -4,6 +4,8 @@
 
 #include <mutex>
 
+#include "core/large_pages.h"
+
 namespace tilewise {
 namespace {
 
@@ -24,7 +26,9 @@ Scratch::Scratch(size_t bytes) : memory_(nullptr), bytes_((bytes + alignment - 1
             spare = nullptr;
         }
     }
-    if (!memory_) memory_ = aligned_alloc(alignment, bytes_);
+    if (memory_) return;
+    memory_ = aligned_alloc(alignment, bytes_);
+    if (memory_) prefer_large_pages(memory_, bytes_);
 }
 
 Scratch::~Scratch() {

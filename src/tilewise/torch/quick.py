@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Operands, Plan
+from ..kernels.native.buffers import in_large_pages
 from ..kernels.native.call import call_of
 from ..kernels.native.facts import Alive, mask_place
 
@@ -46,7 +47,7 @@ class Prepared:
     def __call__(self, operands: Sequence[Tensor], facts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq)."""
         q, k, v = operands
-        out = torch.empty(self.out, dtype=self.dtype)
+        out = in_large_pages(torch.empty(self.out, dtype=self.dtype))
         lse = torch.empty(self.lse, dtype=self.wide)
         if self.swapped:
             out = out.transpose(1, 2)

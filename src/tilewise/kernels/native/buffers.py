@@ -11,6 +11,8 @@ from ..._arrays import Array, dtype_name, family_of
 
 DTYPE_CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}  # enum tw_dtype of native/core/problem.h
 
+MUCH = 4 << 20  # bytes; below, large pages would not pay
+
 
 class Memory(NamedTuple):
     """An array's first byte and its strides in elements; `array` keeps the memory alive."""
@@ -70,8 +72,22 @@ def cast(array: Array, dtype: str) -> Array:
 def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     """Uninitialised memory of q's family."""
     if family_of(like) == "torch":
-        return sys.modules["torch"].empty(shape, dtype=_torch_dtype(dtype))
+        return in_large_pages(sys.modules["torch"].empty(shape, dtype=_torch_dtype(dtype)))
     return np.empty(shape, like.dtype if dtype == dtype_name(like) else dtype)
+
+
+def in_large_pages(fresh: Any) -> Any:
+    """The same torch CPU tensor, uninitialised: its memory will be in large pages where there is much of it.
+
+    NumPy asks for them, too; torch alone does not, and then the page faults of a result take as long as a fast kernel.
+    """
+    if fresh.nbytes >= MUCH:
+        try:
+            from ... import _native  # pyright: ignore[reportAttributeAccessIssue]  # absent in a pure Python install
+        except ImportError:
+            return fresh
+        _native.prefer_large_pages(fresh.data_ptr(), fresh.nbytes)
+    return fresh
 
 
 def _torch_dtype(dtype: str) -> Any:

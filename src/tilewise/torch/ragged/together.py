@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import validate
-from ...kernels.native.buffers import DTYPE_CODES, memory
+from ...kernels.native.buffers import DTYPE_CODES, in_large_pages, memory
 from ...kernels.native.card import CARD
 from ...kernels.native.facts import Alive, dropout_words
 from ..watch import nobody_else, recording
@@ -55,7 +55,7 @@ class Call:
         from ... import _native  # pyright: ignore[reportAttributeAccessIssue]  # the card found it
 
         rows, heads = q.shape[:2]
-        out = q.new_empty((rows, heads, v.shape[-1]))
+        out = in_large_pages(q.new_empty((rows, heads, v.shape[-1])))
         lse = q.new_empty((heads, rows), dtype=_accumulator(q))
         if self.gaps:
             out.zero_()
