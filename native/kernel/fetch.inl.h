@@ -4,10 +4,12 @@
 // What goes on beside the vectors' work: nothing, but for tile registers (amx_work.inl.h).
 template <class M> struct Background {};
 
-// Keys that all tiles of an item use before the next. Tile registers want to keep a tile's own arrays in the first-level
-// cache for long and copy their keys and values anyway: as many as leave room in the second for the tiles.
+// Keys that all tiles of an item use before the next. As many units of them as stay in the first-level cache beside their
+// probabilities: values are read by columns, at strides of a row, and these fall on few of its sets. Tile registers want
+// to keep a tile's own arrays there for long and copy their keys and values anyway: as many as leave room in the second
+// for the tiles.
 template <class M> TW_INLINE int64_t chunk_keys(const tw_problem &p) {
-    if (!M::tiled) return run_keys;
+    if (!M::tiled) return run_keys / 2 * M::numbers;
     const int64_t dims = p.head_dim + p.value_dim;
     return dims <= 256 ? 4 * run_keys : dims <= 512 ? 2 * run_keys : run_keys;
 }
