@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import tilewise as tw
+from tilewise.bench.report import processor_name
 from tilewise.distributed import Layout, Machine
 from tilewise.distributed.cost import costs
 from tilewise.masks.lower import lower
@@ -163,8 +163,7 @@ def main() -> None:
             print(f"  {row['case']:32} predicted {row['predicted']:.4f} s  measured {row['measured']:.4f} s"
                   f"  ratio {row['ratio']:.2f};  work {row['work_predicted']:.4f} s, {row['work_measured']:.4f} s,"
                   f"  ratio {row['work_ratio']:.2f}")  # fmt: skip
-    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    about = {"cpu": model[1].strip() if model else "", "cores": os.cpu_count(), "heads": HEADS, "width": WIDTH,
+    about = {"cpu": processor_name(), "cores": os.cpu_count(), "heads": HEADS, "width": WIDTH,
              "load": os.getloadavg()[0], "dtype": "float32", "pass": "forward"}  # fmt: skip
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "distributed-calibration.json"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import time
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import tilewise as tw
+from tilewise.bench.report import processor_name
 
 HEADS, WIDTH = 8, 64
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -114,13 +114,6 @@ def overheads() -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def cpu() -> str:
-    """The name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", lines)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="numbers of tokens")
@@ -135,10 +128,10 @@ def main() -> None:
         beside = f"jax.nn {row['theirs']:8.4f} s: {row['ratio']:.2f}" if "ratio" in row else row["left_out"]
         mask = "causal" if row["causal"] else "full"
         print(f"{row['dtype']:9} {mask:6} {row['step']:8} {row['length']:6} ours {row['ours']:8.4f} s, {beside}")
-    name = "jax-cpu-" + re.sub(r"[^a-z0-9]+", "-", cpu().lower()).strip("-")
+    name = "jax-cpu-" + re.sub(r"[^a-z0-9]+", "-", processor_name().lower()).strip("-")
     given.out.mkdir(parents=True, exist_ok=True)
     about = {
-        "cpu": cpu(), "cores": os.cpu_count(), "jax": jax.__version__, "heads": HEADS, "width": WIDTH,
+        "cpu": processor_name(), "cores": os.cpu_count(), "jax": jax.__version__, "heads": HEADS, "width": WIDTH,
         "load_before": load,
     }  # fmt: skip
     (given.out / f"{name}.json").write_text(json.dumps({**about, "overhead": calls, "rows": rows}, indent=1) + "\n")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import tilewise as tw
+from tilewise.bench.report import processor_name
 
 HEADS, WIDTH, WINDOW = 2, 64, 256
 LENGTHS = tuple(2**n for n in range(9, 17))
@@ -125,13 +125,6 @@ def picture(rows: list[dict[str, Any]], cases: list[str], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def cpu() -> str:
-    """The name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", lines)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="numbers of tokens")
@@ -144,10 +137,10 @@ def main() -> None:
     lengths = sorted(given.lengths)
     total = len(lengths) * len(STEPS) * (2 * len(given.cases) + ("causal" in given.cases))
     rows = list(track(rows_of(lengths, given.cases), total=total, description="compiling"))
-    name = "jax-memory-" + re.sub(r"[^a-z0-9]+", "-", cpu().lower()).strip("-")
+    name = "jax-memory-" + re.sub(r"[^a-z0-9]+", "-", processor_name().lower()).strip("-")
     given.out.mkdir(parents=True, exist_ok=True)
     about = {
-        "cpu": cpu(), "cores": os.cpu_count(), "jax": jax.__version__, "heads": HEADS, "width": WIDTH,
+        "cpu": processor_name(), "cores": os.cpu_count(), "jax": jax.__version__, "heads": HEADS, "width": WIDTH,
         "dtype": "float32", "unit": "MiB beside inputs and outputs",
     }  # fmt: skip
     (given.out / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

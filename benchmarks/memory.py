@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import re
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -126,7 +125,7 @@ def tell(sending: Any, *asked: Any) -> None:
         sending.send({"failed": str(error).splitlines()[0][:200]})
 
 
-def picture(rows: list[dict[str, Any]], most: float, path: Path) -> None:
+def picture(rows: list[dict[str, Any]], about: str, path: Path) -> None:
     """A panel for each case: MiB against the length, both axes logarithmic."""
     import matplotlib
 
@@ -151,16 +150,8 @@ def picture(rows: list[dict[str, Any]], most: float, path: Path) -> None:
     for panel in panels[:, 0]:
         panel.set_ylabel("MiB beyond the inputs")
     panels[0, 0].legend(fontsize=8)
-    about = f"{HEADS} heads of width {WIDTH}, float32, {cpu()}; lines end where they would pass {most:g} GiB"
-    figure.suptitle(f"Peak memory of attention, {about}", fontsize=11)
+    figure.suptitle(f"Peak memory of attention, {HEADS} heads of width {WIDTH}, float32, {about}", fontsize=11)
     figure.savefig(path, dpi=130)
-
-
-def cpu() -> str:
-    """The name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", lines)
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -174,18 +165,19 @@ def main() -> None:
     from rich.progress import track
 
     import tilewise.torch.call  # noqa: F401  # loaded once, for all processes
+    from tilewise.bench.report import processor_name
 
     total = len(given.lengths) * len(CASES) * len(STEPS) * len(WHO)
     rows = list(track(rows_of(sorted(given.lengths), given.most), total=total, description="measuring"))
-    name = "memory-" + re.sub(r"[^a-z0-9]+", "-", cpu().lower()).strip("-")
+    name = "memory-" + re.sub(r"[^a-z0-9]+", "-", processor_name().lower()).strip("-")
     given.out.mkdir(parents=True, exist_ok=True)
     about = {
-        "cpu": cpu(), "cores": os.cpu_count(), "torch": torch.__version__, "heads": HEADS,
+        "cpu": processor_name(), "cores": os.cpu_count(), "torch": torch.__version__, "heads": HEADS,
         "width": WIDTH, "most_gib": given.most, "dtype": "float32", "dropout": DROPPED, "cases": CASES,
         "unit": "MiB beyond the inputs",
     }  # fmt: skip
     (given.out / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    picture(rows, given.most, given.out / f"{name}.png")
+    picture(rows, f"{processor_name()}; lines end where they would pass {given.most:g} GiB", given.out / f"{name}.png")
     print(given.out / f"{name}.png")
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from overhead import cpu
 from torch.nn.functional import scaled_dot_product_attention
 
 import tilewise as tw
+from tilewise.bench.report import processor_name
 
 Run = Callable[[], Any]
 # Name, side of the square matrices, and heads and length of the attention: each call takes about a tenth of a
@@ -107,9 +107,15 @@ def main() -> None:
         times = (f"{row[name]:.3f} ms" for name in ("product_ms", "attention_ms", "pair_ms"))
         table.add_row(row["case"], row["attention"], *times, f"{row['ratio']:.3f}")
     Console().print(table)
-    about = {"cpu": cpu(), "threads": threads, "load_before": load, "torch": torch.__version__, "rounds": given.rounds}
+    about = {
+        "cpu": processor_name(),
+        "threads": threads,
+        "load_before": load,
+        "torch": torch.__version__,
+        "rounds": given.rounds,
+    }
     given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / ("neighbour-" + re.sub(r"[^a-z0-9]+", "-", cpu().lower()).strip("-") + ".json")
+    path = given.out / ("neighbour-" + re.sub(r"[^a-z0-9]+", "-", processor_name().lower()).strip("-") + ".json")
     path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     print(path)
 

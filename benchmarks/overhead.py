@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import time
@@ -23,6 +22,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as theirs
 
 import tilewise as tw
+from tilewise.bench.report import processor_name
 
 BATCH, HEADS, LENGTH, WIDTH = 1, 4, 16, 32
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
@@ -115,13 +115,6 @@ def turn(run: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def cpu() -> str:
-    """The name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", lines)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case")
@@ -144,11 +137,11 @@ def main() -> None:
         table.add_row(row["case"], f"{row['ours_us']:.1f} us", f"{row['theirs_us']:.1f} us", f"{row['ratio']:.2f}")
     Console().print(table)
     about = {
-        "cpu": cpu(), "threads": given.threads, "load_before": load, "torch": torch.__version__, "dtype": "float32",
-        "shape": [BATCH, HEADS, LENGTH, WIDTH],
+        "cpu": processor_name(), "threads": given.threads, "load_before": load, "torch": torch.__version__,
+        "dtype": "float32", "shape": [BATCH, HEADS, LENGTH, WIDTH],
     }  # fmt: skip
     given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / ("overhead-" + re.sub(r"[^a-z0-9]+", "-", cpu().lower()).strip("-") + ".json")
+    path = given.out / ("overhead-" + re.sub(r"[^a-z0-9]+", "-", processor_name().lower()).strip("-") + ".json")
     path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     print(path)
 

@@ -30,7 +30,7 @@ def text_bytes(count: int) -> Any:
     return np.frombuffer(found[:count], np.uint8).astype(np.int32)
 
 
-def initial(key: Any, width: int, heads: int, layers: int) -> Parameters:
+def initial(key: Any, width: int, layers: int) -> Parameters:
     """Weights of a decoder over bytes: embedding (256, width) and blocks of attention and a two-layer network."""
     import jax
 
@@ -110,7 +110,7 @@ def train(devices: int, steps: int, length: int, strategy: str, sharding: str, w
         moment = jax.tree.map(lambda m, g: 0.9 * m + g, moment, gradient)
         return loss, jax.tree.map(lambda p, m: p - 0.05 * m, parameters, moment), moment
 
-    parameters = initial(jax.random.key(0), width, heads, layers=2)
+    parameters = initial(jax.random.key(0), width, layers=2)
     moment = jax.tree.map(jnp.zeros_like, parameters)
     text, losses = text_bytes(steps * batch * length + 1), []
     for n in range(steps):

@@ -5,8 +5,9 @@
 // Scores: S = K Q^T with keys in the rows of A, in place where they stand in whole tiles, and query rows in the columns of
 // B. Values: O += P V with query rows in the rows of A and of the sums, and values in B as they stand in memory. There two
 // columns stand beside each other where the instruction wants two keys; so each row takes two rows of A: in one a zero
-// stands after each probability, in the other before it, and they sum the even and the odd columns. Zero times what is not finite is NaN in a column that has nothing to do with it, so a row
-// that ends with something that is not finite is summed again, carefully.
+// stands after each probability, in the other before it, and they sum the even and the odd columns. Zero times what is
+// not finite is NaN in a column that has nothing to do with it, so a row that ends with something that is not finite is
+// summed again, carefully.
 //
 // A product's result is there after the time of three or four products, so four sums are made in turns. A sum's bits
 // depend on its own row and key or column alone.

@@ -4,12 +4,14 @@
 // What goes on beside the vectors' work: nothing, but for tile registers (amx_work.inl.h).
 template <class M> struct Background {};
 
-// Keys that all tiles of an item use before the next. As many units of them as stay in the first-level cache beside their
-// probabilities: values are read by columns, at strides of a row, and these fall on few of its sets. Tile registers want
-// to keep a tile's own arrays there for long and copy their keys and values anyway: as many as leave room in the second
-// for the tiles.
+// Keys whose probabilities wait for their values, at most: as many units of them as stay in the first-level cache beside
+// these, since values are read by columns, at strides of a row, which fall on few of its sets.
+template <class M> constexpr int64_t waiting_keys = M::tiled ? run_keys : run_keys / 2 * M::numbers;
+
+// Keys that all tiles of an item use before the next: the same. Tile registers want to keep a tile's own arrays in the
+// first-level cache for long and copy their keys and values anyway: as many as leave room in the second for the tiles.
 template <class M> TW_INLINE int64_t chunk_keys(const tw_problem &p) {
-    if (!M::tiled) return run_keys / 2 * M::numbers;
+    if (!M::tiled) return waiting_keys<M>;
     const int64_t dims = p.head_dim + p.value_dim;
     return dims <= 256 ? 4 * run_keys : dims <= 512 ? 2 * run_keys : run_keys;
 }
@@ -39,17 +41,17 @@ template <class M> struct Sweep {
     void (*fetch)(Sweep &, int64_t key, int n); // NULL: read in place
     U *fetched_keys, *fetched_values;           // of the keys held
     int64_t held[most_held_blocks];             // the first key of the block at each place, or -1
-    U *probabilities;       // [run_keys in units][width], of the keys from chunk or, in tile registers, from run_begin
-    U *other_probabilities; // of the run before, where its values are added in the background
-    A *bias;                // [block_keys][width]
-    A factor;               // of the products, where queries are not multiplied by it: scale * log2(e)
-    bool general;           // softcap, bias or dropout: every group takes the general path
-    bool moving;            // tiles see few keys: each is swept over all before the next
-    bool careful;           // bar invisible values lane by lane: they hold something that is not finite
-    int64_t element_asked;  // bytes of an element of q and out where sweeps ask for their rows ahead, else 0
-    int asked, ask_at_once; // lanes of the tile whose rows are asked for; how many for each group of keys
-    int64_t groups;         // of keys, that a tile which is finished alone may see
-    int64_t span;           // keys that have places beside each other: the chunk's, or all held
+    U *probabilities;         // [waiting_keys in units][width], from chunk or, in tile registers, run_begin on
+    U *other_probabilities;   // of the run before, where its values are added in the background
+    A *bias;                  // [block_keys][width]
+    A factor;                 // of the products, where queries are not multiplied by it: scale * log2(e)
+    bool general;             // softcap, bias or dropout: every group takes the general path
+    bool moving;              // tiles see few keys: each is swept over all before the next
+    bool careful;             // bar invisible values lane by lane: they hold something that is not finite
+    int64_t element_asked;    // bytes of an element of q and out where sweeps ask for their rows ahead, else 0
+    int asked, ask_at_once;   // lanes of the tile whose rows are asked for; how many for each group of keys
+    int64_t groups;           // of keys, that a tile which is finished alone may see
+    int64_t span;             // keys that have places beside each other: the chunk's, or all held
     int64_t chunk, run_begin; // chunk: the first key of the span entered, or -1
     const tw_item *item;
     int64_t tiles;   // of the item

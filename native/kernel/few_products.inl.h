@@ -68,8 +68,8 @@ template <class M> TW_INLINE void weights_to_units(const sum_of<M> *scores, unit
 }
 
 // The numbers of a unit of keys, from column d of rows[j] on, as units across them: NC vectors, of which `left` numbers
-// exist. Bits say which of the keys are read; the others are zeros. Pairs stand in the order in which they are interleaved: of 32
-// columns, the first half of each eight, then the second.
+// exist. Bits say which of the keys are read; the others are zeros. Pairs stand in the order in which they are
+// interleaved: of 32 columns, the first half of each eight, then the second.
 template <class M, int NC, class T>
 TW_INLINE void values_across(Rows<T> rows, int j, int64_t d, int64_t left, uint64_t bits,
                              vec<unit_of<M>> (&value)[NC]) {

@@ -25,7 +25,7 @@ template <class T, class M> static size_t scratch_bytes(const tw_problem *p, int
     if (takes_few_rows<A>(*p)) return few_rows_bytes<M>(*p);
     const int64_t runs = M::tiled ? 2 : 1; // whose probabilities are kept
     const int64_t scores =
-        runs * (run_keys + TW_GROUP_KEYS) / M::numbers + block_keys + TW_GROUP_KEYS; // and their biases
+        runs * (waiting_keys<M> + TW_GROUP_KEYS) / M::numbers + block_keys + TW_GROUP_KEYS; // and their biases
     const size_t state =
         rounded(sizeof(Tile<M>)) + size_t(unit_rows<M>(p->head_dim) + sum_rows<M>(p->value_dim)) * width;
     const size_t earlier =
@@ -176,8 +176,9 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     s.value_dim = sum_rows<M>(p.value_dim);
     s.general = p.softcap > 0 || p.bias_count || p.table.data || p.dropout.enabled;
     s.factor = A(p.scale * 1.4426950408889634074);
-    s.probabilities = reinterpret_cast<U *>(take((run_keys + TW_GROUP_KEYS) / M::numbers * width));
-    if (M::tiled) s.other_probabilities = reinterpret_cast<U *>(take((run_keys + TW_GROUP_KEYS) / M::numbers * width));
+    s.probabilities = reinterpret_cast<U *>(take((waiting_keys<M> + TW_GROUP_KEYS) / M::numbers * width));
+    if (M::tiled)
+        s.other_probabilities = reinterpret_cast<U *>(take((waiting_keys<M> + TW_GROUP_KEYS) / M::numbers * width));
     s.bias = reinterpret_cast<A *>(take((block_keys + TW_GROUP_KEYS) * width));
     choose_source<T>(s, count, reinterpret_cast<U *>(take(fetched_units<T, M>(p, count))));
     s.careful = false;

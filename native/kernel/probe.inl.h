@@ -12,7 +12,8 @@ static double tile_peak_probe(int64_t steps) {
 #endif
 
 // The peak of this page: twelve independent chains of the products that a type's kernels are made of, nothing loaded,
-// nothing stored; for tile registers four, as many as there are for sums. Their starts come from memory, so that the compiler can neither foresee a chain nor join two.
+// nothing stored; for tile registers four, as many as there are for sums. Their starts come from memory, so that the
+// compiler can neither foresee a chain nor join two.
 template <class M> static double peak_probe(int64_t steps, float *start) {
 #if defined(__AMX_BF16__)
     if constexpr (M::tiled) return tile_peak_probe(steps);

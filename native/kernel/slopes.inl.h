@@ -1,5 +1,6 @@
 // The backward pass of one tile and one block of 64 keys: probabilities made again from lse, gradients of the scores,
-// and their sums into d_q, d_k, d_v (and the biases: bias_slopes.inl.h) (Dao et al., FlashAttention, 2022). With x the scores in log2 units:
+// and their sums into d_q, d_k, d_v (and the biases: bias_slopes.inl.h) (Dao et al., FlashAttention, 2022). With x the
+// scores in log2 units:
 //   p = 2^(x - lse)     ds = p (d_out . v + pull),  pull = d_lse - d_out . out     raw = ds times the softcap's slope
 //   d_v += p d_out      d_k += raw q                                               d_q += raw k
 // Scores, p, ds and d_q have queries in lanes, as forward. In d_k and d_v the lanes hold the head axis and the

@@ -7,7 +7,7 @@
 // The reference moves rarely (Milakov, Gimelshein 2018 move it always); a lane decides for itself, so a row's bits never
 // depend on the rows beside it.
 
-// run_keys: keys whose probabilities wait for their values, at most.
+// run_keys: keys whose probabilities wait for their values, at most (fetch.inl.h: for some products, half of them).
 enum { most_lanes = 64, block_keys = TW_BIT_TILE, run_keys = 128 };
 template <class A>
 constexpr A slack = A(8); // 2^8 times the first reference is far from overflow and costs no precision

@@ -163,8 +163,8 @@ TW_INLINE void narrow_by_mask(const tw_problem &p, int64_t b, const Tile<M> &til
         TW_UNROLL(int e = 0; e < eights; ++e) word |= uint64_t(seen[e][j]) << 8 * e;
         words[j] &= word;
     }
-    // Rows lie far apart, each a cache line that no other block reads: ask for those that the next chunk will read, once
-    // this block's are there.
+    // Rows lie far apart, each a cache line that no other block reads: ask for those of the block run_keys ahead, once this
+    // block's are there.
     for (int l = 0; l < tile.width; ++l)
         __builtin_prefetch(first + tile.h[l] * mask.stride_h + tile.i[l] * mask.stride_i + run_keys * mask.stride_j, 0,
                            2);

@@ -77,7 +77,7 @@ def replayed(schedule: Schedule, sizes: Sizes, machine: Machine) -> float:
 def test_the_time_of_a_ring_is_that_of_its_schedule_replayed(kind: str, name: str, machine: Machine) -> None:
     n, mask = 1024, lowered(MASKS[name], 1024)
     layout, sizes = Layout(kind, n, 8), Sizes.of(problem_of(n))
-    cost = ring_cost(sizes, load_of(mask, layout, layout), layout, layout, machine)
+    cost = ring_cost(sizes, load_of(mask, layout, layout), layout, machine)
     schedule = ring(layout, layout, mask)
     assert cost.forward == pytest.approx(replayed(schedule, sizes, machine), rel=1e-9)
     assert cost.steps == len(schedule.steps[0])

@@ -34,20 +34,33 @@ def middle(tensor) -> int:
     return tensor.data_ptr() + tensor.nbytes // 2
 
 
-def test_large_results_and_gradients_are_in_large_pages():
-    q, k, v = (torch.randn(1, 4, 8192, 64, requires_grad=True) for _ in range(3))  # of 8 MB each
-    mask = tw.causal() & tw.window(16)
-    for _ in range(2):  # the second time on the way of remembered calls
-        out = tw.attention(q, k, v, mask=mask, kernel="native")
+MASK = tw.causal() & tw.window(16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_results_and_gradients_are_in_large_pages(dtype):
+    q, k, v = (torch.randn(1, 8, 8192, 64, dtype=dtype, requires_grad=True) for _ in range(3))  # of 8 or 16 MB
+    for _ in range(3):  # then on the way of remembered calls
+        out = tw.attention(q, k, v, mask=MASK, kernel="native")
         assert advised(middle(out))
     for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
         assert advised(middle(gradient))
 
 
+def test_a_large_lse_is_in_large_pages():
+    q, k, v = (torch.randn(1, 128, 9000, 8) for _ in range(3))
+    for _ in range(3):
+        _, lse = tw.attention(q, k, v, mask=MASK, kernel="native", return_lse=True)
+        assert advised(middle(lse))
+
+
 def test_packed_results_are_in_large_pages():
-    q, k, v = (torch.randn(8192, 4, 64) for _ in range(3))
+    q, k, v = (torch.randn(8192, 4, 64, requires_grad=True) for _ in range(3))
     starts = torch.tensor([0, 100, 8192], dtype=torch.int32)
-    assert advised(middle(varlen_attention(q, k, v, starts, starts, mask=tw.causal() & tw.window(16))))
+    out = varlen_attention(q, k, v, starts, starts, mask=MASK)
+    assert advised(middle(out))
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert advised(middle(gradient))
 
 
 def test_less_than_four_megabytes_are_left_alone():

@@ -40,7 +40,7 @@ def _check(q, k, v, **options) -> None:
     np.testing.assert_allclose(lse, expected_lse, rtol=4 * floor, atol=4 * floor)
 
 
-# Tiles have 4 to 32 rows, groups 4 or 8 keys, blocks 64, chunks 64 or 128, splits 1024: one size on either side of each.
+# Tiles have 4 to 32 rows, groups 4 or 8 keys, blocks 64, chunks 64 or 128, splits 1024: one size on either side.
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     "q_len, k_len", [(1, 1), (1, 1100), (2, 65), (5, 128), (17, 63), (33, 129), (70, 200), (8, 2049)]

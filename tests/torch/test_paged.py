@@ -22,13 +22,13 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def paged(lengths, size, dtype=torch.float32, spare=1, room=0):
+def paged(lengths, size, dtype=torch.float32, spare=1, room=0, widths=(D, DV)):
     """Pages, NaN wherever no key stands; a table whose other entries are garbage; keys and values of each sequence."""
     needed = [-(-(length + room) // size) for length in lengths]
     order = iter(torch.randperm(sum(needed) + spare, generator=torch.Generator().manual_seed(size)).tolist())
-    pages = [torch.full((sum(needed) + spare, size, KV, width), math.nan, dtype=dtype) for width in (D, DV)]
+    pages = [torch.full((sum(needed) + spare, size, KV, width), math.nan, dtype=dtype) for width in widths]
     table = torch.full((len(lengths), max(needed) + 1), 2**31 - 1, dtype=torch.int32)
-    sequences = [[normal(n, KV, width, seed=n + width, dtype=dtype) for n in lengths] for width in (D, DV)]
+    sequences = [[normal(n, KV, width, seed=n + width, dtype=dtype) for n in lengths] for width in widths]
     for n, entries in enumerate(needed):
         for entry in range(entries):
             table[n, entry] = page = next(order)
@@ -64,6 +64,22 @@ def test_bits_of_the_same_keys_in_one_piece(dtype, queries, size, mask):
     assert out.shape == (*q.shape[:3], DV) and lse.shape == (len(LENGTHS), HEADS, queries)
     for n in range(len(LENGTHS)):
         same((out[n], lse[n]), one(q[n], k[n], v[n], mask=mask))
+
+
+@pytest.mark.parametrize("widths", [(64, 64), (96, 32), (40, 72)], ids=str)
+@pytest.mark.parametrize("size", [16, 64, 200])
+@pytest.mark.parametrize("heads", [2, 8, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_keys_are_decoded_where_they_lie(dtype, heads, size, widths):
+    """Splits of keys, widths that fill tile registers and others, groups of one, four and ten heads."""
+    lengths = [2500, 130, 1024, 3001]
+    k_pages, v_pages, table, k, v = paged(lengths, size, dtype, widths=widths)
+    q = normal(len(lengths), 1, heads, widths[0], dtype=dtype)
+    out, lse = paged_attention(
+        q, k_pages, v_pages, block_table=table, lengths=torch.tensor(lengths), mask=tw.causal("end"), return_lse=True
+    )
+    for n in range(len(lengths)):
+        same((out[n], lse[n]), one(q[n], k[n], v[n], mask=tw.causal("end")))
 
 
 @pytest.mark.parametrize("kernel", ["native", "portable", "reference"])

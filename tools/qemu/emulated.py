@@ -279,6 +279,10 @@ def describe(dtype: int, threads: int, sizes: tuple, row_invariant: bool = False
     return struct.unpack("4q", after[-32:])
 
 
+def prefer_large_pages(address: int, bytes: int) -> None:
+    """Advice to the system, of which an emulated processor has no use."""
+
+
 def isa() -> str:
     """As tilewise._native.isa."""
     return ask(PAGE_IN_USE)[0]

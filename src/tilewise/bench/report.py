@@ -110,14 +110,15 @@ def cpu_name() -> str:
     """What the system calls the processor, with the number of cores that this process may use."""
     from os import sched_getaffinity
 
-    name = platform.processor() or platform.machine()
+    return f"{processor_name()}, {len(sched_getaffinity(0))} cores"
+
+
+def processor_name() -> str:
+    """What the system calls the processor."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = found[0] if found else name
-    return f"{name}, {len(sched_getaffinity(0))} cores"
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
 
 
 def _version(name: str, homes: Mapping[str, list[str]]) -> str | None:

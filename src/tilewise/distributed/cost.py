@@ -181,7 +181,7 @@ def costs(
     """The costs of ring, all-gather, Ulysses, and of every grid that divides the ranks."""
     sizes = Sizes.of(problem)
     load = load_of(mask, q, k)
-    yield ring_cost(sizes, load, q, k, machine)
+    yield ring_cost(sizes, load, q, machine)
     yield _within(machine, gather_cost(sizes, load, q, k, machine))
     for inner in (n for n in range(2, q.ranks + 1) if q.ranks % n == 0):
         strategy = "ulysses" if inner == q.ranks else "grid"
@@ -194,7 +194,7 @@ def costs(
         yield spread_cost(sizes, load_of(mask, rows, keys), q, k, machine, inner)
 
 
-def ring_cost(sizes: Sizes, load: Load, q: Layout, k: Layout, machine: Machine, inner: int = 1) -> Cost:
+def ring_cost(sizes: Sizes, load: Load, q: Layout, machine: Machine, inner: int = 1) -> Cost:
     """A ring over groups of `inner` ranks, without the exchange inside the groups."""
     share, kv_share = 1 / inner, max(1, sizes.kv_heads // inner) / sizes.kv_heads
     first = load.places[None, :] * inner
@@ -241,7 +241,7 @@ def gather_cost(sizes: Sizes, load: Load, q: Layout, k: Layout, machine: Machine
 
 def spread_cost(sizes: Sizes, load: Load, q: Layout, k: Layout, machine: Machine, inner: int) -> Cost:
     """Heads spread over `inner` ranks, with a ring of groups around them where there are several."""
-    cost = ring_cost(sizes, load, q, k, machine, inner)
+    cost = ring_cost(sizes, load, q, machine, inner)
     kv_sent = (inner - 1) * max(1, sizes.kv_heads // inner) / sizes.kv_heads
     rows, keys = (side.length / side.ranks for side in (q, k))
     there = rows * sizes.query * (inner - 1) / inner + keys * sizes.key * kv_sent

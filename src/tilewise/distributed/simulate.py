@@ -113,7 +113,7 @@ def predict(pattern: Pattern, problem: AttentionProblem, kind: Kind, ranks: int,
     """
     sizes, whole = Sizes.of(problem), Layout(kind, problem.q_len, ranks)
     load = estimated_load(pattern, whole)
-    yield ring_cost(sizes, load, whole, whole, machine)
+    yield ring_cost(sizes, load, whole, machine)
     yield gather_cost(sizes, load, whole, whole, machine)
     for inner in (n for n in range(2, ranks + 1) if ranks % n == 0):
         try:

@@ -46,9 +46,7 @@ def planned(problem: AttentionProblem, kernel: str | None, allow_quadratic: bool
             f"pass allow_quadratic=True to accept that"
         )
     tiles = card.tiles(problem)
-    others = {
-        name: reasons or (_slower(card, name, kernel),) for name, reasons in refusals.items() if name != card.name
-    }
+    others = {name: reasons or (_slower(card, kernel),) for name, reasons in refusals.items() if name != card.name}
     backward = _backward(card, known, problem, measured) if problem.gradients else None
     return Plan(
         problem,
@@ -107,7 +105,7 @@ def _way(card: KernelCard, problem: AttentionProblem, step: Step, measured: Tabl
     return fastest or ways[0]
 
 
-def _slower(card: KernelCard, name: str, kernel: str | None) -> str:
+def _slower(card: KernelCard, kernel: str | None) -> str:
     return (
         f"it could run, but {kernel!r} was asked for"
         if kernel

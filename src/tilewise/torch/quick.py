@@ -48,7 +48,7 @@ class Prepared:
         """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq)."""
         q, k, v = operands
         out = in_large_pages(torch.empty(self.out, dtype=self.dtype))
-        lse = torch.empty(self.lse, dtype=self.wide)
+        lse = in_large_pages(torch.empty(self.lse, dtype=self.wide))
         if self.swapped:
             out = out.transpose(1, 2)
         mask = {"mask": mask_place(facts[0])} if self.dense else {}

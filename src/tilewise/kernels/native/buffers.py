@@ -11,7 +11,7 @@ from ..._arrays import Array, dtype_name, family_of
 
 DTYPE_CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}  # enum tw_dtype of native/core/problem.h
 
-MUCH = 4 << 20  # bytes; below, large pages would not pay
+LARGE = 4 << 20  # bytes from which native/core/large_pages.cpp advises; below, the call is saved
 
 
 class Memory(NamedTuple):
@@ -66,7 +66,9 @@ def cast(array: Array, dtype: str) -> Array:
     """The array in another dtype, itself where it has it."""
     if dtype_name(array) == dtype:
         return array
-    return array.to(_torch_dtype(dtype)) if family_of(array) == "torch" else array.astype(dtype)
+    if family_of(array) == "torch":
+        return in_large_pages(sys.modules["torch"].empty_like(array, dtype=_torch_dtype(dtype))).copy_(array)
+    return array.astype(dtype)
 
 
 def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
@@ -81,11 +83,9 @@ def in_large_pages(fresh: Any) -> Any:
 
     NumPy asks for them, too; torch alone does not, and then the page faults of a result take as long as a fast kernel.
     """
-    if fresh.nbytes >= MUCH:
-        try:
-            from ... import _native  # pyright: ignore[reportAttributeAccessIssue]  # absent in a pure Python install
-        except ImportError:
-            return fresh
+    if fresh.nbytes >= LARGE:
+        from ... import _native  # pyright: ignore[reportAttributeAccessIssue]  # the card found it
+
         _native.prefer_large_pages(fresh.data_ptr(), fresh.nbytes)
     return fresh
 

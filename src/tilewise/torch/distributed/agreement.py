@@ -36,7 +36,7 @@ def agree(
         PeerLost: a rank does not answer.
     """
     process_group = _resolve_process_group(group)
-    rank, count = dist.get_rank(process_group), dist.get_world_size(process_group)
+    count = dist.get_world_size(process_group)
     if lengths is not None:
         text = f"{text}, lengths {list(lengths)}"
     if once and lengths is not None and not error and (group, text) in _agreed:
@@ -48,7 +48,7 @@ def agree(
     answered(process_group, "compared its call with all ranks", lambda: dist.all_gather(rows, mine, process_group))
     told = torch.stack(rows).tolist()
     if any(row[0] != digest or row[3] for row in told):
-        _explain(process_group, rank, text if not error else "", error)
+        _explain(process_group, text if not error else "", error)
     found = [row[1] for row in told] + [row[2] for row in told]
     if lengths is not None and found != list(lengths):
         raise ValueError(
@@ -62,7 +62,7 @@ def agree(
     return found
 
 
-def _explain(group: Any, rank: int, text: str, error: str) -> None:
+def _explain(group: Any, text: str, error: str) -> None:
     said: list[Any] = [None] * dist.get_world_size(group)
     answered(group, "compared its call with all ranks", lambda: dist.all_gather_object(said, (text, error), group))
     if error:

@@ -193,7 +193,7 @@ class _Local:
             else:
                 shared.append(part)
         if self.cu_seqlens is not None:
-            inside = _sequences(self.cu_seqlens, q_len, k_len, self.arrays.q.device)
+            inside = _sequences(self.cu_seqlens, q_len, k_len)
             mask = inside if mask is None else mask & inside
         arrays = self.arrays._replace(sizes=sizes)
         bias = Sum(tuple(shared)) if shared else None
@@ -228,7 +228,7 @@ def _lengths(lengths: Any, group: Any, call: _Local) -> list[int]:
     return both[0] + both[1]
 
 
-def _sequences(cu_seqlens: Any, q_len: int, k_len: int, device: torch.device) -> Mask:
+def _sequences(cu_seqlens: Any, q_len: int, k_len: int) -> Mask:
     """The mask of packed sequences; rows of none have ids that no other row has."""
     if q_len != k_len:
         raise ValueError(f"cu_seqlens: got {q_len} queries and {k_len} keys, expected as many; use documents() instead")

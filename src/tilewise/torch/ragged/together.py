@@ -56,7 +56,7 @@ class Call:
 
         rows, heads = q.shape[:2]
         out = in_large_pages(q.new_empty((rows, heads, v.shape[-1])))
-        lse = q.new_empty((heads, rows), dtype=_accumulator(q))
+        lse = in_large_pages(q.new_empty((heads, rows), dtype=_accumulator(q)))
         if self.gaps:
             out.zero_()
             lse.fill_(-torch.inf)
@@ -81,7 +81,7 @@ class Call:
         q, k, v = (_with_rows(x) for x in tensors)
         wide = _accumulator(q)
         sums = [
-            x.new_zeros(x.shape, dtype=dtype) if want else None
+            in_large_pages(x.new_empty(x.shape, dtype=dtype)).zero_() if want else None
             for x, dtype, want in zip((q, k, v), (q.dtype, wide, wide), wanted, strict=True)
         ]
         d_out, d_lse = d_out.contiguous(), d_lse.to(wide).contiguous()
