@@ -74,7 +74,7 @@ template <class M> static void close_sinks(const tw_problem *problem, const tw_g
     const Tile<M> &tile = *static_cast<const Tile<M> *>(record);
     A *to = static_cast<A *>(gradients->sinks), terms[most_lanes];
     const A *sinks = static_cast<const A *>(problem->sinks);
-    for (int l = 0; l < tile.width; ++l) terms[l] = sinks[tile.h[l]] * A(1.4426950408889634074);
+    for (int l = 0; l < tile.width; ++l) terms[l] = in_log2<A>(sinks[tile.h[l]]);
     for (int l = 0; l < tile.width; l += lanes<A>)
         store(terms + l, exp2<A>(load(terms + l) - load(tile.shift + l)) * load(tile.sum + l));
     for (int l = 0; l < tile.rows; ++l) to[tile.h[l]] += terms[l];

@@ -62,6 +62,17 @@ template <class A> TW_INLINE vec<A> exp2(vec<A> x, A smallest = exp_numbers<A>::
 #endif
 }
 
+// x log2(e) of a bias or a sink. A finite number stays finite: beyond 2^127 (2^1023 in double) it becomes that, which all
+// scores vanish beside, too. So the smallest number of a type, often written for "unseen", is not taken for -inf.
+template <class A> TW_INLINE vec<A> in_log2(vec<A> x) {
+    const A most = sizeof(A) == 4 ? A(0x1p127f) : A(0x1p1023);
+    const vec<A> scaled = x * A(1.4426950408889634074);
+    vec<A> kept = scaled > most ? splat<A>(most) : scaled;
+    kept = kept < -most ? splat<A>(-most) : kept;
+    return x - x == A(0) ? kept : scaled;
+}
+template <class A> TW_INLINE A in_log2(A x) { return in_log2<A>(splat<A>(x))[0]; }
+
 // tanh(x ln 2 / 2), from 2^x - 1 = 2^n f h + (2^n - 1), which keeps its relative precision near 0.
 template <class A> TW_INLINE vec<A> tanh_of_log2(vec<A> x) {
     x = x < A(-60) ? splat<A>(-60) : x; // beyond, tanh is 1 in either precision

@@ -29,7 +29,7 @@ static __attribute__((noinline)) Endings<A> endings_of(const tw_problem &p, cons
     vec<A> factor = splat<A>(1);
     if (p.sinks) {
         vec<A> sink;
-        for (int l = 0; l < lanes<A>; ++l) sink[l] = static_cast<const A *>(p.sinks)[h[l]] * A(1.4426950408889634074);
+        for (int l = 0; l < lanes<A>; ++l) sink[l] = in_log2<A>(static_cast<const A *>(p.sinks)[h[l]]);
         const vec<A> top = sink > shift ? sink : shift;
         factor = exp2<A>(shift - top);
         sum = sum * factor + exp2<A>(sink - top);

@@ -235,7 +235,7 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
         whole[l] = 1;
         d_lse[l] = empty ? A(0) : tile.sum[l];
         if (t.sinks && !empty) {
-            const A sink = static_cast<const A *>(p.sinks)[h] * A(1.4426950408889634074);
+            const A sink = in_log2<A>(static_cast<const A *>(p.sinks)[h]);
             d_lse[l] += power_of_two_of(sink - tile.shift[l]) * static_cast<const A *>(t.sinks)[h];
         }
         static_cast<A *>(t.lse)[lse_at(p, s.b, h, i)] = d_lse[l];

@@ -33,13 +33,12 @@ template <class A> TW_INLINE A bias_at(const void *data, int32_t dtype, int64_t 
 // Adds `n` keys of one lane's bias row; `row` is the element of the first key.
 template <class A>
 TW_INLINE void add_bias_row(const void *data, int32_t dtype, int64_t row, int64_t stride, int n, int width, A *column) {
-    const A log2_e = A(1.4426950408889634074);
     if (dtype == (sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64) && stride == 1) {
         const A *own = static_cast<const A *>(data) + row;
-        for (int j = 0; j < n; ++j) column[j * width] += own[j] * log2_e;
+        for (int j = 0; j < n; ++j) column[j * width] += in_log2<A>(own[j]);
         return;
     }
-    for (int j = 0; j < n; ++j) column[j * width] += bias_at<A>(data, dtype, row + j * stride) * log2_e;
+    for (int j = 0; j < n; ++j) column[j * width] += in_log2<A>(bias_at<A>(data, dtype, row + j * stride));
 }
 
 // Adds every bias of row (b, h, i) for n keys from `key` to column[0], column[width], ...
@@ -68,15 +67,14 @@ template <class A, class T> static void add_rows(const T *const *rows, int n, in
         TW_UNROLL(int i = 0; i < W; ++i)
             if (j + i < n) {
                 A *const to = bias + (j + i) * width;
-                store(to, load(to) + x[i] * A(1.4426950408889634074));
+                store(to, load(to) + in_log2<A>(x[i]));
             }
     }
 }
 
 // The same where the lanes stand beside each other, `stride` numbers from key to key.
 template <class A, class T> static void add_keys(const T *row, int64_t stride, int n, int width, A *bias) {
-    for (int j = 0; j < n; ++j, row += stride, bias += width)
-        store(bias, load(bias) + widen(row) * A(1.4426950408889634074));
+    for (int j = 0; j < n; ++j, row += stride, bias += width) store(bias, load(bias) + in_log2<A>(widen(row)));
 }
 
 // The same where all lanes read one row.
@@ -87,7 +85,7 @@ template <class A, class T> static void add_row(const T *row, int n, int width, 
         store(numbers, j + W <= n ? widen(row + j) : widen_first(row + j, n - j));
         for (int i = 0; i < W && j + i < n; ++i) {
             A *const to = bias + (j + i) * width;
-            store(to, load(to) + splat(numbers[i]) * A(1.4426950408889634074));
+            store(to, load(to) + splat(in_log2<A>(numbers[i])));
         }
     }
 }
@@ -141,7 +139,7 @@ static void add_table(const tw_problem &p, int64_t b, const Tile<M> &tile, int64
         }
         for (int j = 0; j < n; ++j) {
             A *const to = bias + first + j * tile.width;
-            store(to, load(to) + reversed<A>(load(rows[W - 1] + j), first_indices<W>{}) * A(1.4426950408889634074));
+            store(to, load(to) + in_log2<A>(reversed<A>(load(rows[W - 1] + j), first_indices<W>{})));
         }
     }
 }

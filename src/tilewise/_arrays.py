@@ -130,6 +130,12 @@ def to_numpy(value: Array) -> np.ndarray:
     return np.asarray(value)
 
 
+def torch_of(array: np.ndarray) -> Any:
+    """A NumPy array as a torch tensor, in place unless torch can't: negative strides, swapped bytes, read-only memory."""
+    fit = array.flags.writeable and array.dtype.isnative and min(array.strides, default=0) >= 0
+    return sys.modules["torch"].as_tensor(array if fit else np.array(array, array.dtype.newbyteorder("=")))
+
+
 def namespace(family: Family, device: object = None) -> Any:
     """The functions that lowering needs (`arange`, `where`, `minimum`, …), under NumPy's names, for a framework."""
     if family == "numpy":
@@ -152,6 +158,8 @@ class _TorchNamespace:
         self.abs, self.log = torch.abs, torch.log
 
     def asarray(self, value: Array, dtype: object = None) -> Array:
+        if isinstance(value, np.ndarray):
+            value = torch_of(value)
         return self._torch.as_tensor(value, dtype=dtype, device=self._device)
 
     def arange(self, *bounds: int, dtype: object = None) -> Array:

@@ -248,6 +248,32 @@ def test_within_and_without_inference_mode():
     history.step(1)
 
 
+@pytest.mark.parametrize(
+    ("options", "chunks"),
+    [
+        ({"window": 512, "keep_first": 300}, [100, 160, 5]),  # the first buffer has less room than is kept in the end
+        ({"window": 65, "keep_first": 20, "capacity": 7}, [7, 1, 40, 70]),
+        ({"window": 1, "keep_first": 20, "capacity": 1}, [17, 1, 9]),
+    ],
+    ids=str,
+)
+def test_more_tokens_are_kept_than_the_first_memory_holds(options, chunks):
+    cache = KVCache(**options)
+    k, v = torch.randn(2, 1, 2, sum(chunks), 8)
+    at = 0
+    for chunk in chunks:
+        cache.append(k[:, :, at : at + chunk], v[:, :, at : at + chunk])
+        at += chunk
+        q = torch.randn(1, 2, 1, 8)
+        seen = (torch.arange(at) < options["keep_first"]) | (torch.arange(at) >= at - options["window"])
+        torch.testing.assert_close(
+            cache.attend(q), tw.attention(q, k[:, :, :at], v[:, :, :at], mask=seen.expand(1, 1, 1, at))
+        )
+    cache.reset()
+    cache.append(k[:, :, :1], v[:, :, :1])
+    torch.testing.assert_close(cache.attend(q), v[:, :, :1])
+
+
 def test_reset():
     history = History(2, window=3, capacity=2)
     for _ in range(9):

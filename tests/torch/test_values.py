@@ -99,3 +99,21 @@ def test_dropout_seed_as_a_tensor():
 def test_small_tiles_are_used():
     plan, _ = planned(**tensors())
     assert plan.tiles == SMALL
+
+
+def test_numpy_facts_of_any_strides_and_byte_order():
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 30, 8)
+    rng = np.random.default_rng(0)
+    seen, bias, slopes = rng.random((5, 30)) < 0.7, rng.standard_normal((5, 30), np.float32), np.float32([0.5, 0.1])
+
+    def reverse(x):
+        return x[..., ::-1].copy()[..., ::-1]
+
+    for got, plain in (
+        ({"mask": reverse(seen)}, {"mask": seen}),
+        ({"mask": tw.dense(reverse(seen))}, {"mask": seen}),
+        ({"bias": reverse(bias)}, {"bias": bias}),
+        ({"bias": bias.astype(">f4")}, {"bias": bias}),
+        ({"bias": tw.alibi(reverse(slopes), "end")}, {"bias": tw.alibi(slopes, "end")}),
+    ):
+        assert torch.equal(tw.attention(q, k, k, **got), tw.attention(q, k, k, **plain))

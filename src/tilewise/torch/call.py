@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import validate
+from .._arrays import torch_of
 from ..problem import Invariance
 from . import autograd, batching, legacy_batching, operator  # noqa: F401  (they register rules)
 from .options import write
@@ -96,4 +97,4 @@ def _arrays(q: Tensor, k: Tensor, v: Tensor, layout: str) -> validate.Arrays:
 
 def _tensor(value: Any) -> Any:
     """A NumPy array as a tensor of the same memory: torch's compiler sees NumPy arrays only so."""
-    return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+    return torch_of(value) if isinstance(value, np.ndarray) else value

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._arrays import family_of
+from .._arrays import family_of, torch_of
 from ..masks import primitives as _primitives  # noqa: F401  (defines the kinds that a text may name)
 from ..masks.algebra import Mask
 from ..masks.primitives.predicate import Predicate, name_of, named
@@ -81,7 +81,7 @@ def _field(value: Any, tensors: list[Tensor], integers: list[int]) -> str:
         tensors.append(value)
         return "T"
     if family_of(value) == "numpy":
-        tensors.append(torch.as_tensor(value))
+        tensors.append(torch_of(value))
         return "T"
     if abs(value) > _LARGEST:
         return str(value)

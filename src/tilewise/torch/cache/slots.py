@@ -63,7 +63,8 @@ class Slots:
         for buffer in self.buffers:
             target = buffer if capacity == buffer.shape[2] else _buffer(buffer, capacity)
             if target is not buffer:
-                target[:, :, : self.kept] = buffer[:, :, : self.kept]
+                both = min(self.kept, capacity, buffer.shape[2])  # either may hold fewer than are kept in the end
+                target[:, :, :both] = buffer[:, :, :both]
             for n, row in enumerate(rows):
                 first, tokens = self.kept + int(shift[n]), max(0, int(count[n]))
                 part = buffer[row, :, first : first + tokens]
