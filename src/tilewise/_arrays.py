@@ -131,7 +131,7 @@ def to_numpy(value: Array) -> np.ndarray:
 
 
 def torch_of(array: np.ndarray) -> Any:
-    """A NumPy array as a torch tensor, in place unless torch can't: negative strides, swapped bytes, read-only memory."""
+    """A NumPy array as a torch tensor, in place unless it has negative strides, swapped bytes or read-only memory."""
     fit = array.flags.writeable and array.dtype.isnative and min(array.strides, default=0) >= 0
     return sys.modules["torch"].as_tensor(array if fit else np.array(array, array.dtype.newbyteorder("=")))
 
