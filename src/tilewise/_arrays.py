@@ -132,8 +132,11 @@ def to_numpy(value: Array) -> np.ndarray:
 
 def torch_of(array: np.ndarray) -> Any:
     """A NumPy array as a torch tensor, in place unless it has negative strides, swapped bytes or read-only memory."""
+    torch = sys.modules["torch"]
+    if torch.compiler.is_compiling():  # the compiler knows no flags of an array
+        return torch.as_tensor(array)
     fit = array.flags.writeable and array.dtype.isnative and min(array.strides, default=0) >= 0
-    return sys.modules["torch"].as_tensor(array if fit else np.array(array, array.dtype.newbyteorder("=")))
+    return torch.as_tensor(array if fit else np.array(array, array.dtype.newbyteorder("=")))
 
 
 def namespace(family: Family, device: object = None) -> Any:
