@@ -33,9 +33,10 @@ template <ScorePath PATH> static void slopes_of_group(const Slopes<Tiles> &s, co
     const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)), factor = _mm512_set1_ps(s.factor);
     const int64_t own = s.work.slot * slot_units + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
-    __m512 shift[2], pull[2];
+    __m512 shift[2], pull[2], share[2];
     TW_UNROLL(int z = 0; z < 2; ++z) {
         shift[z] = (__m512)load(tile.shift + z * tile_side);
+        share[z] = (__m512)load(tile.limit + z * tile_side);
         pull[z] = (__m512)load(tile.sum + z * tile_side);
     }
     for (int n = 0; n < tile_keys; n += 2) {
@@ -56,7 +57,8 @@ template <ScorePath PATH> static void slopes_of_group(const Slopes<Tiles> &s, co
                     x = _mm512_fmsub_ps(x, factor, shift[z]);
                 }
                 if (PATH == GENERAL && s.biased) x = _mm512_add_ps(x, (__m512)load(bias + place));
-                const __m512 weight = exp2_where(seen, x);
+                __m512 weight = exp2_where(seen, x);
+                if (PATH == GENERAL && s.biased) weight = _mm512_mul_ps(weight, share[z]);
                 __m512 used = weight, slope = (__m512)load(group.slopes + place);
                 if (PATH == GENERAL && keep) {
                     used = _mm512_maskz_mul_ps(kept, weight, inverse_keep);

@@ -15,9 +15,52 @@ template <class M> TW_INLINE unit_of<M> *d_out_of(const tw_problem &p, const Til
     return tile.query + unit_rows<M>(p.head_dim) * tile_rows<sum_of<M>>;
 }
 
+// Rows whose lse is farther from 0 than this (in log2 units) are weighed.
+constexpr int far_lse = 1024;
+
+TW_INLINE bool may_be_far(const tw_problem &p) { return p.bias_count || p.table.data; }
+template <class A> TW_INLINE bool is_far(A lse) { return (lse > A(far_lse) || lse < -A(far_lse)) && lse - lse == A(0); }
+
+template <class M> TW_INLINE size_t states_bytes(const tw_problem &p) {
+    return rounded(size_t(p.value_dim + 3) * tile_rows<sum_of<M>> * sizeof(sum_of<M>));
+}
+template <class T, class M> static size_t opening_bytes(const tw_problem *p) {
+    return may_be_far(*p) ? states_bytes<M>(*p) + scratch_bytes<T, M>(p, 1) : 0;
+}
+
+// What the probabilities of a tile's rows are multiplied by, in `limit`. Where biases carry lse far from 0, its last places
+// do not hold the logarithm of a sum any more (at 10^9 they are 64 apart): then 2^(x - lse) of all keys together is not 1,
+// but the sum that the forward pass finds again. Of a part of the keys it cannot be told.
+template <class T, class M>
+static void weigh_rows(const tw_problem &p, int64_t b, int64_t kv_head, int64_t row, Tile<M> &tile, void *scratch) {
+    using A = sum_of<M>;
+    bool far = false;
+    for (int l = 0; l < tile.width; ++l) {
+        tile.limit[l] = 1;
+        far |= is_far(tile.shift[l]);
+    }
+    if (!far || !may_be_far(p) || p.part) return;
+    const A *state = static_cast<const A *>(scratch);
+    tw_item item = {};
+    item.b = b;
+    item.kv_head = kv_head;
+    item.row_begin = row;
+    item.row_end = row + tile.rows;
+    item.key_end = p.k_len;
+    item.partial = scratch;
+    forward<T, M>(&p, &item, 1, static_cast<char *>(scratch) + states_bytes<M>(p));
+    for (int l = 0; l < tile.rows; ++l, state += p.value_dim + 3) {
+        if (!is_far(tile.shift[l])) continue;
+        A sum = state[p.value_dim + 1] * power_of_two_of(state[p.value_dim] - tile.shift[l]);
+        if (p.sinks) sum += power_of_two_of(in_log2<A>(static_cast<const A *>(p.sinks)[tile.h[l]]) - tile.shift[l]);
+        tile.limit[l] = 1 / sum;
+    }
+}
+
+// `scratch`: as large as opening_bytes says.
 template <class T, class M>
 static void open_tile(const tw_problem *problem, const tw_gradients *gradients, int64_t b, int64_t kv_head,
-                      int64_t number, void *record) {
+                      int64_t number, void *record, void *scratch) {
     using A = sum_of<M>;
     const tw_problem &p = *problem;
     const A infinity = A(__builtin_inf());
@@ -50,6 +93,7 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
         tile.shift[l] = empty ? infinity : lse * A(1.4426950408889634074);
         tile.sum[l] = empty ? A(0) : pull;
     }
+    weigh_rows<T>(p, b, kv_head, row, tile, scratch);
     for (int l = 0; l < tile.width; l += lanes<A>) rows_to_lanes<M>(rows + l, p.value_dim, A(1), d_out + l, tile.width);
     tile.masked = !finite_rows(tile.query, 0, 1, units_of<M>(p.head_dim) * tile.width) ||
                   !finite_rows(d_out, 0, 1, units_of<M>(p.value_dim) * tile.width);
@@ -76,7 +120,7 @@ template <class M> static void close_sinks(const tw_problem *problem, const tw_g
     const A *sinks = static_cast<const A *>(problem->sinks);
     for (int l = 0; l < tile.width; ++l) terms[l] = in_log2<A>(sinks[tile.h[l]]);
     for (int l = 0; l < tile.width; l += lanes<A>)
-        store(terms + l, exp2<A>(load(terms + l) - load(tile.shift + l)) * load(tile.sum + l));
+        store(terms + l, exp2<A>(load(terms + l) - load(tile.shift + l)) * load(tile.limit + l) * load(tile.sum + l));
     for (int l = 0; l < tile.rows; ++l) to[tile.h[l]] += terms[l];
 }
 

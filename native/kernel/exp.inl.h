@@ -62,10 +62,11 @@ template <class A> TW_INLINE vec<A> exp2(vec<A> x, A smallest = exp_numbers<A>::
 #endif
 }
 
-// x log2(e) of a bias or a sink. A finite number stays finite: beyond 2^127 (2^1023 in double) it becomes that, which all
-// scores vanish beside, too. So the smallest number of a type, often written for "unseen", is not taken for -inf.
+// x log2(e) of a bias or a sink. A finite number stays finite: beyond 2^125 (2^1021 in double) it becomes that, which all
+// scores vanish beside, too, and which all biases of a pair together (four and a table) may be. So the smallest number of
+// a type, often written for "unseen", is not taken for -inf.
 template <class A> TW_INLINE vec<A> in_log2(vec<A> x) {
-    const A most = sizeof(A) == 4 ? A(0x1p127f) : A(0x1p1023);
+    const A most = sizeof(A) == 4 ? A(0x1p125f) : A(0x1p1021);
     const vec<A> scaled = x * A(1.4426950408889634074);
     vec<A> kept = scaled > most ? splat<A>(most) : scaled;
     kept = kept < -most ? splat<A>(-most) : kept;

@@ -20,8 +20,9 @@ template <class M> struct SlopeWork {
     static constexpr int slot = 0;
 };
 
-// What does not change during a segment. A tile keeps lse in `shift`, pull in `sum`, and d_q in `out`. Units stand along
-// the head axis where that is summed over; across keys or across rows where those are.
+// What does not change during a segment. A tile keeps lse in `shift`, pull in `sum`, d_q in `out`, and in `limit` what
+// probabilities are multiplied by (backward.inl.h). Units stand along the head axis where that is summed over; across keys
+// or across rows where those are.
 template <class M> struct Slopes {
     using A = sum_of<M>;
     using U = unit_of<M>;
@@ -122,6 +123,7 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
                 if (s.biased) x[n][z] += load(s.bias + at * width + place);
             }
             vec<A> weight = exp2<A>(x[n][z] - load(tile.shift + z * W), faintest<A>);
+            if (PATH == GENERAL && s.biased) weight *= load(tile.limit + z * W);
             if (masked) weight = select<A>(words[n] >> (z * W), weight, vec<A>{});
             store(whole + place, weight);
             x[n][z] = PATH == GENERAL && keep ? select<A>(keep[n] >> (z * W), weight * inverse_keep, vec<A>{}) : weight;

@@ -13,7 +13,8 @@ template <class A> struct KeyRows {
     A *copy;
 };
 
-// What does not change during an item. A tile keeps lse in `shift`, d_lse in `sum` and d_out in `out`.
+// What does not change during an item. A tile keeps lse in `shift`, d_lse in `sum`, d_out in `out`, and in `limit` the sum
+// of its probabilities, which is not 1 where biases carry lse far from 0 (backward.inl.h).
 template <class A> struct Motion {
     const tw_problem *problem;
     const tw_tangents *tangents;
@@ -103,6 +104,7 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
             vec<A> p = exp2<A>(x[n][z] - load(tile.shift + z * W));
             if (masked) p = select<A>(words[n] >> (z * W), p, vec<A>{});
             store(whole + place, p);
+            if (PATH == GENERAL && s.biased) store(tile.limit + z * W, load(tile.limit + z * W) + p);
             if (PATH == GENERAL && keep) p = select<A>(keep[n] >> (z * W), p * inverse_keep, vec<A>{});
             store(s.p + at * width + place, p);
         }
@@ -218,6 +220,7 @@ template <class A> static void begin_motion(const Motion<A> &s, MovingTile<A> &t
     for (int l = 0; l < tile.width; ++l) {
         const A lse = static_cast<const A *>(s.problem->lse)[lse_at(*s.problem, s.b, tile.h[l], tile.i[l])];
         tile.shift[l] = lse == -infinity ? infinity : lse * A(1.4426950408889634074);
+        tile.limit[l] = 0;
     }
 }
 
@@ -227,17 +230,21 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
     const tw_problem &p = *s.problem;
     const tw_tangents &t = *s.tangents;
     const E *out[most_lanes];
-    A d_lse[most_lanes], whole[most_lanes];
+    A d_lse[most_lanes], share[most_lanes], whole[most_lanes];
     for (int l = 0; l < tile.width; ++l) {
         const int64_t h = tile.h[l], i = tile.i[l];
         const bool empty = tile.shift[l] == A(__builtin_inf());
         out[l] = tensor_row<const E>(p.out, s.b, h, i);
         whole[l] = 1;
         d_lse[l] = empty ? A(0) : tile.sum[l];
-        if (t.sinks && !empty) {
-            const A sink = in_log2<A>(static_cast<const A *>(p.sinks)[h]);
-            d_lse[l] += power_of_two_of(sink - tile.shift[l]) * static_cast<const A *>(t.sinks)[h];
+        share[l] = 1;
+        if (p.sinks && !empty) {
+            const A of_sink = power_of_two_of(in_log2<A>(static_cast<const A *>(p.sinks)[h]) - tile.shift[l]);
+            tile.limit[l] += of_sink;
+            if (t.sinks) d_lse[l] += of_sink * static_cast<const A *>(t.sinks)[h];
         }
+        if (s.biased && is_far(tile.shift[l])) share[l] = 1 / tile.limit[l];
+        d_lse[l] *= share[l];
         static_cast<A *>(t.lse)[lse_at(p, s.b, h, i)] = d_lse[l];
     }
     for (int l = 0; l < tile.width; l += W)
@@ -245,7 +252,7 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
     for (int64_t d = 0; d < p.value_dim; ++d)
         for (int l = 0; l < tile.width; l += W) {
             A *const sums = tile.out + d * tile.width + l;
-            const vec<A> moved = load(sums) - load(d_lse + l) * load(s.own_out + d * tile.width + l);
+            const vec<A> moved = load(sums) * load(share + l) - load(d_lse + l) * load(s.own_out + d * tile.width + l);
             store(sums, load(tile.shift + l) == A(__builtin_inf()) ? vec<A>{} : moved);
         }
     tile_to_rows<E>(t.out, s.b, tile, whole, p.value_dim);

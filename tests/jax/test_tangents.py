@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from accuracy import assert_accurate
 from support.jax_cases import case
-from support.portable_cases import CASES
+from support.portable_cases import ALL_CASES
 
 import tilewise as tw
 from tilewise.contract import Tangents
@@ -39,10 +39,10 @@ def check(name, dtype):
 
 
 # One for each kind of operand and fact: a program of jax takes seconds to compile, and the kernel's own tests see all.
-QUICK = ("everything", "bias with holes", "table", "sinks", "predicate")
+QUICK = ("everything", "bias with holes", "table", "sinks", "predicate", "far rows and sinks")
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=SLOW) for n in CASES])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=SLOW) for n in ALL_CASES])
 def test_tangents_are_the_oracles(name):
     check(name, jnp.float64)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from accuracy import assert_accurate
 from support.jax_cases import case, plain
-from support.portable_cases import CASES
+from support.portable_cases import ALL_CASES
 
 from tilewise.kernels.reference import dense
 
@@ -49,7 +49,7 @@ def check(name: str, dtype, kernel: str = "portable") -> None:
 RARER = ("causal start", "window", "dense mask of keys", "bias of heads", "bias of keys", "table", "nobody sees")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in RARER else ()) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in RARER else ()) for n in ALL_CASES])
 def test_results_and_gradients_are_the_oracles(name):
     check(name, jnp.float64)
 
@@ -59,7 +59,7 @@ def test_every_dtype_is_as_accurate_as_promised(dtype):
     check("everything", dtype)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_the_native_kernels_results_and_gradients_are_the_oracles(name):
     pytest.importorskip("tilewise._native")
     check(name, jnp.float64, "native")

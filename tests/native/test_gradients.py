@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from accuracy import assert_accurate
 from support.conformance import flat
-from support.portable_cases import CASES, arrays, planned
+from support.portable_cases import ALL_CASES, arrays, planned
 
 import tilewise as tw
 from tilewise.kernels.native import card
@@ -45,10 +45,10 @@ def _same(found, expected) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_facts(page, name, dtype) -> None:
     qkv = {key: array.astype(dtype) for key, array in arrays().items()}
-    _check(*planned(**qkv, **CASES[name](lambda x: x), kernel="native", tiles=None))
+    _check(*planned(**qkv, **ALL_CASES[name](lambda x: x), kernel="native", tiles=None))
 
 
 # Tiles have 4 to 48 rows, groups 4 or 8 keys, blocks 64, segments 128 or 512.

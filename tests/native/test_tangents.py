@@ -8,7 +8,7 @@ import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 import pytest
 from accuracy import assert_accurate
-from support.portable_cases import CASES, arrays, planned
+from support.portable_cases import ALL_CASES, CASES, arrays, planned
 
 import tilewise as tw
 from tilewise.contract import Tangents
@@ -54,10 +54,10 @@ def _same(found, expected) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_facts(page, name, dtype) -> None:
     qkv = {key: array.astype(dtype) for key, array in arrays().items()}
-    _check(*planned(**qkv, **CASES[name](lambda x: x), kernel="native", tiles=None))
+    _check(*planned(**qkv, **ALL_CASES[name](lambda x: x), kernel="native", tiles=None))
 
 
 # Tiles have 4 to 48 rows, groups 4 or 8 keys, blocks 64.

@@ -9,7 +9,7 @@ pytest.importorskip("tilewise._native")
 
 from accuracy import assert_accurate  # noqa: E402
 from support.plain import leaves, plain  # noqa: E402
-from support.portable_cases import CASES, arrays, planned  # noqa: E402
+from support.portable_cases import ALL_CASES, arrays, planned  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
 from torch.func import jacfwd, jacrev, jvp, vmap  # noqa: E402
 
@@ -40,12 +40,12 @@ def _close(got, expected):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_as_accurate_as_torch_s_own(name, dtype, pushed):
     """Through `tilewise.attention`, q, k, v and sinks moving; the yardstick is plain attention pushed by torch."""
     q, k, v = _tensors(dtype=getattr(torch, dtype))
-    options = CASES[name](lambda array: torch.from_numpy(array))
-    plan, operands = planned(q, k, v, **CASES[name](lambda array: torch.from_numpy(array)), kernel="native", tiles=None)
+    options = ALL_CASES[name](lambda array: torch.from_numpy(array))
+    plan, operands = planned(q, k, v, **options, kernel="native", tiles=None)
     torch.manual_seed(3)
     sinks = operands.sinks
     primals = (q, k, v) if sinks is None else (q, k, v, sinks)

@@ -22,7 +22,7 @@ from jax.extend.core import Primitive
 
 from ..errors import KernelRefused
 from ..kernels.portable import jax_scan
-from ..kernels.portable.jax_scan import Smooth
+from ..kernels.portable.jax_scan import Facts, Smooth
 from . import ffi
 from .case import LSE, OUT, Axes, Case, Flags
 
@@ -115,6 +115,16 @@ def _along(case: Case, moving: Smooth, operands: Any) -> tuple[Array, Array]:
     """Tangents of out and lse in the accumulator's dtype, by the portable kernel."""
     *primal, out, lse = operands
     smooth, facts = case.parts(primal)
+    shares = jax_scan.shares(case.problem, case.tiles, smooth, facts, lse)
+    if shares is not None:
+        d_out, d_lse = _plainly_along(case, moving, smooth, facts, out, lse)
+        return d_out * shares[..., None], d_lse * shares
+    return _plainly_along(case, moving, smooth, facts, out, lse)
+
+
+def _plainly_along(
+    case: Case, moving: Smooth, smooth: Smooth, facts: Facts, out: Array, lse: Array
+) -> tuple[Array, Array]:
     function = partial(jax_scan.tangent, case.problem, case.tiles, smooth, facts, out, lse)
     if jax.__version_info__ >= _SCANS_TRANSPOSE:
         return function(moving)

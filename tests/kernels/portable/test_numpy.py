@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.portable_cases import CASES, SMALL, arrays, planned
+from support.portable_cases import ALL_CASES, CASES, SMALL, arrays, planned
 
 import tilewise as tw
 from tilewise.contract import Tiles
@@ -36,9 +36,9 @@ def check(operands, tiles=SMALL, tol=1e-12, **options):
 
 
 @pytest.mark.parametrize("tiles", [SMALL, Tiles(4, 4), None], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_case(name, tiles):
-    check(arrays(), tiles, **CASES[name](_same))
+    check(arrays(), tiles, **ALL_CASES[name](_same))
 
 
 @pytest.mark.parametrize("q_len", [0, 1, 13])

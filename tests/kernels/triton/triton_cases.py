@@ -85,6 +85,14 @@ def _minus_inf(s: Site) -> Options:
     return {"bias": bias.to(s.device)}
 
 
+def _far(s: Site) -> Options:
+    """Rows whose lse is too far from 0 to hold the logarithm of a sum as well, and sinks as far."""
+    bias = _random((1, s.h, s.sq, s.sk), "cpu")
+    bias[:, :, 1 : s.sq // 2], bias[:, :, -2:] = -(2.0**100), 2.0**100
+    bias[:, :, 0, : s.sk // 2] = torch.finfo(torch.float32).min
+    return {"bias": bias.to(s.device), "sinks": torch.tensor([-(2.0**100), 0.5], device=s.device)}
+
+
 def _three_biases(s: Site) -> Options:
     first, second, third = (_random(shape, s.device) for shape in ((1, s.h, s.sq, s.sk), (s.sq, 1), (1, 1, 1, s.sk)))
     return {
@@ -155,6 +163,7 @@ CASES = (
     Case("bias", lambda s: {"bias": _random((2, s.h, s.sq, s.sk), s.device)}, batch=2, lengths=FEW),
     Case("bias for all heads", lambda s: {"bias": _random((s.sq, s.sk), s.device)}, batch=2, lengths=FEW),
     Case("bias with -inf", _minus_inf),
+    Case("far rows", _far),
     Case("three biases and a table", _three_biases),
     Case("alibi", lambda s: CAUSAL | {"bias": tw.alibi(_random((s.h,), s.device).abs(), "end")}, batch=2, lengths=FEW),
     Case("one table, predicate", _one_table),
@@ -200,6 +209,7 @@ CASES = (
     Case("atomics, all pairs", way="atomics"),
     Case("atomics, all options", lambda s: _three_biases(s) | {"softcap": 2.0, "dropout": tw.Dropout(0.3, 7),
          "sinks": 0.5, "layout": "bshd"}, way="atomics"),
+    Case("atomics, far rows", _far, way="atomics"),
     Case("atomics, rubbish", _thirds, plant=_plant_documents, way="atomics"),
     Case("atomics, late rubbish", lambda s: {"mask": tw.causal("start")}, plant=_plant_late, lengths=(0.6, 1.0),
          way="atomics"),

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from support.portable_cases import CASES, arrays, planned
+from support.portable_cases import ALL_CASES, arrays, planned
 
 from tilewise.contract import Operands, Plan
 from tilewise.jax.call import run
@@ -27,7 +27,7 @@ def case(name: str, dtype: Any = jnp.float64, **options: Any) -> tuple[Function,
     def convert(array: np.ndarray) -> Any:
         return jnp.asarray(array, dtype if array.dtype == np.float64 else None)
 
-    plan, operands = planned(**qkv, **CASES[name](convert), **options)
+    plan, operands = planned(**qkv, **ALL_CASES[name](convert), **options)
     smooth = Smooth(operands.q, operands.k, operands.v, operands.dense, operands.table, operands.sinks)
 
     def function(smooth: Smooth) -> tuple[Any, Any]:

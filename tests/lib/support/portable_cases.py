@@ -13,6 +13,7 @@ from tilewise.plan.choose import choose
 from tilewise.validate import prepare
 
 SMALL = Tiles(5, 7)
+FAR = 2.0**100
 ALL = frozenset({"q", "k", "v", "bias", "table", "sinks"})
 
 
@@ -32,6 +33,13 @@ def _holes(seed: int, *shape: int) -> np.ndarray:
     bias = _normal(seed, *shape)
     bias[np.random.default_rng(seed).random(shape) < 0.3] = -np.inf
     bias[..., 3, :] = -np.inf
+    return bias
+
+
+def _far(seed: int, *shape: int) -> np.ndarray:
+    """A bias that carries the lse of whole rows so far from 0 that it cannot hold the logarithm of a sum as well."""
+    bias = _normal(seed, *shape)
+    bias[..., 2:6, :], bias[..., 8:10, :] = -FAR, FAR
     return bias
 
 
@@ -72,6 +80,18 @@ CASES: dict[str, Any] = {
         "scale": -0.6,
     },
 }
+
+# Where the definition itself, in the caller's precision, overflows and has no finite differences.
+FAR_CASES: dict[str, Any] = {
+    "far rows": lambda c: {"bias": c(_far(16, 2, 1, 13, 17)), "mask": tw.causal("end")},
+    "far rows and sinks": lambda c: {
+        "bias": tw.relative(c(_normal(17, 4, 29))) + c(_far(18, 13, 17)),
+        "sinks": c(np.array([-FAR, 0.5, -FAR, FAR])),
+        "dropout": tw.Dropout(0.2, 6),
+        "softcap": 2.0,
+    },
+}
+ALL_CASES = CASES | FAR_CASES
 
 
 def planned(

@@ -10,12 +10,16 @@ from typing import Any
 
 from ..._arrays import Array
 from ...contract import Gradients, Operands, Plan
-from .axes import Axes
+from ...problem import AttentionProblem
+from .axes import Axes, ungrouped
 from .call import Call, make_call, tiles_of
+from .forward import attend
 from .tiled_sum import tiled_sum
 
 Sum = Callable[..., Sequence[Array]]
 _MINUS_INF = float("-inf")
+# Rows whose lse is farther from 0 than this have their probabilities summed up again.
+FAR = 710.0
 
 
 def backward(plan: Plan, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array | None) -> Gradients:
@@ -26,6 +30,10 @@ def backward(plan: Plan, operands: Operands, out: Array, lse: Array, d_out: Arra
     """
     call = make_call(plan.problem, operands, tiles_of(plan))
     with call.verbs.quiet():
+        shares = _shares(call, operands, lse)
+        if shares is not None:
+            # All gradients are linear in these, as they are in each row's probabilities.
+            d_out, d_lse = d_out * shares[..., None], d_lse * shares if d_lse is not None else None
         sums = gradient_sums(call, operands, plan.problem.gradients, out, lse, d_out, d_lse, _tiled_sum)
         return _as_operands(call, operands, sums)
 
@@ -76,6 +84,35 @@ def row_terms(call: Call, out: Array, lse: Array, d_out: Array, d_lse: Array | N
 def lse_is_empty(call: Call, lse: Array) -> Array:
     """Rows that see nothing, grouped."""
     return call.rows(lse) == _MINUS_INF
+
+
+def may_be_far(problem: AttentionProblem) -> bool:
+    """Whether lse may be far from 0 where its last places matter; of a part of the keys it cannot be mended."""
+    return (bool(problem.bias.dense) or problem.bias.table) and not problem.part
+
+
+def _shares(call: Call, operands: Operands, lse: Array) -> Array | None:
+    """1 / the sum of exp(score - lse) over a row's keys and its sink, (B, Hq, Sq); None where that is 1 for all rows.
+
+    Where biases carry lse far from 0 its last places do not hold the logarithm of a sum any more: float32's 10^9 and
+    its neighbour are 64 apart.
+    """
+    verbs, level = call.verbs, call.rows(lse)
+    far = (abs(level) > FAR) & (abs(level) < float("inf"))
+    if not may_be_far(call.problem) or not bool(far.any()):
+        return None
+    xp, sums = verbs.xp, verbs.zeros(tuple(level.shape)) + 1
+    for block in call.walk.blocks():
+        rows = block.batch, block.heads, slice(None), block.rows
+        if not bool(far[rows].any()):
+            continue
+        state = attend(call, block)
+        total = state.total * xp.exp(state.peak - level[rows])
+        if operands.sinks is not None:
+            sinks = verbs.cast(operands.sinks).reshape(*call.q.shape[1:3], 1)[block.heads]
+            total = total + xp.exp(sinks - level[rows])
+        sums[rows] = xp.where(far[rows], total, sums[rows])
+    return ungrouped(1 / sums)
 
 
 def _tiled_sum(call: Call, wanted: tuple[bool, ...], inputs: Sequence, outputs: Sequence) -> list[Array]:

@@ -27,12 +27,12 @@ def forward(plan: Plan, operands: Operands) -> tuple[Array, Array]:
         for block in call.walk.blocks():
             rows = block.batch, block.heads, slice(None), block.rows
             block_sinks = sinks[block.heads] if sinks is not None else None
-            block_out, lse[rows] = _attend(call, block).finish(verbs.xp, block_sinks)
+            block_out, lse[rows] = attend(call, block).finish(verbs.xp, block_sinks)
             out[rows] = verbs.to(block_out, out.dtype)
     return ungrouped(out), ungrouped(lse)
 
 
-def _attend(call: Call, block: Block) -> State:
+def attend(call: Call, block: Block) -> State:
     """The state of a block of rows after all keys that it sees."""
     verbs, walk, local = call.verbs, call.walk, call.local()
     q = verbs.cast(call.q[block.batch, block.heads, :, block.rows])

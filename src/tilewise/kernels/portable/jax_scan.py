@@ -22,6 +22,7 @@ from ...contract import Dropout, Operands, Plan, Tiles
 from ...masks.lower import LoweredMask
 from ...problem import AttentionProblem
 from ..state import State
+from .backward import FAR, may_be_far
 from .jax_products import pair_products, weighted_rows
 from .jax_tiles import Grid, Tile
 
@@ -67,10 +68,49 @@ def attend(problem: AttentionProblem, tiles: Tiles, smooth: Smooth, facts: Facts
     """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), both in the accumulator's dtype."""
     if not problem.scores:
         return _nothing(problem)
-    grid, smooth = Grid.of(problem, tiles), _accumulating(problem, smooth)
+    grid = Grid.of(problem, tiles)
+    sinks = _if_given(partial(_per_row, grid), smooth.sinks)
+
+    def end(state: State, _: None) -> tuple[Array, Array]:
+        return state.finish(jnp, sinks)
+
+    out, lse = _each_block(problem, grid, smooth, facts, end, None)
+    return _join(grid, out), _join(grid, lse[..., None])[..., 0]
+
+
+def shares(problem: AttentionProblem, tiles: Tiles, smooth: Smooth, facts: Facts, lse: Array) -> Array | None:
+    """What `tangent` of each row is to be multiplied by, (B, Hq, Sq) in the accumulator's dtype; None for 1.
+
+    Where biases carry lse far from 0, the probabilities that `tangent` makes of it have another sum than 1
+    (`backward.py`). Nothing is differentiated here: the sum is 1 but for rounding.
+    """
+    if not may_be_far(problem) or not problem.scores:
+        return None
+    smooth, lse = jax.lax.stop_gradient((smooth, lse))
+    grid = Grid.of(problem, tiles)
+    far = (abs(lse) > FAR) & jnp.isfinite(lse)
+    sinks = _if_given(partial(_per_row, grid), smooth.sinks)
+
+    def end(state: State, level: Array) -> Array:
+        total = state.total * jnp.exp(state.peak - level)
+        return total if sinks is None else total + jnp.exp(sinks - level)
+
+    def found() -> Array:
+        sums = _each_block(problem, grid, smooth, facts, end, _query_blocks(grid, lse[..., None])[..., 0])
+        return jnp.where(far, 1 / _join(grid, sums[..., None])[..., 0], 1)
+
+    ones = _zeros((_accumulating(problem, smooth), lse))(lse.shape) + 1
+    return jax.lax.cond(_for_any(far.any()), found, lambda: ones)
+
+
+def _each_block(
+    problem: AttentionProblem, grid: Grid, smooth: Smooth, facts: Facts, end: Callable, rows: Array | None
+) -> Any:
+    """`end(state, rows)` of each block of queries after all keys that it sees."""
+    smooth = _accumulating(problem, smooth)
     zeros, keys = _zeros(smooth), _key_blocks(grid, smooth)
 
-    def block(i: Array, q: Array) -> tuple[Array, Array]:
+    def block(i: Array, q: Array, own: Array | None) -> Any:
         def absorb(carry: tuple, tile: Tile, at: Smooth, seen: Array | None, _: None) -> tuple:
             scores = _scores(grid, at, seen)
             scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
@@ -82,11 +122,10 @@ def attend(problem: AttentionProblem, tiles: Tiles, smooth: Smooth, facts: Facts
         empty = State.empty(zeros, (problem.batch, problem.kv_heads, grid.rows), problem.value_dim)
         carry = (empty.peak, empty.total, empty.weighted)
         carry = _scan(_step(grid, facts, smooth, i, q, absorb), carry, (keys, None))[0]
-        return State(*carry).finish(jnp, _if_given(partial(_per_row, grid), smooth.sinks))
+        return end(State(*carry), own)
 
-    starts = jnp.asarray(grid.queries.starts)
-    _, (out, lse) = _scan(lambda _, xs: (None, block(*xs)), None, (starts, _query_blocks(grid, smooth.q)))
-    return _join(grid, out), _join(grid, lse[..., None])[..., 0]
+    xs = jnp.asarray(grid.queries.starts), _query_blocks(grid, smooth.q), rows
+    return _scan(lambda _, xs: (None, block(*xs)), None, xs)[1]
 
 
 def tangent(
@@ -251,9 +290,9 @@ def _key_blocks(grid: Grid, smooth: Smooth) -> tuple[Array, ...]:
 
 
 def _per_row(grid: Grid, sinks: Array) -> Array:
-    """(Hq,) as (1, Hkv, R)."""
+    """(Hq,) as (1, Hkv, R), in the accumulator's dtype."""
     problem = grid.problem
-    heads = sinks.reshape(1, problem.kv_heads, problem.group, 1)
+    heads = sinks.astype(problem.accumulator).reshape(1, problem.kv_heads, problem.group, 1)
     return jnp.broadcast_to(heads, (*heads.shape[:3], grid.queries.size)).reshape(1, problem.kv_heads, grid.rows)
 
 

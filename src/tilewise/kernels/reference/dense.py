@@ -28,6 +28,7 @@ class Dense:
         q (B, Hq, Sq, D), k (B, Hq, Sk, D), v (B, Hq, Sk, Dv): k and v repeated for every query head.
         visible: (B, Hq, Sq, Sk) booleans; slope: derivative of the capped score by the score, or 1.
         p: probabilities before dropout; z: dropout's factor of each, 0 or 1 / (1 - p).
+        p_sink: the sink's probabilities, (B, Hq, Sq), 0 without one.
         out: (B, Hq, Sq, Dv); lse: (B, Hq, Sq).
     """
 
@@ -39,6 +40,7 @@ class Dense:
     visible: np.ndarray
     slope: np.ndarray
     p: np.ndarray
+    p_sink: np.ndarray
     z: np.ndarray
     out: np.ndarray
     lse: np.ndarray
@@ -67,11 +69,13 @@ def attention(problem: AttentionProblem, operands: Operands) -> Dense:
     sinks = -np.inf if operands.sinks is None else float64(operands.sinks)[:, None]
     peak = np.where(nothing, 0.0, np.maximum(peak, sinks))
     weights = np.exp(s - peak[..., None])
-    total = weights.sum(-1) + np.exp(sinks - peak)
-    lse = np.where(nothing, -np.inf, peak + np.log(np.where(nothing, 1.0, total)))
-    p = weights / np.where(nothing, 1.0, total)[..., None]
+    of_sink = np.where(nothing, 0.0, np.exp(sinks - peak))
+    total = weights.sum(-1) + of_sink
+    total = np.where(nothing, 1.0, total)
+    lse = np.where(nothing, -np.inf, peak + np.log(total))
+    p = weights / total[..., None]
     z = _dropout(problem, operands)
-    return Dense(problem, operands, q, k, v, seen, slope, p, z, visible_sum(p * z, v, seen), lse)
+    return Dense(problem, operands, q, k, v, seen, slope, p, of_sink / total, z, visible_sum(p * z, v, seen), lse)
 
 
 @_IGNORED
@@ -121,8 +125,7 @@ def tangents(dense: Dense, moving: Tangents) -> tuple[np.ndarray, np.ndarray]:
         d_out = d_out + visible_sum(np.where(seen, dense.p, 0.0) * dense.z, d_v, seen)
     empty = dense.lse == -np.inf
     if moving.sinks is not None:
-        p_sink = np.exp(float64(operands.sinks)[:, None] - dense.lse)
-        d_lse = d_lse + np.where(empty, 0.0, p_sink * float64(moving.sinks)[:, None])
+        d_lse = d_lse + dense.p_sink * float64(moving.sinks)[:, None]
     return np.where(empty[..., None], 0.0, d_out - d_lse[..., None] * dense.out), np.where(empty, 0.0, d_lse)
 
 
@@ -184,7 +187,5 @@ def _along_diagonals(w: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def _sink_gradient(dense: Dense, pull: np.ndarray) -> np.ndarray:
-    """(Hq,): the sink is one more key with probability exp(sink - lse) and no value."""
-    exponent = float64(dense.operands.sinks)[:, None] - dense.lse
-    p_sink = np.where(dense.lse == -np.inf, 0.0, np.exp(exponent))
-    return (p_sink * pull).sum((0, 2))
+    """(Hq,): the sink is one more key with a probability and no value."""
+    return (dense.p_sink * pull).sum((0, 2))

@@ -21,6 +21,7 @@ from .facts import Facts, facts_of
 from .forward import like_layout
 from .launch import blocks_of, launch, on_device_of
 from .rows_kernel import rows_kernel
+from .shares_kernel import shares_kernel
 from .tiles import ATOMICS, careful, keys_and_values_apart
 
 _ROWS_AT_ONCE = 32
@@ -186,7 +187,9 @@ def _begin(
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
 ) -> _Step:
-    call = call_of(plan, operands)
+    call, facts = call_of(plan, operands), facts_of(operands.mask, operands.q.device)
+    if call.dense or call.table is not None:
+        d_out, d_lse = _shared_out(plan, operands, call, facts, lse, d_out, d_lse)
     delta, level = (
         torch.empty_like(lse, memory_format=torch.contiguous_format),
         torch.empty_like(lse, memory_format=torch.contiguous_format),
@@ -200,7 +203,35 @@ def _begin(
         WIDTH=call.shape.dv.value, BLOCK=call.shape.block_dv.value, ROWS=_ROWS_AT_ONCE,
     )  # fmt: skip
     tiles = (view(operands.q), view(operands.k), view(operands.v), view(d_out), rows(level), rows(delta))
-    return _Step(plan, operands, call, facts_of(operands.mask, operands.q.device), tiles, delta)
+    return _Step(plan, operands, call, facts, tiles, delta)
+
+
+def _shared_out(
+    plan: Plan,
+    operands: Operands,
+    call: Call,
+    facts: Facts,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """d_out and d_lse times each row's share: all gradients are linear in them, as they are in its probabilities."""
+    problem = plan.problem
+    if problem.part:
+        return d_out, d_lse  # of a part of the keys the sum cannot be told
+    shares = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    sinks = operands.sinks.contiguous() if operands.sinks is not None else None
+    blocks = blocks_of("d_q", plan, lse.device)
+    for slab in facts.slabs("queries", blocks):
+        masked, grid = slab.lists is not None, (slab.tiles * problem.batch * problem.q_heads,)
+        launch(
+            shares_kernel, grid,
+            view(operands.q), view(operands.k), rows(lse), rows(shares), call._replace(mask=slab.mask), sinks,
+            slab.lists, slab.first, slab.tiles, heads_together(problem, problem.q_heads, masked),
+            LAST_FIRST=masked, blocks=blocks,
+        )  # fmt: skip
+    d_out = torch.mul(d_out, shares[..., None], out=torch.empty_like(d_out))
+    return d_out, d_lse * shares if d_lse is not None else None
 
 
 def _zeros(operands: Operands, wanted: frozenset[str]) -> Gradients:

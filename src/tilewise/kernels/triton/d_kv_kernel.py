@@ -96,6 +96,9 @@ def absorb_queries(
         elif WANT_K:
             acc_k = dot(d_inner.to(q_tile.dtype), q_tile, acc_k)
         if d_q is not None:
+            # Keys beyond the last have no sums of their own to spoil, but these they have: with an lse far below their
+            # score of 0, a probability beyond all numbers.
+            d_inner = tl.where(j < call.shape.k_len, d_inner, 0.0)
             if CAREFUL:
                 nothing = tl.zeros([BLOCK_Q, call.shape.block_d], tl.float32)
                 share = add_seen(nothing, tl.trans(d_inner), tl.trans(seen), k_tile)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device.arithmetic import INF, LN2, LOG2E, dot, load_tile, product, store_tile
+from .device.arithmetic import INF, LN2, LOG2E, dot, in_log2, load_tile, product, store_tile
 from .device.careful import add_seen, note_unsound
 from .device.pages import load_keys
 from .device.philox import kept
@@ -98,7 +98,7 @@ def finished(acc, peak, total, call, sinks, h):
     """
     nothing = total == 0.0
     if sinks is not None:
-        sink = tl.load(sinks + h).to(tl.float32) * LOG2E
+        sink = in_log2(tl.load(sinks + h).to(tl.float32))
         level = tl.maximum(peak, sink)
         level = tl.where(level == -INF, 0.0, level)
         decay = tl.exp2(peak - level)
