@@ -49,6 +49,13 @@ def _with_empty_row() -> np.ndarray:
     return bias
 
 
+def _far_rows() -> np.ndarray:
+    """A bias that carries the lse of some rows so far from 0 that it cannot hold the logarithm of a sum as well."""
+    bias = _bias(1, 2, 33, 40)
+    bias[:, :, 4:9] = -(2.0**100)
+    return bias
+
+
 CALLS = {
     "plain": call(33, 40),
     "causal": call(700, 700, mask=tw.causal()),
@@ -58,6 +65,7 @@ CALLS = {
     "a bias of keys": call(33, 40, bias=_bias(1, 1, 1, 40)),
     "a bias of heads and rows": call(33, 40, bias=_bias(1, 2, 33, 1)),
     "a row that sees nothing": call(33, 40, bias=_with_empty_row()),
+    "far rows": call(33, 40, bias=_far_rows()),
     "width 1": call(5, 6, d=1),
     "grouped heads": call(33, 40, heads=6, kv_heads=2),
 }

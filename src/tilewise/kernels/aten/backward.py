@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...contract import Gradients, Operands, Plan
 from .. import backward_of
+from ..portable.backward import FAR
 from .calls import BACKWARD, Inputs, Saved
 from .finite import all_finite, can_leak, capturing
 
@@ -17,7 +18,8 @@ def backward(
     """Gradients to q, k, v and, by the memory-efficient operator, to a bias.
 
     Args:
-        plan: with the operator in `backward_way`, and in `careful` the kernel for results that cannot be kept.
+        plan: with the operator in `backward_way`, and in `careful` the kernel for results that cannot be kept and for
+            rows that biases carry far from 0.
         out (B, Hq, Sq, D), lse (B, Hq, Sq): what the forward pass gave; d_out: the gradient to out.
         d_lse: zeros or None; a problem in which it is not is one with `return_lse`, which the card refuses.
     """
@@ -25,6 +27,8 @@ def backward(
     looked_at = plan.backward_way == "cpu" or can_leak(problem)
     if looked_at and capturing(operands.q):
         return _again(plan, operands, out, lse, d_out, d_lse)
+    if problem.bias.dense and bool((lse.abs() > FAR).any()):
+        return _again(plan, operands, out, lse, d_out, d_lse)  # the operators take what lse has lost for 1
     inputs = Inputs.of(problem, operands.q, operands.k, operands.v, operands.dense)
     with torch.no_grad():
         saved = Saved(out.contiguous(), lse.contiguous(), d_out.contiguous())
