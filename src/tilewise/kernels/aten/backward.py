@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...contract import Gradients, Operands, Plan
 from .. import backward_of
-from ..portable.backward import FAR
+from ..state import FAR
 from .calls import BACKWARD, Inputs, Saved
 from .finite import all_finite, can_leak, capturing
 

@@ -11,6 +11,7 @@ from typing import Any
 from ..._arrays import Array
 from ...contract import Gradients, Operands, Plan
 from ...problem import AttentionProblem
+from ..state import FAR
 from .axes import Axes, ungrouped
 from .call import Call, make_call, tiles_of
 from .forward import attend
@@ -18,8 +19,6 @@ from .tiled_sum import tiled_sum
 
 Sum = Callable[..., Sequence[Array]]
 _MINUS_INF = float("-inf")
-# Rows whose lse is farther from 0 than this have their probabilities summed up again.
-FAR = 710.0
 
 
 def backward(plan: Plan, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array | None) -> Gradients:

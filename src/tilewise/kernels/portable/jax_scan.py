@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from ...contract import Dropout, Operands, Plan, Tiles
 from ...masks.lower import LoweredMask
 from ...problem import AttentionProblem
-from ..state import State
-from .backward import FAR, may_be_far
+from ..state import FAR, State
+from .backward import may_be_far
 from .jax_products import pair_products, weighted_rows
 from .jax_tiles import Grid, Tile
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..state import FAR as _FAR
 from .device.arithmetic import LOG2E, in_log2, is_finite, load_tile, product
 from .device.scores import score
 from .device.slopes import load_row
 from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
 
-# Rows whose lse is farther from 0 than this are looked at.
-FAR = tl.constexpr(710.0)
+FAR = tl.constexpr(_FAR)
 
 
 @triton.jit(do_not_specialize=GRID)
