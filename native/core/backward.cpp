@@ -54,7 +54,7 @@ void open_tile(void *context, int64_t index, int worker) {
     const Call &c = *static_cast<const Call *>(context);
     const int64_t head = c.first_head + index / c.tiles, tile = index % c.tiles;
     const int64_t b = head / c.problem->kv_heads, kv_head = head % c.problem->kv_heads;
-    c.kernels->open_tile(c.problem, c.gradients, b, kv_head, tile, c.record(head, tile),
+    c.kernels->open_tile(c.problem, c.gradients, b, kv_head, tile, c.record(head, tile), c.keys,
                          c.scratch + size_t(worker) * c.scratch_bytes);
 }
 
@@ -121,8 +121,7 @@ int run_backward(const tw_problem &p, const tw_gradients &g, const char **messag
     const int64_t fewest = (p.k_len + most_segments - 1) / most_segments;
     c.keys = std::max(c.keys, (fewest + TW_BIT_TILE - 1) / TW_BIT_TILE * TW_BIT_TILE);
     c.segments = segments_of(c.keys);
-    const size_t most = std::max(kernels->segment_bytes(&p, std::min(c.keys, p.k_len)), kernels->opening_bytes(&p));
-    c.scratch_bytes = (most + 127) / 128 * 128;
+    c.scratch_bytes = (kernels->segment_bytes(&p, std::min(c.keys, p.k_len)) + 127) / 128 * 128;
 
     const size_t done_bytes = (size_t(wave * c.tiles) * sizeof(uint64_t) + 63) / 64 * 64;
     Scratch memory(done_bytes + size_t(wave) * head_bytes + c.scratch_bytes * size_t(threads));

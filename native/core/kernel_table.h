@@ -43,13 +43,12 @@ struct tw_kernels {
     void (*forward)(const tw_problem *, const tw_item *, int64_t tiles, void *scratch);
     // Merges `splits` partial states of `rows` rows, in key order, and writes out and lse. Item: the rows meant.
     void (*merge)(const tw_problem *, const tw_item *, void *partials, int64_t splits);
-    // The backward pass: a record is opened for each tile, in scratch as large as opening_bytes says, segments run, and
+    // The backward pass: a record is opened for each tile, in the scratch of a segment of `keys` keys, segments run, and
     // each record is closed: its d_q is written.
     size_t (*record_bytes)(const tw_problem *);
-    size_t (*opening_bytes)(const tw_problem *);
     size_t (*segment_bytes)(const tw_problem *, int64_t keys);
     void (*open_tile)(const tw_problem *, const tw_gradients *, int64_t b, int64_t kv_head, int64_t tile, void *record,
-                      void *scratch);
+                      int64_t keys, void *scratch);
     void (*run_segment)(const tw_problem *, const tw_gradients *, const tw_segment *, void *scratch);
     void (*close_tile)(const tw_problem *, const tw_gradients *, int64_t b, void *record);
     void (*close_sinks)(const tw_problem *, const tw_gradients *, void *record);

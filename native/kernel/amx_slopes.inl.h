@@ -21,14 +21,16 @@ template <> struct SlopeWork<Tiles> {
     int slot = 0;                             // the tile's at hand
 };
 
-// p, ds and raw of the group of 32 keys at place `at` of the block, in the slot at hand.
-template <ScorePath PATH> static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int64_t at) {
+// p, ds and raw of the group of 32 keys at place `at` of the block, in the slot at hand; or what another pass looks for.
+template <ScorePath PATH, SlopePass PASS>
+static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int64_t at) {
     const tw_problem &problem = *s.problem;
     const SlopeGroup &group = s.work.group;
     const uint64_t *words = s.work.words[s.work.slot] + at;
     const uint64_t *keep = problem.dropout.enabled ? s.work.keep + at : nullptr;
     const float *bias = s.bias + at * tile_lanes;
     const bool capped = PATH == GENERAL && problem.softcap > 0, gathered = s.gradients->gather_count > 0;
+    const bool biased = PATH == GENERAL && s.biased;
     const float cap = float(problem.softcap * 1.4426950408889634074), twice_inverse = float(2 / problem.softcap);
     const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)), factor = _mm512_set1_ps(s.factor);
     const int64_t own = s.work.slot * slot_units + at * tile_side;
@@ -52,17 +54,30 @@ template <ScorePath PATH> static void slopes_of_group(const Slopes<Tiles> &s, co
                     vf slope_of_cap;
                     x = (__m512)cap_score<float>((vf)_mm512_mul_ps(x, factor), cap, twice_inverse, slope_of_cap);
                     cap_slope = (__m512)slope_of_cap;
+                    if (biased) x = _mm512_add_ps(x, (__m512)load(bias + place));
                     x = _mm512_sub_ps(x, shift[z]);
+                } else if (biased) {
+                    x = _mm512_sub_ps(_mm512_fmadd_ps(x, factor, (__m512)load(bias + place)), shift[z]);
                 } else {
                     x = _mm512_fmsub_ps(x, factor, shift[z]);
                 }
-                if (PATH == GENERAL && s.biased) x = _mm512_add_ps(x, (__m512)load(bias + place));
+                if constexpr (PASS == PEAKS) { // the shift is 0
+                    float *const peak = s.found->peak + z * tile_side;
+                    store(peak, (vf)_mm512_mask_max_ps((__m512)load(peak), seen, x, (__m512)load(peak)));
+                    continue;
+                }
                 __m512 weight = exp2_where(seen, x);
-                if (PATH == GENERAL && s.biased) weight = _mm512_mul_ps(weight, share[z]);
+                if (PATH == GENERAL && tile.far) weight = _mm512_mul_ps(weight, share[z]);
                 __m512 used = weight, slope = (__m512)load(group.slopes + place);
                 if (PATH == GENERAL && keep) {
                     used = _mm512_maskz_mul_ps(kept, weight, inverse_keep);
                     slope = _mm512_maskz_mul_ps(kept, slope, inverse_keep);
+                }
+                if constexpr (PASS == SUMS) {
+                    float *const sum = s.found->sum + z * tile_side, *const pulls = s.found->pull + z * tile_side;
+                    store(sum, load(sum) + (vf)weight);
+                    store(pulls, load(pulls) + (vf)_mm512_maskz_mul_ps(seen, weight, slope));
+                    continue;
                 }
                 slope = _mm512_maskz_mul_ps(seen, weight, _mm512_add_ps(slope, pull[z]));
                 if (gathered) store(s.ds + at * tile_lanes + place, (vf)slope);
@@ -70,6 +85,7 @@ template <ScorePath PATH> static void slopes_of_group(const Slopes<Tiles> &s, co
                 weights[i][z] = (vf)used;
                 slopes[i][z] = (vf)slope;
             }
+        if constexpr (PASS != GRADIENTS) continue;
         TW_UNROLL(int i = 0; i < 2; ++i) {
             store(p + (n + i) * tile_side, narrow_beside(weights[i][0], weights[i][1]));
             store(raw + (n + i) * tile_side, narrow_beside(slopes[i][0], slopes[i][1]));
@@ -188,7 +204,8 @@ TW_INLINE void multiply_lanes(const int32_t *rows, int64_t stride, const int32_t
 }
 
 // The block at `key`, whose words (the lanes that see each key) and dropout are known, in the slot at hand.
-static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *d_out, int64_t key, int n) {
+template <SlopePass PASS, class M>
+static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int n) {
     SlopeWork<Tiles> &work = s.work;
     uint64_t *words = work.words[work.slot];
     uint32_t &met = work.met[work.slot];
@@ -203,19 +220,20 @@ static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *
             all &= words[j];
         }
         if (!some) continue;
-        met |= 1u << g / tile_keys;
+        if constexpr (PASS == GRADIENTS) met |= 1u << g / tile_keys;
         const int64_t first = key - s.first + g;
         OwedTiles owed;
         multiply_lanes(s.k + first * s.k_stride, s.k_stride, tile.query, work.group.scores, owed);
         multiply_lanes(s.v + first * s.v_stride, s.v_stride, d_out, work.group.slopes, owed);
         settle(owed);
-        if (s.general)
-            slopes_of_group<GENERAL>(s, tile, g);
+        if (PASS != GRADIENTS || s.general || tile.far)
+            slopes_of_group<GENERAL, PASS>(s, tile, g);
         else if (all != every_lane)
-            slopes_of_group<MASKED>(s, tile, g);
+            slopes_of_group<MASKED, GRADIENTS>(s, tile, g);
         else
-            slopes_of_group<PLAIN>(s, tile, g);
-        gather_slopes(s, tile, key + g, g + tile_keys < n ? tile_keys : n - g, s.ds + g * tile_lanes);
+            slopes_of_group<PLAIN, GRADIENTS>(s, tile, g);
+        if constexpr (PASS == GRADIENTS)
+            gather_slopes(s, tile, key + g, g + tile_keys < n ? tile_keys : n - g, s.ds + g * tile_lanes);
     }
     if (met && s.gradients->d_q.data) add_to_tile(s, tile, key);
 }

@@ -49,6 +49,8 @@ namespace {
 #if defined(__AMX_BF16__)
 #include "kernel/amx_slopes.inl.h"
 #endif
+#include "kernel/segment.inl.h"
+#include "kernel/far_rows.inl.h"
 #include "kernel/backward.inl.h"
 #include "kernel/tangent.inl.h"
 #include "kernel/probe.inl.h"
@@ -56,9 +58,9 @@ namespace {
 
 template <class T, class M> constexpr tw_kernels kernels_of() {
     using A = sum_of<M>;
-    return {tile_rows<A>,     keys_of_chunk<M>,    scratch_bytes<T, M>, forward<T, M>,   merge<T, A>,
-            record_bytes<M>,  opening_bytes<T, M>, segment_bytes<T, M>, open_tile<T, M>, run_segment<T, M>,
-            close_tile<T, M>, close_sinks<M>,      tangent_bytes<T, A>, tangent<T, A>};
+    return {tile_rows<A>,    keys_of_chunk<M>,    scratch_bytes<T, M>, forward<T, M>,     merge<T, A>,
+            record_bytes<M>, segment_bytes<T, M>, open_tile<T, M>,     run_segment<T, M>, close_tile<T, M>,
+            close_sinks<M>,  tangent_bytes<T, A>, tangent<T, A>};
 }
 
 #if defined(__AMX_BF16__)

@@ -20,9 +20,16 @@ template <class M> struct SlopeWork {
     static constexpr int slot = 0;
 };
 
-// What does not change during a segment. A tile keeps lse in `shift`, pull in `sum`, d_q in `out`, and in `limit` what
-// probabilities are multiplied by (backward.inl.h). Units stand along the head axis where that is summed over; across keys
-// or across rows where those are.
+// What passes over a block are for: the gradients, or, of far rows (far_rows.inl.h), first the largest score and then the
+// sums of p and of p times its gradient.
+enum SlopePass { PEAKS, SUMS, GRADIENTS };
+template <class A> struct FarRows {
+    A peak[most_lanes], sum[most_lanes], pull[most_lanes];
+};
+
+// What does not change during a segment. A tile keeps lse in `shift`, pull in `sum`, d_q in `out`, and in `limit` what the
+// probabilities of far rows are multiplied by. Units stand along the head axis where that is summed over; across keys or
+// across rows where those are.
 template <class M> struct Slopes {
     using A = sum_of<M>;
     using U = unit_of<M>;
@@ -42,6 +49,7 @@ template <class M> struct Slopes {
     A factor;               // of the products, where queries are not multiplied by it: scale * log2(e)
     uint8_t *blocks;        // what is known of each block of keys
     void (*meet)(Slopes &, int64_t key, int n); // when a block is first seen: reads it and clears its gradients
+    FarRows<A> *found;                          // of passes that look for it alone
     bool copied, facts, biased, general, scores_wanted;
     SlopeWork<M> work;
 };
@@ -55,9 +63,11 @@ template <class M>
 static void gather_slopes(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int64_t keys, const sum_of<M> *ds);
 template <class M> static void fetch_gathered(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int n);
 
+// In tile registers (amx_slopes.inl.h).
+template <SlopePass PASS, class M>
+static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int n);
 #if defined(__AMX_BF16__)
 template <> struct SlopeWork<Tiles>;
-static void slopes_in_tiles(Slopes<Tiles> &s, Tile<Tiles> &tile, const int32_t *d_out, int64_t key, int n);
 #endif
 
 template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, int n) {
@@ -79,7 +89,7 @@ template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, in
 }
 
 // The group of NK keys from `key`: p, ds and raw at place `at` of the block. words, keep: of the group, or NULL.
-template <class M, int NZ, ScorePath PATH>
+template <class M, int NZ, ScorePath PATH, SlopePass PASS>
 TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int64_t at,
                            const uint64_t *words, const uint64_t *keep) {
     using A = sum_of<M>;
@@ -122,13 +132,21 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
                 }
                 if (s.biased) x[n][z] += load(s.bias + at * width + place);
             }
+            if constexpr (PASS == PEAKS) {
+                A *const peak = s.found->peak + z * W;
+                if (masked) x[n][z] = select<A>(words[n] >> (z * W), x[n][z], splat<A>(-A(__builtin_inf())));
+                store(peak, x[n][z] > load(peak) ? x[n][z] : load(peak));
+                continue;
+            }
             vec<A> weight = exp2<A>(x[n][z] - load(tile.shift + z * W), faintest<A>);
-            if (PATH == GENERAL && s.biased) weight *= load(tile.limit + z * W);
+            if (PATH == GENERAL && tile.far) weight *= load(tile.limit + z * W);
             if (masked) weight = select<A>(words[n] >> (z * W), weight, vec<A>{});
             store(whole + place, weight);
+            if constexpr (PASS == SUMS) store(s.found->sum + z * W, load(s.found->sum + z * W) + weight);
             x[n][z] = PATH == GENERAL && keep ? select<A>(keep[n] >> (z * W), weight * inverse_keep, vec<A>{}) : weight;
         }
-    store_along<M>(s.p + at * width / M::numbers, x);
+    if constexpr (PASS == PEAKS) return;
+    if constexpr (PASS == GRADIENTS) store_along<M>(s.p + at * width / M::numbers, x);
     if (!s.scores_wanted) return;
 
     TW_UNROLL(int n = 0; n < NK; ++n) own[n] = s.v + row[n] * s.v_stride;
@@ -147,8 +165,13 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
         TW_UNROLL(int z = 0; z < NZ; ++z) {
             const int place = n * width + z * W;
             if (PATH == GENERAL && keep) x[n][z] = select<A>(keep[n] >> (z * W), x[n][z] * inverse_keep, vec<A>{});
-            vec<A> slope = load(whole + place) * (x[n][z] + load(tile.sum + z * W));
+            if constexpr (PASS == GRADIENTS) x[n][z] += load(tile.sum + z * W);
+            vec<A> slope = load(whole + place) * x[n][z];
             if (masked) slope = select<A>(words[n] >> (z * W), slope, vec<A>{});
+            if constexpr (PASS == SUMS) {
+                store(s.found->pull + z * W, load(s.found->pull + z * W) + slope);
+                continue;
+            }
             if (gathered) store(s.ds + at * width + place, slope);
             if (capped) {
                 slope *= load(s.cap_slopes + place);
@@ -156,6 +179,7 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
             }
             x[n][z] = slope;
         }
+    if constexpr (PASS == SUMS) return;
     store_along<M>(s.raw + at * width / M::numbers, x);
     if constexpr (M::numbers > 1) store_across<M>(s.raw_across + at / M::numbers * width, x);
 }
@@ -265,7 +289,7 @@ static void add_run(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int n,
 }
 
 // One block of 64 keys (n <= 64 of them exist).
-template <class M, int NZ>
+template <class M, int NZ, SlopePass PASS>
 static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int n) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>, width = NZ * W, NK = TW_GROUP_KEYS;
@@ -276,29 +300,29 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
     if (!s.facts)
         for (int j = 0; j < block_keys; ++j) words[j] = j < n ? every_lane : 0;
     if (s.blocks[(key - s.first) / block_keys] == BLOCK_UNMET) s.meet(s, key, n);
-    fetch_gathered(s, tile, key, n);
+    if constexpr (PASS == GRADIENTS) fetch_gathered(s, tile, key, n);
     if (s.biased) {
         gather_bias(p, s.b, tile, key, n, s.bias);
         bar_by_bias<A>(s.bias, n, width, words);
     }
     if (p.dropout.enabled) draw_dropout(p, s.b, tile, key, n, keep);
-    if constexpr (M::tiled) return slopes_in_tiles(s, tile, d_out, key, n);
+    if constexpr (M::tiled) return slopes_in_tiles<PASS>(s, tile, d_out, key, n);
     int run = 0;
     for (int g = 0; g < n; g += NK) {
         uint64_t some = 0, all = every_lane;
         for (int j = g; j < g + NK; ++j) some |= words[j], all &= words[j];
         if (!some) {
-            add_run<M, NZ>(s, tile, key, n, run, g, words);
+            if constexpr (PASS == GRADIENTS) add_run<M, NZ>(s, tile, key, n, run, g, words);
             run = g + NK;
             continue;
         }
-        const uint64_t *own = all != every_lane ? words + g : nullptr;
-        if (s.general)
-            slope_group<M, NZ, GENERAL>(s, tile, d_out, key + g, g, own, p.dropout.enabled ? keep + g : nullptr);
+        const uint64_t *own = all != every_lane ? words + g : nullptr, *kept = p.dropout.enabled ? keep + g : nullptr;
+        if (PASS != GRADIENTS || s.general || tile.far)
+            slope_group<M, NZ, GENERAL, PASS>(s, tile, d_out, key + g, g, own, kept);
         else if (own)
-            slope_group<M, NZ, MASKED>(s, tile, d_out, key + g, g, own, nullptr);
+            slope_group<M, NZ, MASKED, GRADIENTS>(s, tile, d_out, key + g, g, own, nullptr);
         else
-            slope_group<M, NZ, PLAIN>(s, tile, d_out, key + g, g, nullptr, nullptr);
+            slope_group<M, NZ, PLAIN, GRADIENTS>(s, tile, d_out, key + g, g, nullptr, nullptr);
     }
-    add_run<M, NZ>(s, tile, key, n, run, (n + NK - 1) / NK * NK, words);
+    if constexpr (PASS == GRADIENTS) add_run<M, NZ>(s, tile, key, n, run, (n + NK - 1) / NK * NK, words);
 }

@@ -14,7 +14,7 @@ template <class A> struct KeyRows {
 };
 
 // What does not change during an item. A tile keeps lse in `shift`, d_lse in `sum`, d_out in `out`, and in `limit` the sum
-// of its probabilities, which is not 1 where biases carry lse far from 0 (backward.inl.h).
+// of its probabilities, which is not 1 in far rows (far_rows.inl.h).
 template <class A> struct Motion {
     const tw_problem *problem;
     const tw_tangents *tangents;
@@ -104,7 +104,7 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
             vec<A> p = exp2<A>(x[n][z] - load(tile.shift + z * W));
             if (masked) p = select<A>(words[n] >> (z * W), p, vec<A>{});
             store(whole + place, p);
-            if (PATH == GENERAL && s.biased) store(tile.limit + z * W, load(tile.limit + z * W) + p);
+            store(tile.limit + z * W, load(tile.limit + z * W) + p);
             if (PATH == GENERAL && keep) p = select<A>(keep[n] >> (z * W), p * inverse_keep, vec<A>{});
             store(s.p + at * width + place, p);
         }
@@ -243,7 +243,7 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
             tile.limit[l] += of_sink;
             if (t.sinks) d_lse[l] += of_sink * static_cast<const A *>(t.sinks)[h];
         }
-        if (s.biased && is_far(tile.shift[l])) share[l] = 1 / tile.limit[l];
+        if (is_far(tile.shift[l])) share[l] = 1 / tile.limit[l];
         d_lse[l] *= share[l];
         static_cast<A *>(t.lse)[lse_at(p, s.b, h, i)] = d_lse[l];
     }

@@ -21,6 +21,7 @@ template <class M> struct Tile {
     int rows, width;                      // rows in use; lanes: one or two vectors
     int32_t label_low, label_high;
     bool masked; // whether any lane was ever barred from a key that another saw
+    bool far;    // backward: whether some rows are far, and `limit` holds their factors
     int spans;   // key intervals that hold everything any lane sees, whole blocks, in order
     int64_t span_begin[TW_MAX_RANGES], span_end[TW_MAX_RANGES];
     // Each lane's ranges, where ranges are 32 bits wide; spare lanes have the last row's.

@@ -1,9 +1,10 @@
-"""Biases and sinks of the largest numbers are finite: only -inf bars a key."""
+"""Biases and sinks of the largest numbers are finite, only -inf bars a key; gradients of huge scores are exact."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from accuracy import assert_accurate
 
 pytest.importorskip("tilewise._native")
 
@@ -63,3 +64,36 @@ def test_gradients_of_such_rows_are_those_of_plain_attention(rows, number, page)
     plain = torch.softmax(q @ k.mT / 4 + bias, -1) @ v
     for got, expected in zip(found, torch.autograd.grad(plain, (q, k, v), d_out), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def check_huge_scores(kernel, dtype, size):
+    """lse near 10^4 is rounded by 0.001, and where a probability is 1, its gradient is a difference that must be 0."""
+    torch = pytest.importorskip("torch")
+    random = torch.Generator().manual_seed(size)
+    q, k, v, d_out = (torch.randn(1, 2, 70, 64, generator=random) * by for by in (size, size, 1, 1))
+    given = [x.to(getattr(torch, dtype)) for x in (q, k, v)]
+    d_out = d_out.to(given[0].dtype)
+
+    def gradients(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in given]
+        return torch.autograd.grad(function(*leaves), leaves, d_out.to(dtype))
+
+    def plain(q, k, v):
+        return torch.softmax(q @ k.mT / 8, -1) @ v
+
+    found = gradients(lambda q, k, v: tw.attention(q, k, v, kernel=kernel), given[0].dtype)
+    exact, yardstick = gradients(plain, torch.float64), gradients(plain, given[0].dtype)
+    for name, got, truth, measure in zip("qkv", found, exact, yardstick, strict=True):
+        assert_accurate(name, got, truth, measure)
+
+
+@pytest.mark.parametrize("size", [20, 50, 1000])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_huge_scores_are_as_exact_as_plain_attentions(dtype, size, page):
+    check_huge_scores("native", dtype, size)
+
+
+@pytest.mark.parametrize("size", [20, 50, 1000])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_portable_kernels_are_too(dtype, size):
+    check_huge_scores("portable", dtype, size)

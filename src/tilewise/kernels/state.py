@@ -14,9 +14,9 @@ from .._arrays import Array, Family, dtype_name, family_of
 
 _MINUS_INF = float("-inf")
 
-# Where biases carry a row's lse farther from 0 than this, exp(score - lse) of its keys is summed up again by backward
-# passes: lse has lost too many places of the logarithm of that sum to make it 1.
-FAR = 710.0
+# Where a row's lse is farther from 0 than this, exp(score - lse) of its keys is summed up again by backward passes: lse
+# has lost too many places of the logarithm of that sum to make it 1.
+FAR = 177.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..contract import Operands
 from ..kernels.portable.axes import Axes, ungrouped
-from ..kernels.portable.backward import gradient_sums, lse_is_empty
+from ..kernels.portable.backward import gradient_sums
 from ..kernels.portable.call import Call, make_call
+from ..kernels.portable.row_terms import lse_is_empty, row_terms
 from ..kernels.portable.tiles import default_tiles
 from ..masks.lower import LoweredMask
 from ..masks.site import Site
@@ -55,7 +56,7 @@ def gradient_formula(
         return _sum(Program("gradients", flags, _bands(call)), rest, [array for _, array in inputs])
 
     chosen = frozenset(names[n] for n in wanted)
-    sums = gradient_sums(call, given, chosen, out, lse, d_out, d_lse, total)
+    sums = gradient_sums(call, given, chosen, row_terms(call, out, lse, d_out, d_lse), total)
     found, taken = [], dict.fromkeys(chosen, 0)
     for n, name in enumerate(names):
         if name in sums:

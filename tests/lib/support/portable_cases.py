@@ -81,7 +81,7 @@ CASES: dict[str, Any] = {
     },
 }
 
-# Where the definition itself, in the caller's precision, overflows and has no finite differences.
+# Rows whose lse is far from 0. In the caller's precision the definition itself overflows, without finite differences.
 FAR_CASES: dict[str, Any] = {
     "far rows": lambda c: {"bias": c(_far(16, 2, 1, 13, 17)), "mask": tw.causal("end")},
     "far rows and sinks": lambda c: {

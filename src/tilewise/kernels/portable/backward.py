@@ -10,15 +10,12 @@ from typing import Any
 
 from ..._arrays import Array
 from ...contract import Gradients, Operands, Plan
-from ...problem import AttentionProblem
-from ..state import FAR
-from .axes import Axes, ungrouped
+from .axes import Axes
 from .call import Call, make_call, tiles_of
-from .forward import attend
+from .row_terms import RowTerms, mended, row_terms
 from .tiled_sum import tiled_sum
 
 Sum = Callable[..., Sequence[Array]]
-_MINUS_INF = float("-inf")
 
 
 def backward(plan: Plan, operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array | None) -> Gradients:
@@ -29,11 +26,8 @@ def backward(plan: Plan, operands: Operands, out: Array, lse: Array, d_out: Arra
     """
     call = make_call(plan.problem, operands, tiles_of(plan))
     with call.verbs.quiet():
-        shares = _shares(call, operands, lse)
-        if shares is not None:
-            # All gradients are linear in these, as they are in each row's probabilities.
-            d_out, d_lse = d_out * shares[..., None], d_lse * shares if d_lse is not None else None
-        sums = gradient_sums(call, operands, plan.problem.gradients, out, lse, d_out, d_lse, _tiled_sum)
+        terms = mended(call, operands, row_terms(call, out, lse, d_out, d_lse), d_lse)
+        sums = gradient_sums(call, operands, plan.problem.gradients, terms, _tiled_sum)
         return _as_operands(call, operands, sums)
 
 
@@ -41,10 +35,7 @@ def gradient_sums(
     call: Call,
     operands: Operands,
     names: frozenset[str],
-    out: Array,
-    lse: Array,
-    d_out: Array,
-    d_lse: Array | None,
+    terms: RowTerms,
     total: Sum,
 ) -> dict[str, list[Array]]:
     """For each wanted name the gradients in the accumulator's dtype, heads grouped.
@@ -52,12 +43,12 @@ def gradient_sums(
     `total(call, function of Local, wanted, inputs, outputs)` sums over tiles; torch passes a differentiable one.
     """
     verbs = call.verbs
-    row, pull = row_terms(call, out, lse, d_out, d_lse)
+    level, empty, d_out, pull = terms
     n_dense = len(operands.dense)
     wanted = tuple(name in names for name in ("q", "k", "v")) + tuple(
         ("bias" if axes is Axes.PAIRS else "table") in names for axes, _ in call.biases
     )
-    inputs = (*call.primals, (Axes.ROWS, row), (Axes.ROWS, call.rows(d_out)), (Axes.ROWS, pull))
+    inputs = (*call.primals, (Axes.ROWS, level), (Axes.ROWS, d_out), (Axes.ROWS, pull))
     outputs = [(axes, tuple(array.shape)) for (axes, array), want in zip(call.primals, wanted, strict=True) if want]
     done = iter(total(call, wanted, inputs, outputs) if any(wanted) else ())
     found: dict[str, list[Array]] = {}
@@ -66,52 +57,9 @@ def gradient_sums(
             found.setdefault(name, []).append(next(done))
     if "sinks" in names and operands.sinks is not None:
         sinks = verbs.cast(operands.sinks).reshape(*call.q.shape[1:3], 1)
-        weight = verbs.xp.where(lse_is_empty(call, lse), 0.0, verbs.xp.exp(sinks - row))
+        weight = verbs.xp.where(empty, 0.0, verbs.xp.exp(sinks - level))
         found["sinks"] = [(weight * pull).sum((0, 3))]
     return found
-
-
-def row_terms(call: Call, out: Array, lse: Array, d_out: Array, d_lse: Array | None) -> tuple[Array, Array]:
-    """(lse, pull), grouped (B, Hkv, G, Sq), both 0 for rows that see nothing; pull = d_lse - d_out . out."""
-    verbs, empty = call.verbs, lse_is_empty(call, lse)
-    pull = -(verbs.cast(call.rows(d_out)) * verbs.cast(call.rows(out))).sum(-1)
-    if d_lse is not None:
-        pull = pull + call.rows(d_lse)
-    return verbs.xp.where(empty, 0.0, call.rows(lse)), verbs.xp.where(empty, 0.0, pull)
-
-
-def lse_is_empty(call: Call, lse: Array) -> Array:
-    """Rows that see nothing, grouped."""
-    return call.rows(lse) == _MINUS_INF
-
-
-def may_be_far(problem: AttentionProblem) -> bool:
-    """Whether lse may be far from 0 where its last places matter; of a part of the keys it cannot be mended."""
-    return (bool(problem.bias.dense) or problem.bias.table) and not problem.part
-
-
-def _shares(call: Call, operands: Operands, lse: Array) -> Array | None:
-    """1 / the sum of exp(score - lse) over a row's keys and its sink, (B, Hq, Sq); None where that is 1 for all rows.
-
-    Where biases carry lse far from 0 its last places do not hold the logarithm of a sum any more: float32's 10^9 and
-    its neighbour are 64 apart.
-    """
-    verbs, level = call.verbs, call.rows(lse)
-    far = (abs(level) > FAR) & (abs(level) < float("inf"))
-    if not may_be_far(call.problem) or not bool(far.any()):
-        return None
-    xp, sums = verbs.xp, verbs.zeros(tuple(level.shape)) + 1
-    for block in call.walk.blocks():
-        rows = block.batch, block.heads, slice(None), block.rows
-        if not bool(far[rows].any()):
-            continue
-        state = attend(call, block)
-        total = state.total * xp.exp(state.peak - level[rows])
-        if operands.sinks is not None:
-            sinks = verbs.cast(operands.sinks).reshape(*call.q.shape[1:3], 1)[block.heads]
-            total = total + xp.exp(sinks - level[rows])
-        sums[rows] = xp.where(far[rows], total, sums[rows])
-    return ungrouped(1 / sums)
 
 
 def _tiled_sum(call: Call, wanted: tuple[bool, ...], inputs: Sequence, outputs: Sequence) -> list[Array]:

@@ -22,9 +22,9 @@ from ...contract import Dropout, Operands, Plan, Tiles
 from ...masks.lower import LoweredMask
 from ...problem import AttentionProblem
 from ..state import FAR, State
-from .backward import may_be_far
 from .jax_products import pair_products, weighted_rows
 from .jax_tiles import Grid, Tile
+from .row_terms import may_be_far
 
 Array = Any
 
@@ -82,7 +82,7 @@ def shares(problem: AttentionProblem, tiles: Tiles, smooth: Smooth, facts: Facts
     """What `tangent` of each row is to be multiplied by, (B, Hq, Sq) in the accumulator's dtype; None for 1.
 
     Where biases carry lse far from 0, the probabilities that `tangent` makes of it have another sum than 1
-    (`backward.py`). Nothing is differentiated here: the sum is 1 but for rounding.
+    (`row_terms.py`). Nothing is differentiated here: the sum is 1 but for rounding.
     """
     if not may_be_far(problem) or not problem.scores:
         return None

@@ -64,6 +64,20 @@ class Local:
         p = self.verbs.xp.exp(s - lse[..., None])
         return self.weigh(tile, p, v), p.sum(-1)
 
+    def row_sums(self, tile: Tile, q: Array, k: Array, v: Array, *rest: Array) -> tuple[Array, Array]:
+        """Sums over keys of P and of P with its gradient, before dropout; `rest` is the biases, L and d_out."""
+        *biases, lse, d_out = rest
+        s, _ = self.scores(tile, q, k, tuple(biases))
+        p = self.verbs.xp.exp(s - lse[..., None])
+        d_p = self._pairs(tile, d_out, v)
+        if tile.factor is not None:
+            d_p = d_p * tile.factor
+        pull = p * d_p
+        if tile.visible is not None:
+            # Hidden pairs have p = 0, but 0 * NaN is NaN.
+            pull = self.verbs.xp.where(tile.visible, pull, 0.0)
+        return p.sum(-1), pull.sum(-1)
+
     def gradients(self, tile: Tile, q: Array, k: Array, v: Array, *rest: Array) -> tuple[Array, ...]:
         """The wanted gradients of F, in order; `rest` is the biases, lse, d_out and pull."""
         *biases, lse, d_out, pull = rest

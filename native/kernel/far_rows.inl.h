@@ -1,0 +1,65 @@
+// Far rows, whose lse is far from 0: its last places are too few. Of 10^4 and its neighbour, which are 0.001 apart, a
+// probability is made that is as much wrong, and of 10^9 and its neighbour, 64 apart, the logarithm of the sum is lost as
+// a whole. And where one probability is nearly 1, its gradient is a difference of what is nearly alike, times keys that may
+// be as large as the scores. So their largest score and sums are found again, in the backward pass's own arithmetic.
+
+// In log2 units.
+constexpr int far_lse = 256;
+template <class A> TW_INLINE bool is_far(A lse) { return (lse > A(far_lse) || lse < -A(far_lse)) && lse - lse == A(0); }
+
+// A pass of a tile over all its keys, `keys` at a time.
+template <class T, SlopePass PASS, class M>
+static void pass_over(Slopes<M> &s, const tw_problem *problem, const tw_gradients *gradients, int64_t b,
+                      int64_t kv_head, Tile<M> &tile, int64_t keys, FarRows<sum_of<M>> &found, void *scratch) {
+    for (int64_t begin = 0, end; begin < problem->k_len && !tw_given_up(); begin = end) {
+        end = begin + keys < problem->k_len ? begin + keys : problem->k_len;
+        enter_segment<T>(s, problem, gradients, b, kv_head, begin, end, 1, scratch);
+        s.found = &found;
+        for (int64_t key = next_key(tile, begin, end), stop; key < end; key = next_key(tile, stop, end)) {
+            stop = key + block_keys < end ? key + block_keys : end;
+            if (!M::tiled && tile.width == lanes<sum_of<M>>)
+                slope_block<M, 1, PASS>(s, tile, d_out_of(*problem, tile), key, int(stop - key));
+            else
+                slope_block<M, TW_TILE_VECTORS, PASS>(s, tile, d_out_of(*problem, tile), key, int(stop - key));
+        }
+    }
+}
+
+// Gives the far rows of a tile their largest score for lse, the reciprocal of their sum for a factor, and their pull.
+// Of a part of the keys these cannot be told.
+template <class T, class M>
+static void weigh_far_rows(const tw_problem *problem, const tw_gradients *gradients, int64_t b, int64_t kv_head,
+                           Tile<M> &tile, int64_t keys, void *scratch) {
+    using A = sum_of<M>;
+    const tw_problem &p = *problem;
+    const Registers<M> registers;
+    Slopes<M> s;
+    FarRows<A> found = {};
+    A shift[most_lanes];
+    for (int l = 0; l < tile.width; ++l) {
+        shift[l] = tile.shift[l];
+        tile.shift[l] = 0;
+        found.peak[l] = -A(__builtin_inf());
+    }
+    pass_over<T, PEAKS>(s, problem, gradients, b, kv_head, tile, keys, found, scratch);
+    A sink[most_lanes];
+    for (int l = 0; l < tile.width; ++l) {
+        sink[l] = p.sinks ? in_log2<A>(static_cast<const A *>(p.sinks)[tile.h[l]]) : -A(__builtin_inf());
+        const A top = found.peak[l] > sink[l] ? found.peak[l] : sink[l];
+        tile.shift[l] = is_far(shift[l]) ? top : shift[l];
+    }
+    pass_over<T, SUMS>(s, problem, gradients, b, kv_head, tile, keys, found, scratch);
+    for (int l = 0; l < tile.rows; ++l) {
+        if (!is_far(shift[l])) continue;
+        tile.limit[l] = 1 / (found.sum[l] + power_of_two_of(sink[l] - tile.shift[l]));
+        const A d_lse =
+            gradients->d_lse ? static_cast<const A *>(gradients->d_lse)[lse_at(p, b, tile.h[l], tile.i[l])] : A(0);
+        tile.sum[l] = d_lse - found.pull[l] * tile.limit[l];
+    }
+    for (int l = tile.rows; l < tile.width; ++l) { // the spare lanes, of which nothing may have been found
+        tile.shift[l] = tile.shift[tile.rows - 1];
+        tile.limit[l] = tile.limit[tile.rows - 1];
+        tile.sum[l] = tile.sum[tile.rows - 1];
+    }
+    tile.far = true;
+}
