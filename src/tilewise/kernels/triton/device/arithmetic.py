@@ -8,7 +8,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-MOST = tl.constexpr(2.0**125)
+MOST = tl.constexpr(2.0**126)  # in units of log 2: beside it all scores vanish, and twice as much is still finite
 
 # Triton's interpreter multiplies, compares and selects the bit patterns of bfloat16, so there bfloat16 is widened as it
 # is loaded and rounded by hand as it is stored.
@@ -89,10 +89,6 @@ def is_finite(x):
 
 @triton.jit
 def in_log2(x):
-    """x log2(e) of a bias or a sink, where a finite number stays finite.
-
-    The smallest number of a type is often written for "unseen" and must not be taken for -inf. Beyond 2^125 all scores
-    vanish, and all biases of a pair together, four and a table, may be that large.
-    """
+    """x log2(e) of a sink, where a finite number stays finite."""
     scaled = x * LOG2E
     return tl.where(is_finite(x), tl.minimum(tl.maximum(scaled, -MOST), MOST), scaled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import INF, LOG2E, in_log2, tanh
+from .arithmetic import INF, LOG2E, MOST, tanh
 from .mask import visible
 
 
@@ -26,20 +26,21 @@ def score(product, call, b, h, i, j, MIXED: tl.constexpr):
         if call.softcap is not None:
             bend = tanh(s / call.softcap)
             s = call.softcap * bend
-        s = s * LOG2E
         inside = (i < call.shape.q_len) & (j < call.shape.k_len)
         for n in tl.static_range(len(call.dense)):
             array = call.dense[n]
             row = b.to(tl.int64) * array.b + h.to(tl.int64) * array.h + i.to(tl.int64) * array.row
             added = tl.load(array.ptr + row + j.to(tl.int64) * array.column, mask=inside, other=0.0).to(tl.float32)
-            seen, s = seen & (added != -INF), s + in_log2(added)
+            seen, s = seen & (added != -INF), s + added
         if call.table is not None:
             table = call.table
             row = b.to(tl.int64) * table.b + h.to(tl.int64) * table.h
             added = tl.load(
                 table.ptr + row + (j - i + call.shape.q_len - 1).to(tl.int64) * table.row, mask=inside, other=0.0
             )
-            seen, s = seen & (added != -INF), s + in_log2(added)
+            seen, s = seen & (added != -INF), s + added
+        # The smallest number of a type is often written for "unseen", and is not -inf: here it stays finite.
+        s = tl.maximum(s * LOG2E, -MOST, propagate_nan=tl.PropagateNan.ALL)
     if MIXED:
         seen = seen & visible(call.mask, b, h, i, j, call.shape.q_len, call.shape.k_len)
     if MIXED or len(call.dense) > 0 or call.table is not None:
