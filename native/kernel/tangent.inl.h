@@ -283,8 +283,8 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
             d_lse[l] += power_of_two_of(sink - tile.shift[l]) * static_cast<const A *>(t.sinks)[h];
         }
         const bool far = tile.far_lanes >> l & 1;
-        left[l] = far ? A(0) : d_lse[l]; // to be taken off
         d_lse[l] = far ? tile.known[l] : d_lse[l];
+        left[l] = far && s.scores_move ? A(0) : d_lse[l]; // still to be taken off
         static_cast<A *>(t.lse)[lse_at(p, s.b, h, i)] = d_lse[l];
     }
     for (int l = 0; l < tile.width; l += W)
