@@ -206,15 +206,16 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
                 masked = true;
             }
             if (sight == SEES_SOME || s.general) tile.masked = true;
-            if (biased) {
-                gather_bias(p, s.batch, tile, key, n, s.bias);
+            if (biased && gather_bias(p, s.batch, tile, key, n, s.bias)) {
                 if (!masked)
                     for (int j = 0; j < block_keys; ++j) words[j] = j < n ? first_bits(tile_lanes) : 0;
-                masked |= bar_by_bias(s.bias, n, tile_lanes, words);
+                bar_by_bias(s.bias, n, tile_lanes, words);
+                masked = true;
             }
             if (p.dropout.enabled) draw_dropout(p, s.batch, tile, key, n, keep);
             for (int g = 0; g < n; g += tile_keys) {
                 ask_ahead(s.ahead);
+                if (p.bias_count) ask_for_bias(p, s.batch, tile, key + block_keys, g / tile_keys, 2);
                 uint64_t some = 1, all = first_bits(tile_lanes);
                 if (masked) {
                     some = 0;

@@ -304,10 +304,7 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
         for (int j = 0; j < block_keys; ++j) words[j] = j < n ? every_lane : 0;
     if (s.blocks[(key - s.first) / block_keys] == BLOCK_UNMET) s.meet(s, key, n);
     if constexpr (PASS == RESULTS) fetch_gathered(s, tile, key, n);
-    if (s.biased) {
-        gather_bias(p, s.b, tile, key, n, s.bias);
-        bar_by_bias<A>(s.bias, n, width, words);
-    }
+    if (s.biased && gather_bias(p, s.b, tile, key, n, s.bias)) bar_by_bias<A>(s.bias, n, width, words);
     if (p.dropout.enabled) draw_dropout(p, s.b, tile, key, n, keep);
     if constexpr (M::tiled) return slopes_in_tiles<PASS>(s, tile, d_out, key, n);
     int run = 0;

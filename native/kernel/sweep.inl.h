@@ -169,16 +169,17 @@ template <class M, int NZ> static void sweep_block(Sweep<M> &s, Tile<M> &tile, i
     }
     if (sight == SEES_SOME || s.general) tile.masked = true;
     const bool biased = p.bias_count || p.table.data;
-    if (biased) {
-        gather_bias(p, s.batch, tile, key, n, s.bias);
+    if (biased && gather_bias(p, s.batch, tile, key, n, s.bias)) {
         if (sight == SEES_ALL)
             for (int j = 0; j < block_keys; ++j) words[j] = j < n ? every_lane : 0;
-        if (bar_by_bias(s.bias, n, width, words)) sight = SEES_SOME;
+        bar_by_bias(s.bias, n, width, words);
+        sight = SEES_SOME;
     }
     if (p.dropout.enabled) draw_dropout(p, s.batch, tile, key, n, keep);
 
     for (int g = 0; g < n; g += NK) {
         ask_for_rows(s, tile);
+        if (p.bias_count) ask_for_bias(p, s.batch, tile, key + block_keys, g / NK, block_keys / NK);
         bool masked = sight == SEES_SOME;
         if (masked) {
             uint64_t some = 0, all = every_lane;

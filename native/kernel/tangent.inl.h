@@ -171,10 +171,7 @@ template <class A, int NZ, Pass PASS> static void move_block(Motion<A> &s, Movin
         for (int j = 0; j < block_keys; ++j) words[j] = j < n ? every_lane : 0;
     if (sight == SEES_SOME || s.general) tile.masked = true;
     if (!s.met) s.meet(s, key, n);
-    if (s.biased) {
-        gather_bias(p, s.b, tile, key, n, s.bias);
-        bar_by_bias<A>(s.bias, n, width, words);
-    }
+    if (s.biased && gather_bias(p, s.b, tile, key, n, s.bias)) bar_by_bias<A>(s.bias, n, width, words);
     if (s.biases_move) gather_bias(s.moving_biases, s.b, tile, key, n, s.d_bias);
     if (p.dropout.enabled) draw_dropout(p, s.b, tile, key, n, keep);
 

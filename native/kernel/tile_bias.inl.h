@@ -56,74 +56,109 @@ TW_INLINE void add_biases(const tw_problem &p, int64_t b, int64_t h, int64_t i, 
     }
 }
 
-// Adds W rows' biases for n keys to W lanes of bias[key][width], where each row's keys stand beside each other: W by W
-// numbers at a time, through a transposition in registers.
-template <class A, class T> static void add_rows(const T *const *rows, int n, int width, A *bias) {
+// The numbers of a lane's row from `key` on.
+template <class T, class M>
+TW_INLINE const T *bias_row(const tw_bias &own, int64_t b, const Tile<M> &tile, int lane, int64_t key) {
+    return static_cast<const T *>(own.data) + b * own.stride_b + tile.h[lane] * own.stride_h +
+           tile.i[lane] * own.stride_i + key * own.stride_j;
+}
+
+// A block's sum of biases as it is made: the first array is written, the others are added to what is there. What adds to it
+// returns the least of its numbers in some lane, or 0.
+template <class A> struct BiasSum {
+    A *bias; // [keys][width]
+    int width;
+    bool adds;
+};
+template <class A> TW_INLINE vec<A> smaller(vec<A> a, vec<A> b) { return b < a ? b : a; }
+template <class A> TW_INLINE void put(const BiasSum<A> &sum, int64_t at, vec<A> x, vec<A> &least) {
+    least = smaller<A>(least, x);
+    store(sum.bias + at, sum.adds ? load(sum.bias + at) + x : x);
+}
+
+// W rows' biases for n keys, where each row's keys stand beside each other, in the lanes from `first`: W by W numbers at a
+// time, through a transposition in registers.
+template <class A, class T> static vec<A> put_rows(const T *const *rows, int n, int first, BiasSum<A> sum) {
     constexpr int W = lanes<A>;
+    vec<A> least = {};
     for (int j = 0; j < n; j += W) {
         vec<A> x[W];
         TW_UNROLL(int l = 0; l < W; ++l) x[l] = j + W <= n ? widen(rows[l] + j) : widen_first(rows[l] + j, n - j);
         transpose<A>(x);
         TW_UNROLL(int i = 0; i < W; ++i)
-            if (j + i < n) {
-                A *const to = bias + (j + i) * width;
-                store(to, load(to) + in_log2<A>(x[i]));
-            }
+            if (j + i < n) put(sum, (j + i) * sum.width + first, in_log2<A>(x[i]), least);
     }
+    return least;
 }
 
 // The same where the lanes stand beside each other, `stride` numbers from key to key.
-template <class A, class T> static void add_keys(const T *row, int64_t stride, int n, int width, A *bias) {
-    for (int j = 0; j < n; ++j, row += stride, bias += width) store(bias, load(bias) + in_log2<A>(widen(row)));
+template <class A, class T> static vec<A> put_keys(const T *row, int64_t stride, int n, int first, BiasSum<A> sum) {
+    vec<A> least = {};
+    for (int j = 0; j < n; ++j, row += stride) put(sum, j * sum.width + first, in_log2<A>(widen(row)), least);
+    return least;
 }
 
 // The same where all lanes read one row.
-template <class A, class T> static void add_row(const T *row, int n, int width, A *bias) {
+template <class A, class T> static vec<A> put_row(const T *row, int n, int first, BiasSum<A> sum) {
     constexpr int W = lanes<A>;
+    vec<A> least = {};
     for (int j = 0; j < n; j += W) {
         A numbers[W];
-        store(numbers, j + W <= n ? widen(row + j) : widen_first(row + j, n - j));
-        for (int i = 0; i < W && j + i < n; ++i) {
-            A *const to = bias + (j + i) * width;
-            store(to, load(to) + splat(in_log2<A>(numbers[i])));
-        }
+        store(numbers, in_log2<A>(j + W <= n ? widen(row + j) : widen_first(row + j, n - j)));
+        for (int i = 0; i < W && j + i < n; ++i) put(sum, (j + i) * sum.width + first, splat(numbers[i]), least);
     }
+    return least;
 }
 
-// Adds one bias, of type T, to all lanes.
+// The same in one lane, number after number.
+template <class A>
+static vec<A> put_numbers(const void *data, int32_t dtype, int64_t row, int64_t stride, int n, int lane,
+                          BiasSum<A> sum) {
+    A least = 0;
+    for (int j = 0; j < n; ++j) {
+        const A x = in_log2<A>(bias_at<A>(data, dtype, row + j * stride));
+        A &to = sum.bias[j * sum.width + lane];
+        to = sum.adds ? to + x : x;
+        least = x < least ? x : least;
+    }
+    return splat(least);
+}
+
+// One bias, of type T, in all lanes.
 template <class T, class M>
-static void add_bias(const tw_bias &own, int64_t b, const Tile<M> &tile, int64_t key, int n, sum_of<M> *bias) {
+static vec<sum_of<M>> put_bias(const tw_bias &own, int64_t b, const Tile<M> &tile, int64_t key, int n,
+                               BiasSum<sum_of<M>> sum) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
+    vec<A> least = {};
     for (int first = 0; first < tile.width; first += W) {
         const T *rows[W];
         bool beside = true, same = true; // whether the lanes' rows stand beside each other, or are one
         for (int l = 0; l < W; ++l) {
-            const int64_t h = tile.h[first + l], i = tile.i[first + l];
-            rows[l] = static_cast<const T *>(own.data) + b * own.stride_b + h * own.stride_h + i * own.stride_i +
-                      key * own.stride_j;
+            rows[l] = bias_row<T>(own, b, tile, first + l, key);
             beside = beside && rows[l] == rows[0] + l;
             same = same && rows[l] == rows[0];
         }
         if (own.stride_j == 1 && same)
-            add_row<A>(rows[0], n, tile.width, bias + first);
-        else if (own.stride_j == 1) {
-            for (int l = 0; l < W; ++l) // most often the tile's next block is the next in memory
-                for (int j = 0; j < n; j += int(64 / sizeof(T))) __builtin_prefetch(rows[l] + block_keys + j, 0, 2);
-            add_rows<A>(rows, n, tile.width, bias + first);
-        } else if (beside)
-            add_keys<A>(rows[0], own.stride_j, n, tile.width, bias + first);
+            least = smaller<A>(least, put_row<A>(rows[0], n, first, sum));
+        else if (own.stride_j == 1)
+            least = smaller<A>(least, put_rows<A>(rows, n, first, sum));
+        else if (beside)
+            least = smaller<A>(least, put_keys<A>(rows[0], own.stride_j, n, first, sum));
         else
             for (int l = 0; l < W; ++l)
-                add_bias_row(rows[l], own.dtype, 0, own.stride_j, n, tile.width, bias + first + l);
+                least = smaller<A>(least, put_numbers<A>(rows[l], own.dtype, 0, own.stride_j, n, first + l, sum));
     }
+    return least;
 }
 
-// Adds the table: lanes of consecutive queries read consecutive numbers of it, the last query first.
+// The table: lanes of consecutive queries read consecutive numbers of it, the last query first.
 template <class M>
-static void add_table(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, sum_of<M> *bias) {
+static vec<sum_of<M>> put_table(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n,
+                                BiasSum<sum_of<M>> sum) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
+    vec<A> least = {};
     for (int first = 0; first < tile.width; first += W) {
         const A *rows[W];
         bool beside = true;
@@ -134,62 +169,70 @@ static void add_table(const tw_problem &p, int64_t b, const Tile<M> &tile, int64
             beside = beside && rows[l] == rows[0] - l;
         }
         if (!beside) {
-            add_rows<A>(rows, n, tile.width, bias + first);
+            least = smaller<A>(least, put_rows<A>(rows, n, first, sum));
             continue;
         }
-        for (int j = 0; j < n; ++j) {
-            A *const to = bias + first + j * tile.width;
-            store(to, load(to) + in_log2<A>(reversed<A>(load(rows[W - 1] + j), first_indices<W>{})));
-        }
+        for (int j = 0; j < n; ++j)
+            put(sum, j * sum.width + first, in_log2<A>(reversed<A>(load(rows[W - 1] + j), first_indices<W>{})), least);
     }
+    return least;
 }
 
+// The sum of all biases and the table for n keys. Returns whether -inf is among them.
 template <class M>
-static void gather_bias(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, sum_of<M> *bias) {
+static bool gather_bias(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, sum_of<M> *bias) {
     using A = sum_of<M>;
-    __builtin_memset(bias, 0, size_t(n) * size_t(tile.width) * sizeof(A));
-    for (int t = 0; t < p.bias_count; ++t) {
+    BiasSum<A> sum = {bias, tile.width, false};
+    vec<A> least = {};
+    const auto note = [&](vec<A> x) { least = smaller<A>(least, x); };
+    for (int t = 0; t < p.bias_count; ++t, sum.adds = true) {
         const tw_bias &own = p.bias[t];
         if (own.dtype == (sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64)) {
-            add_bias<A>(own, b, tile, key, n, bias);
+            note(put_bias<A>(own, b, tile, key, n, sum));
             continue;
         }
         if constexpr (sizeof(A) == 4) {
             if (own.dtype == TW_BFLOAT16) {
-                add_bias<bfloat>(own, b, tile, key, n, bias);
+                note(put_bias<bfloat>(own, b, tile, key, n, sum));
                 continue;
             }
             if (own.dtype == TW_FLOAT16) {
-                add_bias<half>(own, b, tile, key, n, bias);
+                note(put_bias<half>(own, b, tile, key, n, sum));
                 continue;
             }
         }
         for (int l = 0; l < tile.width; ++l) {
             const int64_t row =
                 b * own.stride_b + tile.h[l] * own.stride_h + tile.i[l] * own.stride_i + key * own.stride_j;
-            add_bias_row(own.data, own.dtype, row, own.stride_j, n, tile.width, bias + l);
+            note(put_numbers<A>(own.data, own.dtype, row, own.stride_j, n, l, sum));
         }
     }
-    if (p.table.data) add_table(p, b, tile, key, n, bias);
+    if (p.table.data) note(put_table(p, b, tile, key, n, sum));
+    return lane_bits(least == -A(__builtin_inf())) != 0;
 }
 
-// A bias of -inf bars its pair as a mask does, whatever the key holds: takes such lanes out of the words of n keys, and
-// says whether there are any.
-template <class A> TW_INLINE bool bar_by_bias(const A *bias, int n, int width, uint64_t *words) {
-    vec<A> least = {};
-    for (int at = 0; at < n * width; at += lanes<A>) {
-        const vec<A> x = load(bias + at);
-        least = x < least ? x : least;
-    }
-    if (!lane_bits(least == -A(__builtin_inf()))) return false;
-    uint64_t any = 0;
-    for (int j = 0; j < n; ++j)
-        for (int l = 0; l < width; l += lanes<A>) {
-            const uint64_t barred = lane_bits(load(bias + j * width + l) == -A(__builtin_inf())) << l;
-            any |= barred;
-            words[j] &= ~barred;
+// Asks for what gather_bias will read of the tile's next block, a share of its rows at each of `turns` turns: most often it
+// is the next in memory. All at once they would wait for one another.
+template <class M>
+TW_INLINE void ask_for_bias(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t next_key, int turn,
+                            int turns) {
+    for (int t = 0; t < p.bias_count; ++t) {
+        const tw_bias &own = p.bias[t];
+        if (own.stride_j != 1 || own.stride_i == 0) continue;
+        const int64_t bytes = own.dtype == TW_FLOAT64 ? 8 : own.dtype == TW_FLOAT32 ? 4 : 2;
+        for (int l = tile.width * turn / turns; l < tile.width * (turn + 1) / turns; ++l) {
+            const int64_t at_row = b * own.stride_b + tile.h[l] * own.stride_h + tile.i[l] * own.stride_i + next_key;
+            const char *row = static_cast<const char *>(own.data) + bytes * at_row;
+            for (int64_t at = 0; at < block_keys * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
         }
-    return any != 0;
+    }
+}
+
+// A bias of -inf bars its pair as a mask does, whatever the key holds: takes such lanes out of the words of n keys.
+template <class A> static void bar_by_bias(const A *bias, int n, int width, uint64_t *words) {
+    for (int j = 0; j < n; ++j)
+        for (int l = 0; l < width; l += lanes<A>)
+            words[j] &= ~(lane_bits(load(bias + j * width + l) == -A(__builtin_inf())) << l);
 }
 
 // keep[key]: the lanes whose pair with that key survives dropout.
