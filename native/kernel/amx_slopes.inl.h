@@ -22,7 +22,7 @@ template <> struct SlopeWork<Tiles> {
 };
 
 // p, ds and raw of the group of 32 keys at place `at` of the block, in the slot at hand; or what another pass looks for.
-template <ScorePath PATH, SlopePass PASS>
+template <ScorePath PATH, Pass PASS>
 static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int64_t at) {
     const tw_problem &problem = *s.problem;
     const SlopeGroup &group = s.work.group;
@@ -67,8 +67,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
                     x = _mm512_fmsub_ps(x, factor, shift[z]);
                 }
                 if constexpr (PASS == PEAKS) { // the shift is 0
-                    float *const peak = s.found->peak + z * tile_side;
-                    store(peak, (vf)_mm512_mask_max_ps((__m512)load(peak), seen, x, (__m512)load(peak)));
+                    note_peak<float>(*s.found, z * tile_side, seen, (vf)x);
                     continue;
                 }
                 __m512 weight = exp2_where(seen, x);
@@ -90,7 +89,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
                 weights[i][z] = (vf)used;
                 slopes[i][z] = (vf)slope;
             }
-        if constexpr (PASS != GRADIENTS) continue;
+        if constexpr (PASS != RESULTS) continue;
         TW_UNROLL(int i = 0; i < 2; ++i) {
             store(p + (n + i) * tile_side, narrow_beside(weights[i][0], weights[i][1]));
             store(raw + (n + i) * tile_side, narrow_beside(slopes[i][0], slopes[i][1]));
@@ -209,7 +208,7 @@ TW_INLINE void multiply_lanes(const int32_t *rows, int64_t stride, const int32_t
 }
 
 // The block at `key`, whose words (the lanes that see each key) and dropout are known, in the slot at hand.
-template <SlopePass PASS, class M>
+template <Pass PASS, class M>
 static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int n) {
     SlopeWork<Tiles> &work = s.work;
     uint64_t *words = work.words[work.slot];
@@ -225,19 +224,19 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
             all &= words[j];
         }
         if (!some) continue;
-        if constexpr (PASS == GRADIENTS) met |= 1u << g / tile_keys;
+        if constexpr (PASS == RESULTS) met |= 1u << g / tile_keys;
         const int64_t first = key - s.first + g;
         OwedTiles owed;
         multiply_lanes(s.k + first * s.k_stride, s.k_stride, tile.query, work.group.scores, owed);
         multiply_lanes(s.v + first * s.v_stride, s.v_stride, d_out, work.group.slopes, owed);
         settle(owed);
-        if (PASS != GRADIENTS || s.general || tile.far)
+        if (PASS != RESULTS || s.general || tile.far)
             slopes_of_group<GENERAL, PASS>(s, tile, g);
         else if (all != every_lane)
-            slopes_of_group<MASKED, GRADIENTS>(s, tile, g);
+            slopes_of_group<MASKED, RESULTS>(s, tile, g);
         else
-            slopes_of_group<PLAIN, GRADIENTS>(s, tile, g);
-        if constexpr (PASS == GRADIENTS)
+            slopes_of_group<PLAIN, RESULTS>(s, tile, g);
+        if constexpr (PASS == RESULTS)
             gather_slopes(s, tile, key + g, g + tile_keys < n ? tile_keys : n - g, s.ds + g * tile_lanes);
     }
     if (met && s.gradients->d_q.data) add_to_tile(s, tile, key);

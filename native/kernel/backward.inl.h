@@ -39,13 +39,9 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
     for (int l = 0; l < tile.width; l += lanes<A>) rows_to_lanes<M>(rows + l, p.value_dim, A(1), d_out + l, tile.width);
     tile.masked = !finite_rows(tile.query, 0, 1, units_of<M>(p.head_dim) * tile.width) ||
                   !finite_rows(d_out, 0, 1, units_of<M>(p.value_dim) * tile.width);
-    bool far = false;
-    for (int l = 0; l < tile.width; ++l) {
-        tile.limit[l] = 1;
-        far |= is_far(tile.shift[l]);
-    }
+    for (int l = 0; l < tile.width; ++l) tile.limit[l] = 1;
     tile.far = false;
-    if (far && !p.part) weigh_far_rows<T>(problem, gradients, b, kv_head, tile, keys, scratch);
+    if (has_far_rows(tile) && !p.part) weigh_far_rows<T>(problem, gradients, b, kv_head, tile, keys, scratch);
 }
 
 template <class T, class M>
@@ -159,9 +155,9 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
                 const U *d_out = d_out_of(p, tile);
                 const int n = next_key(tile, key, stop) < stop ? int(stop - key) : 0;
                 if (n && !M::tiled && tile.width == lanes<A>)
-                    slope_block<M, 1, GRADIENTS>(s, tile, d_out, key, n);
+                    slope_block<M, 1, RESULTS>(s, tile, d_out, key, n);
                 else if (n)
-                    slope_block<M, TW_TILE_VECTORS, GRADIENTS>(s, tile, d_out, key, n);
+                    slope_block<M, TW_TILE_VECTORS, RESULTS>(s, tile, d_out, key, n);
                 if constexpr (M::tiled) ++s.work.slot;
                 const int64_t own = next_key(tile, stop, s.last + 1);
                 next = own < next ? own : next;

@@ -68,9 +68,21 @@ template <class A> TW_INLINE vec<A> exp2(vec<A> x, A smallest = exp_numbers<A>::
 template <class A> TW_INLINE vec<A> in_log2(vec<A> x) {
     const A most = sizeof(A) == 4 ? A(0x1p125f) : A(0x1p1021);
     const vec<A> scaled = x * A(1.4426950408889634074);
+#if defined(__AVX512DQ__)
+    // The smaller in size with the sign of the first, but for infinities and NaN.
+    constexpr int smaller = 2, not_finite = 0x99;
+    if constexpr (sizeof(A) == 4) {
+        const __mmask16 finite = ~_mm512_fpclass_ps_mask((__m512)x, not_finite);
+        return (vec<A>)_mm512_mask_range_ps((__m512)scaled, finite, (__m512)scaled, _mm512_set1_ps(most), smaller);
+    } else {
+        const __mmask8 finite = ~_mm512_fpclass_pd_mask((__m512d)x, not_finite);
+        return (vec<A>)_mm512_mask_range_pd((__m512d)scaled, finite, (__m512d)scaled, _mm512_set1_pd(most), smaller);
+    }
+#else
     vec<A> kept = scaled > most ? splat<A>(most) : scaled;
     kept = kept < -most ? splat<A>(-most) : kept;
     return x - x == A(0) ? kept : scaled;
+#endif
 }
 template <class A> TW_INLINE A in_log2(A x) { return in_log2<A>(splat<A>(x))[0]; }
 

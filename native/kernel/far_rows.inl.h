@@ -7,8 +7,36 @@
 constexpr int far_lse = 256;
 template <class A> TW_INLINE bool is_far(A lse) { return (lse > A(far_lse) || lse < -A(far_lse)) && lse - lse == A(0); }
 
+// Whether a tile, whose lse stands in `shift`, holds any.
+template <class M> TW_INLINE bool has_far_rows(const Tile<M> &tile) {
+    bool far = false;
+    for (int l = 0; l < tile.width; ++l) far |= is_far(tile.shift[l]);
+    return far;
+}
+
+// Before the first pass: it finds scores as they are, less 0.
+template <class M> static void begin_finding(FarRows<sum_of<M>> &found, Tile<M> &tile) {
+    using A = sum_of<M>;
+    for (int l = 0; l < tile.width; ++l) {
+        found.lse[l] = tile.shift[l];
+        found.peak[l] = -A(__builtin_inf());
+        tile.shift[l] = found.sum[l] = found.pull[l] = 0;
+    }
+}
+
+// Between the passes: a far row's reference is its largest score, that of its sink among them. sink: in log2 units, or -inf.
+template <class M>
+static void end_peaks(const tw_problem &p, const FarRows<sum_of<M>> &found, Tile<M> &tile, sum_of<M> *sink) {
+    using A = sum_of<M>;
+    for (int l = 0; l < tile.width; ++l) {
+        sink[l] = p.sinks ? in_log2<A>(static_cast<const A *>(p.sinks)[tile.h[l]]) : -A(__builtin_inf());
+        const A top = found.peak[l] > sink[l] ? found.peak[l] : sink[l];
+        tile.shift[l] = is_far(found.lse[l]) ? top : found.lse[l];
+    }
+}
+
 // A pass of a tile over all its keys, `keys` at a time.
-template <class T, SlopePass PASS, class M>
+template <class T, Pass PASS, class M>
 static void pass_over(Slopes<M> &s, const tw_problem *problem, const tw_gradients *gradients, int64_t b,
                       int64_t kv_head, Tile<M> &tile, int64_t keys, FarRows<sum_of<M>> &found, void *scratch) {
     for (int64_t begin = 0, end; begin < problem->k_len && !tw_given_up(); begin = end) {
@@ -34,23 +62,14 @@ static void weigh_far_rows(const tw_problem *problem, const tw_gradients *gradie
     const tw_problem &p = *problem;
     const Registers<M> registers;
     Slopes<M> s;
-    FarRows<A> found = {};
-    A shift[most_lanes];
-    for (int l = 0; l < tile.width; ++l) {
-        shift[l] = tile.shift[l];
-        tile.shift[l] = 0;
-        found.peak[l] = -A(__builtin_inf());
-    }
+    FarRows<A> found;
+    begin_finding(found, tile);
     pass_over<T, PEAKS>(s, problem, gradients, b, kv_head, tile, keys, found, scratch);
     A sink[most_lanes];
-    for (int l = 0; l < tile.width; ++l) {
-        sink[l] = p.sinks ? in_log2<A>(static_cast<const A *>(p.sinks)[tile.h[l]]) : -A(__builtin_inf());
-        const A top = found.peak[l] > sink[l] ? found.peak[l] : sink[l];
-        tile.shift[l] = is_far(shift[l]) ? top : shift[l];
-    }
+    end_peaks(p, found, tile, sink);
     pass_over<T, SUMS>(s, problem, gradients, b, kv_head, tile, keys, found, scratch);
     for (int l = 0; l < tile.rows; ++l) {
-        if (!is_far(shift[l])) continue;
+        if (!is_far(found.lse[l])) continue;
         tile.limit[l] = 1 / (found.sum[l] + power_of_two_of(sink[l] - tile.shift[l]));
         const A d_lse =
             gradients->d_lse ? static_cast<const A *>(gradients->d_lse)[lse_at(p, b, tile.h[l], tile.i[l])] : A(0);

@@ -22,10 +22,15 @@ template <class M> struct SlopeWork {
 
 // What passes over a block are for: the gradients, or, of far rows (far_rows.inl.h), first the largest score and then the
 // sums of p and of p times its gradient.
-enum SlopePass { PEAKS, SUMS, GRADIENTS };
+enum Pass { PEAKS, SUMS, RESULTS };
 template <class A> struct FarRows {
-    A peak[most_lanes], sum[most_lanes], pull[most_lanes];
+    A lse[most_lanes], peak[most_lanes], sum[most_lanes], pull[most_lanes];
 };
+// Of the lanes from `lane`, those of a word.
+template <class A> TW_INLINE void note_peak(FarRows<A> &found, int lane, uint64_t seen, vec<A> x) {
+    const vec<A> peak = load(found.peak + lane), own = select<A>(seen, x, splat<A>(-A(__builtin_inf())));
+    store(found.peak + lane, own > peak ? own : peak);
+}
 
 // What does not change during a segment. A tile keeps lse in `shift`, pull in `sum`, d_q in `out`, and in `limit` what the
 // probabilities of far rows are multiplied by. Units stand along the head axis where that is summed over; across keys or
@@ -64,7 +69,7 @@ static void gather_slopes(const Slopes<M> &s, const Tile<M> &tile, int64_t key, 
 template <class M> static void fetch_gathered(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int n);
 
 // In tile registers (amx_slopes.inl.h).
-template <SlopePass PASS, class M>
+template <Pass PASS, class M>
 static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int n);
 #if defined(__AMX_BF16__)
 template <> struct SlopeWork<Tiles>;
@@ -89,7 +94,7 @@ template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, in
 }
 
 // The group of NK keys from `key`: p, ds and raw at place `at` of the block. words, keep: of the group, or NULL.
-template <class M, int NZ, ScorePath PATH, SlopePass PASS>
+template <class M, int NZ, ScorePath PATH, Pass PASS>
 TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int64_t at,
                            const uint64_t *words, const uint64_t *keep) {
     using A = sum_of<M>;
@@ -133,9 +138,7 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
                 if (s.biased) x[n][z] += load(s.bias + at * width + place);
             }
             if constexpr (PASS == PEAKS) {
-                A *const peak = s.found->peak + z * W;
-                if (masked) x[n][z] = select<A>(words[n] >> (z * W), x[n][z], splat<A>(-A(__builtin_inf())));
-                store(peak, x[n][z] > load(peak) ? x[n][z] : load(peak));
+                note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), x[n][z]);
                 continue;
             }
             vec<A> weight = exp2<A>(x[n][z] - load(tile.shift + z * W), faintest<A>);
@@ -146,7 +149,7 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
             x[n][z] = PATH == GENERAL && keep ? select<A>(keep[n] >> (z * W), weight * inverse_keep, vec<A>{}) : weight;
         }
     if constexpr (PASS == PEAKS) return;
-    if constexpr (PASS == GRADIENTS) store_along<M>(s.p + at * width / M::numbers, x);
+    if constexpr (PASS == RESULTS) store_along<M>(s.p + at * width / M::numbers, x);
     if (!s.scores_wanted) return;
 
     TW_UNROLL(int n = 0; n < NK; ++n) own[n] = s.v + row[n] * s.v_stride;
@@ -165,7 +168,7 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
         TW_UNROLL(int z = 0; z < NZ; ++z) {
             const int place = n * width + z * W;
             if (PATH == GENERAL && keep) x[n][z] = select<A>(keep[n] >> (z * W), x[n][z] * inverse_keep, vec<A>{});
-            if constexpr (PASS == GRADIENTS) x[n][z] += load(tile.sum + z * W);
+            if constexpr (PASS == RESULTS) x[n][z] += load(tile.sum + z * W);
             vec<A> slope = load(whole + place) * x[n][z];
             if (masked) slope = select<A>(words[n] >> (z * W), slope, vec<A>{});
             if constexpr (PASS == SUMS) {
@@ -289,7 +292,7 @@ static void add_run(const Slopes<M> &s, const Tile<M> &tile, int64_t key, int n,
 }
 
 // One block of 64 keys (n <= 64 of them exist).
-template <class M, int NZ, SlopePass PASS>
+template <class M, int NZ, Pass PASS>
 static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int n) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>, width = NZ * W, NK = TW_GROUP_KEYS;
@@ -300,7 +303,7 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
     if (!s.facts)
         for (int j = 0; j < block_keys; ++j) words[j] = j < n ? every_lane : 0;
     if (s.blocks[(key - s.first) / block_keys] == BLOCK_UNMET) s.meet(s, key, n);
-    if constexpr (PASS == GRADIENTS) fetch_gathered(s, tile, key, n);
+    if constexpr (PASS == RESULTS) fetch_gathered(s, tile, key, n);
     if (s.biased) {
         gather_bias(p, s.b, tile, key, n, s.bias);
         bar_by_bias<A>(s.bias, n, width, words);
@@ -312,17 +315,17 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
         uint64_t some = 0, all = every_lane;
         for (int j = g; j < g + NK; ++j) some |= words[j], all &= words[j];
         if (!some) {
-            if constexpr (PASS == GRADIENTS) add_run<M, NZ>(s, tile, key, n, run, g, words);
+            if constexpr (PASS == RESULTS) add_run<M, NZ>(s, tile, key, n, run, g, words);
             run = g + NK;
             continue;
         }
         const uint64_t *own = all != every_lane ? words + g : nullptr, *kept = p.dropout.enabled ? keep + g : nullptr;
-        if (PASS != GRADIENTS || s.general || tile.far)
+        if (PASS != RESULTS || s.general || tile.far)
             slope_group<M, NZ, GENERAL, PASS>(s, tile, d_out, key + g, g, own, kept);
         else if (own)
-            slope_group<M, NZ, MASKED, GRADIENTS>(s, tile, d_out, key + g, g, own, nullptr);
+            slope_group<M, NZ, MASKED, RESULTS>(s, tile, d_out, key + g, g, own, nullptr);
         else
-            slope_group<M, NZ, PLAIN, GRADIENTS>(s, tile, d_out, key + g, g, nullptr, nullptr);
+            slope_group<M, NZ, PLAIN, RESULTS>(s, tile, d_out, key + g, g, nullptr, nullptr);
     }
-    if constexpr (PASS == GRADIENTS) add_run<M, NZ>(s, tile, key, n, run, (n + NK - 1) / NK * NK, words);
+    if constexpr (PASS == RESULTS) add_run<M, NZ>(s, tile, key, n, run, (n + NK - 1) / NK * NK, words);
 }

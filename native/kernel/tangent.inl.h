@@ -13,8 +13,8 @@ template <class A> struct KeyRows {
     A *copy;
 };
 
-// What does not change during an item. A tile keeps lse in `shift`, d_lse in `sum`, d_out in `out`, and in `limit` the sum
-// of its probabilities, which is not 1 in far rows (far_rows.inl.h).
+// What does not change during an item. A tile keeps lse in `shift`, d_lse in `sum`, d_out in `out`, and in `limit` what the
+// probabilities of far rows are multiplied by (far_rows.inl.h).
 template <class A> struct Motion {
     const tw_problem *problem;
     const tw_tangents *tangents;
@@ -27,11 +27,16 @@ template <class A> struct Motion {
     A *own_out;                                 // [Dv][width]: out of a tile's rows
     void (*meet)(Motion &, int64_t key, int n); // finds the block's rows, when a tile first sees it
     bool met, facts, biased, biases_move, scores_move, general;
-    bool careful; // leave out lane by lane what is not visible: some of it is not finite
+    bool careful;      // leave out lane by lane what is not visible: some of it is not finite
+    FarRows<A> *found; // of passes that look for it alone
 };
 
 template <class A> struct MovingTile : Tile<Singles<A>> {
     A *d_query; // [D][width], multiplied as the queries are; read where d_q is given
+    // Of far rows d_lse is found beforehand and taken from their scores' tangents: what is left beside a probability of
+    // nearly 1 is then as small as it should be. 0 of others.
+    A known[most_lanes];
+    uint64_t far_lanes;
 };
 
 template <class T, class A>
@@ -76,8 +81,8 @@ TW_INLINE void add_dots(vec<A> (&x)[TW_GROUP_KEYS][NZ], const KeyRows<A> &keys, 
 }
 
 // The group of keys at place `at` of the block, whose last key stands at `last`: p z and p z ds, and the tile's sum of
-// p ds. words, keep: of the group, or NULL.
-template <class A, int NZ, ScorePath PATH>
+// p ds; or what another pass looks for. words, keep: of the group, or NULL.
+template <class A, int NZ, ScorePath PATH, Pass PASS>
 TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int last, const uint64_t *words,
                           const uint64_t *keep) {
     constexpr int W = lanes<A>, width = NZ * W, NK = TW_GROUP_KEYS;
@@ -101,14 +106,19 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
                 }
                 if (s.biased) x[n][z] += load(s.bias + at * width + place);
             }
+            if constexpr (PASS == PEAKS) {
+                note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), x[n][z]);
+                continue;
+            }
             vec<A> p = exp2<A>(x[n][z] - load(tile.shift + z * W));
+            if (PATH == GENERAL && tile.far) p *= load(tile.limit + z * W);
             if (masked) p = select<A>(words[n] >> (z * W), p, vec<A>{});
             store(whole + place, p);
-            store(tile.limit + z * W, load(tile.limit + z * W) + p);
+            if constexpr (PASS == SUMS) store(s.found->sum + z * W, load(s.found->sum + z * W) + p);
             if (PATH == GENERAL && keep) p = select<A>(keep[n] >> (z * W), p * inverse_keep, vec<A>{});
             store(s.p + at * width + place, p);
         }
-    if (!s.scores_move) return;
+    if (PASS == PEAKS || !s.scores_move) return;
 
     TW_UNROLL(int n = 0; n < NK; ++n)
         TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = vec<A>{};
@@ -123,7 +133,9 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
                 if (s.biases_move) x[n][z] += load(s.d_bias + at * width + place);
             }
             // Scores, and so their tangents, are in log2 units.
-            vec<A> weight = load(whole + place) * (x[n][z] * A(0.69314718055994530942));
+            x[n][z] *= A(0.69314718055994530942);
+            if (PATH == GENERAL && tile.far) x[n][z] -= load(tile.known + z * W);
+            vec<A> weight = load(whole + place) * x[n][z];
             if (masked) weight = select<A>(words[n] >> (z * W), weight, vec<A>{});
             sum += weight;
             if (PATH == GENERAL && keep) weight = select<A>(keep[n] >> (z * W), weight * inverse_keep, vec<A>{});
@@ -148,7 +160,7 @@ TW_INLINE void add_rows_of(const Motion<A> &s, MovingTile<A> &tile, const A *wei
 }
 
 // One block of 64 keys (n <= 64 of them exist).
-template <class A, int NZ> static void move_block(Motion<A> &s, MovingTile<A> &tile, int64_t key, int n) {
+template <class A, int NZ, Pass PASS> static void move_block(Motion<A> &s, MovingTile<A> &tile, int64_t key, int n) {
     constexpr int width = NZ * lanes<A>, NK = TW_GROUP_KEYS;
     const tw_problem &p = *s.problem;
     uint64_t words[block_keys], keep[block_keys];
@@ -178,20 +190,20 @@ template <class A, int NZ> static void move_block(Motion<A> &s, MovingTile<A> &t
         begin = g < begin ? g : begin;
         end = g + NK < n ? g + NK : n;
         const uint64_t *own = all != every_lane ? words + g : nullptr;
-        if (s.general)
-            move_group<A, NZ, GENERAL>(s, tile, g, n - 1, own, p.dropout.enabled ? keep + g : nullptr);
+        if (PASS != RESULTS || s.general || tile.far)
+            move_group<A, NZ, GENERAL, PASS>(s, tile, g, n - 1, own, p.dropout.enabled ? keep + g : nullptr);
         else if (own)
-            move_group<A, NZ, MASKED>(s, tile, g, n - 1, own, nullptr);
+            move_group<A, NZ, MASKED, RESULTS>(s, tile, g, n - 1, own, nullptr);
         else
-            move_group<A, NZ, PLAIN>(s, tile, g, n - 1, nullptr, nullptr);
+            move_group<A, NZ, PLAIN, RESULTS>(s, tile, g, n - 1, nullptr, nullptr);
     }
-    if (begin >= end) return;
+    if (PASS != RESULTS || begin >= end) return;
     if (s.scores_move) add_rows_of<A, NZ>(s, tile, s.weights, s.v, begin, end, words);
     if (s.d_v.rows) add_rows_of<A, NZ>(s, tile, s.p, s.d_v, begin, end, words);
 }
 
 // Takes `count` tiles over all keys that they see.
-template <class A> static void move_tiles(Motion<A> &s, MovingTile<A> *const *tiles, int64_t count) {
+template <class A, Pass PASS> static void move_tiles(Motion<A> &s, MovingTile<A> *const *tiles, int64_t count) {
     const int64_t end = s.problem->k_len;
     for (int64_t key = 0;;) {
         int64_t next = end;
@@ -206,22 +218,51 @@ template <class A> static void move_tiles(Motion<A> &s, MovingTile<A> *const *ti
         for (int64_t t = 0; t < count; ++t) {
             if (next_key(*tiles[t], next, key) >= key) continue;
             if (tiles[t]->width == lanes<A>)
-                move_block<A, 1>(s, *tiles[t], next, int(key - next));
+                move_block<A, 1, PASS>(s, *tiles[t], next, int(key - next));
             else
-                move_block<A, TW_TILE_VECTORS>(s, *tiles[t], next, int(key - next));
+                move_block<A, TW_TILE_VECTORS, PASS>(s, *tiles[t], next, int(key - next));
         }
     }
 }
 
+// Gives the far rows of a tile their largest score for lse, the reciprocal of their sum for a factor, and their d_lse.
+template <class A> static void weigh_far_rows(Motion<A> &s, MovingTile<A> &tile) {
+    const tw_problem &p = *s.problem;
+    const tw_tangents &t = *s.tangents;
+    MovingTile<A> *const alone[] = {&tile};
+    FarRows<A> found;
+    begin_finding(found, tile);
+    s.found = &found;
+    move_tiles<A, PEAKS>(s, alone, 1);
+    A sink[most_lanes];
+    end_peaks(p, found, tile, sink);
+    move_tiles<A, SUMS>(s, alone, 1);
+    for (int l = 0; l < tile.width; ++l) {
+        const A moved = tile.sum[l]; // the sum of p ds
+        tile.sum[l] = 0;
+        if (!is_far(found.lse[l])) continue;
+        const A of_sink = power_of_two_of(sink[l] - tile.shift[l]);
+        tile.limit[l] = 1 / (found.sum[l] + of_sink);
+        const A sinks_part = t.sinks ? of_sink * static_cast<const A *>(t.sinks)[tile.h[l]] : A(0);
+        tile.known[l] = (moved + sinks_part) * tile.limit[l];
+        tile.far_lanes |= uint64_t(1) << l;
+    }
+    tile.far = true;
+}
+
 // Sets a tile's sums to 0 and its reference to lse, which for a row that sees nothing leaves no probability.
-template <class A> static void begin_motion(const Motion<A> &s, MovingTile<A> &tile) {
+template <class A> static void begin_motion(Motion<A> &s, MovingTile<A> &tile) {
     const A infinity = A(__builtin_inf());
     reset(tile, s.problem->value_dim);
     for (int l = 0; l < tile.width; ++l) {
         const A lse = static_cast<const A *>(s.problem->lse)[lse_at(*s.problem, s.b, tile.h[l], tile.i[l])];
         tile.shift[l] = lse == -infinity ? infinity : lse * A(1.4426950408889634074);
-        tile.limit[l] = 0;
+        tile.limit[l] = 1;
+        tile.known[l] = 0;
     }
+    tile.far_lanes = 0;
+    tile.far = false;
+    if (has_far_rows(tile) && !s.problem->part) weigh_far_rows(s, tile);
 }
 
 // Writes a tile's rows; E is the type of out.
@@ -230,21 +271,20 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
     const tw_problem &p = *s.problem;
     const tw_tangents &t = *s.tangents;
     const E *out[most_lanes];
-    A d_lse[most_lanes], share[most_lanes], whole[most_lanes];
+    A d_lse[most_lanes], left[most_lanes], whole[most_lanes];
     for (int l = 0; l < tile.width; ++l) {
         const int64_t h = tile.h[l], i = tile.i[l];
         const bool empty = tile.shift[l] == A(__builtin_inf());
         out[l] = tensor_row<const E>(p.out, s.b, h, i);
         whole[l] = 1;
         d_lse[l] = empty ? A(0) : tile.sum[l];
-        share[l] = 1;
-        if (p.sinks && !empty) {
-            const A of_sink = power_of_two_of(in_log2<A>(static_cast<const A *>(p.sinks)[h]) - tile.shift[l]);
-            tile.limit[l] += of_sink;
-            if (t.sinks) d_lse[l] += of_sink * static_cast<const A *>(t.sinks)[h];
+        if (t.sinks && !empty) {
+            const A sink = in_log2<A>(static_cast<const A *>(p.sinks)[h]);
+            d_lse[l] += power_of_two_of(sink - tile.shift[l]) * static_cast<const A *>(t.sinks)[h];
         }
-        if (is_far(tile.shift[l])) share[l] = 1 / tile.limit[l];
-        d_lse[l] *= share[l];
+        const bool far = tile.far_lanes >> l & 1;
+        d_lse[l] = far ? tile.known[l] : d_lse[l];
+        left[l] = far && s.scores_move ? A(0) : d_lse[l]; // still to be taken off
         static_cast<A *>(t.lse)[lse_at(p, s.b, h, i)] = d_lse[l];
     }
     for (int l = 0; l < tile.width; l += W)
@@ -252,7 +292,7 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
     for (int64_t d = 0; d < p.value_dim; ++d)
         for (int l = 0; l < tile.width; l += W) {
             A *const sums = tile.out + d * tile.width + l;
-            const vec<A> moved = load(sums) * load(share + l) - load(d_lse + l) * load(s.own_out + d * tile.width + l);
+            const vec<A> moved = load(sums) - load(left + l) * load(s.own_out + d * tile.width + l);
             store(sums, load(tile.shift + l) == A(__builtin_inf()) ? vec<A>{} : moved);
         }
     tile_to_rows<E>(t.out, s.b, tile, whole, p.value_dim);
@@ -327,12 +367,12 @@ static void tangent(const tw_problem *problem, const tw_tangents *tangents, cons
         }
         begin_motion(s, tile);
     }
-    move_tiles(s, tiles, count);
+    move_tiles<A, RESULTS>(s, tiles, count);
     for (int64_t n = 0; n < count; ++n) {
         if (needs_care(*tiles[n], p.value_dim)) {
             begin_motion(s, *tiles[n]);
             s.careful = true;
-            move_tiles(s, tiles + n, 1);
+            move_tiles<A, RESULTS>(s, tiles + n, 1);
             s.careful = false;
         }
         if (p.part)

@@ -86,6 +86,17 @@ def check_huge_scores(kernel, dtype, size):
     for name, got, truth, measure in zip("qkv", found, exact, yardstick, strict=True):
         assert_accurate(name, got, truth, measure)
 
+    def tangent(function, dtype):
+        along = [torch.randn(x.shape, generator=torch.Generator().manual_seed(n)) for n, x in enumerate(given)]
+        moved = torch.func.jvp(
+            function, tuple(x.to(dtype) for x in given), tuple(x.to(given[0].dtype).to(dtype) for x in along)
+        )
+        return moved[1]
+
+    if kernel == "native" and dtype == "float32":
+        moved = tangent(lambda q, k, v: tw.attention(q, k, v, kernel=kernel), torch.float32)
+        assert_accurate("d_out", moved, tangent(plain, torch.float64), tangent(plain, torch.float32))
+
 
 @pytest.mark.parametrize("size", [20, 50, 1000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

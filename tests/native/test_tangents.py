@@ -82,9 +82,10 @@ def test_nothing_to_do(page, sizes) -> None:
         np.testing.assert_array_equal(got, 0)
 
 
+@pytest.mark.parametrize("name", ["everything", "far rows and sinks"])
 @pytest.mark.parametrize("moves", PARTS)
-def test_each_operand_alone(page, moves) -> None:
-    plan, operands = planned(**arrays(), **CASES["everything"](lambda x: x), kernel="native", tiles=None)
+def test_each_operand_alone(page, moves, name) -> None:
+    plan, operands = planned(**arrays(), **ALL_CASES[name](lambda x: x), kernel="native", tiles=None)
     everything = _along(operands)
     _check(plan, operands, replace(Tangents(), **{moves: getattr(everything, moves)}))
     if moves == "dense":

@@ -46,6 +46,8 @@ groups = st.sampled_from([1, 1, 2, 3, 8])
 dtypes = st.sampled_from(["float32", "bfloat16", "bfloat16", "float64", "float16"])
 _placed = st.sampled_from(["start", "end"])
 _words = st.integers(0, 2**64 - 1)
+# So far from 0 that scores beside them vanish in float64 as well; a power of two, for any dtype rounds it alike.
+_far = st.sampled_from([-(2.0**100), -(2.0**80), 2.0**80])
 _strides = st.one_of(st.integers(-3, 300), st.integers(-(2**63), 2**63 - 1))
 
 
@@ -155,6 +157,8 @@ def examples(draw: st.DrawFn) -> Example:
         options["softcap"] = draw(st.sampled_from([0.5, 30.0]))
     if draw(st.integers(0, 3)) == 0:
         options["sinks"] = rng.standard_normal(heads)
+        if draw(st.integers(0, 3)) == 0:
+            options["sinks"][rng.random(heads) < 0.5] = draw(_far)
     if draw(st.integers(0, 3)) == 0:
         options["dropout"] = draw(dropouts(sizes))
     biases: list[Any] = []
@@ -167,7 +171,13 @@ def examples(draw: st.DrawFn) -> Example:
     if draw(st.integers(0, 2)) == 0:
         shape = tuple(size if draw(st.booleans()) else 1 for size in sizes)
         bias = rng.standard_normal(shape)
-        biases.append(np.where(rng.random(shape) < 0.1, -np.inf, bias) if draw(st.booleans()) else bias)
+        match draw(st.sampled_from(["numbers", "holes", "far"])):
+            case "holes":
+                bias[rng.random(shape) < 0.1] = -np.inf
+            case "far":
+                bias[rng.random(shape) < 0.1] = draw(_far)
+                bias[rng.random(shape[:-1]) < 0.2] = draw(_far)
+        biases.append(bias)
     if biases:
         options["bias"] = sum(biases[1:], start=biases[0])
     q = rng.standard_normal((batch, heads, rows, dim))

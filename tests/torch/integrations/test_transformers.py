@@ -11,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from support.random_models import build  # noqa: E402
+
 from tilewise.torch.integrations.transformers import register  # noqa: E402
 
 register()
@@ -74,21 +76,6 @@ def bart():
         eos_token_id=None, forced_eos_token_id=None, pad_token_id=0, bos_token_id=1, decoder_start_token_id=1,
     )  # fmt: skip
     return transformers.BartForConditionalGeneration, config
-
-
-def build(recipe, seed: int = 0):
-    """A random model of a recipe, in evaluation mode, with weights large enough that attention is not uniform."""
-    kind, config = recipe()
-    config._attn_implementation = "eager"
-    torch.manual_seed(seed)
-    model = kind(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2 and "embed" not in name:
-                weight.normal_(0.0, 0.2)
-            if "sinks" in name:
-                weight.normal_()
-    return model
 
 
 def run(model, implementation: str, **inputs):

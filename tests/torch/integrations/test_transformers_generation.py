@@ -11,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from support.random_models import build  # noqa: E402
+
 from tilewise.torch.integrations.transformers import linear_biases, register  # noqa: E402
 
 register()
@@ -71,19 +73,6 @@ def t5():
 
 
 DECODERS = [qwen2, qwen3_sliding, gemma3, latent]
-
-
-def build(recipe, seed: int = 0):
-    """A random model in evaluation mode, its weights large enough that attention is not uniform."""
-    kind, config = recipe()
-    config._attn_implementation = "eager"
-    torch.manual_seed(seed)
-    model = kind(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2 and "embed" not in name:
-                weight.normal_(0.0, 0.2)
-    return model
 
 
 def prompts(side: str = "left") -> dict[str, torch.Tensor]:

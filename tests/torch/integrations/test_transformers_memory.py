@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from support.largest import Largest  # noqa: E402
 
 from tilewise.torch.integrations.transformers import register  # noqa: E402
 
@@ -43,21 +43,6 @@ MODELS = {
         "moe_intermediate_size": 16,
     },
 }  # fmt: skip
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the most elements that any operation's result has memory for."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if type(value) is torch.Tensor:
-                self.elements = max(self.elements, value.untyped_storage().nbytes() // value.element_size())
-        return result
 
 
 def build(name: str, **changes):

@@ -11,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from support.largest import Largest  # noqa: E402
+
 from tilewise.torch.integrations.transformers import linear_biases, register  # noqa: E402
 from tilewise.torch.integrations.transformers.relative import RelativeBias  # noqa: E402
 
@@ -85,18 +87,6 @@ def test_gradient_checkpointing(reentrant):
 
 
 def test_nothing_quadratic_is_made():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            for value in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(value, torch.Tensor) and type(value) is torch.Tensor:
-                    self.elements = max(self.elements, value.untyped_storage().nbytes() // value.element_size())
-            return result
-
     length = 600
     model, ids = build(), torch.randint(2, 97, (1, length))
     found = []
