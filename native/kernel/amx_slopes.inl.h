@@ -36,8 +36,10 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
     const int64_t own = s.work.slot * slot_units + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
     __m512 shift[2], pull[2], share[2];
+    __mmask16 coarse[2];
     TW_UNROLL(int z = 0; z < 2; ++z) {
         shift[z] = (__m512)load(tile.shift + z * tile_side);
+        coarse[z] = coarse_lanes(shift[z]);
         share[z] = (__m512)load(tile.limit + z * tile_side);
         pull[z] = (__m512)load(tile.sum + z * tile_side);
     }
@@ -58,6 +60,9 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
                     x = _mm512_sub_ps(x, shift[z]);
                 } else if (biased) {
                     x = _mm512_sub_ps(_mm512_fmadd_ps(x, factor, (__m512)load(bias + place)), shift[z]);
+                } else if (PATH == GENERAL && coarse[z]) { // of the peak, a rounded product: exactly 0
+                    x = _mm512_mask_sub_ps(_mm512_fmsub_ps(x, factor, shift[z]), coarse[z], _mm512_mul_ps(x, factor),
+                                           shift[z]);
                 } else {
                     x = _mm512_fmsub_ps(x, factor, shift[z]);
                 }

@@ -17,6 +17,24 @@ TW_INLINE __m512 exp2_where(__mmask16 kept, __m512 x) {
     return _mm512_maskz_scalef_ps(kept, h, x);
 }
 
+// Lanes whose reference, a rounded product, is so large that the exact product less the reference may be far from 0 where it
+// should be 0: from 2^31 on by 128, which makes infinity or 0 of a probability of 1. Smaller references cancel in out.
+TW_INLINE __mmask16 coarse_lanes(__m512 shift) {
+    const __m512 size = _mm512_abs_ps(shift);
+    return _mm512_cmp_ps_mask(size, _mm512_set1_ps(0x1p28f), _CMP_GE_OQ) &
+           _mm512_cmp_ps_mask(size, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+}
+
+// Whether a sweep has to be made anew, carefully, for its lanes' references are so large, or were: what is infinite in a
+// lane's sum then stays there.
+TW_INLINE bool is_coarse(const Tile<Tiles> &tile) {
+    for (int z = 0; z < tile_lanes; z += tile_side) {
+        const vf sum = load(tile.sum + z);
+        if (coarse_lanes((__m512)load(tile.shift + z)) || lane_bits(sum - sum != 0.f)) return true;
+    }
+    return false;
+}
+
 // A group of keys, and its scores.
 struct Group {
     alignas(64) float scores[tile_keys * tile_lanes];
@@ -50,9 +68,10 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
     const uint64_t *words = group.words;
     int32_t *to = s.probabilities + (group.key - s.run_begin) / 2 * tile_lanes;
     __m512 shift[2], room[2], sums[2][2];
-    __mmask16 within[2];
+    __mmask16 within[2], coarse[2];
     TW_UNROLL(int z = 0; z < 2; ++z) {
         shift[z] = (__m512)load(tile.shift + z * tile_side);
+        coarse[z] = coarse_lanes(shift[z]);
         room[z] = _mm512_sub_ps((__m512)load(tile.limit + z * tile_side), shift[z]);
         sums[z][0] = sums[z][1] = _mm512_setzero_ps();
         within[z] = 0xFFFF;
@@ -66,6 +85,11 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
                 const int place = (n + i) * tile_lanes + z * tile_side;
                 __m512 x = _mm512_fmsub_ps((__m512)load(group.scores + place), factor, shift[z]);
                 if (PATH == GENERAL && bias) x = _mm512_add_ps(x, (__m512)load(bias + place));
+                if (PATH == GENERAL && s.careful && coarse[z]) { // rounded as in raise_to_group
+                    const __m512 own = bias ? (__m512)load(bias + place) : _mm512_setzero_ps();
+                    const __m512 whole = _mm512_fmadd_ps((__m512)load(group.scores + place), factor, own);
+                    x = _mm512_mask_sub_ps(x, coarse[z], whole, shift[z]);
+                }
                 if (PATH == MASKED || (PATH == GENERAL && words))
                     x = _mm512_mask_mov_ps(-infinity, __mmask16(words[n + i] >> z * tile_side), x);
                 within[z] = _mm512_mask_cmp_ps_mask(within[z], x, room[z], _CMP_NGT_UQ);

@@ -128,6 +128,8 @@ template <class T, class M> static bool sees_few_keys(const tw_problem &p, const
 // Something that no finite input explains: a value that is not finite may have reached rows that must not see it.
 template <class M> static bool needs_care(const Tile<M> &tile, int64_t value_dim) {
     using A = sum_of<M>;
+    if constexpr (M::tiled)
+        if (is_coarse(tile)) return true;
     if (!tile.masked) return false;
     vec<A> doubt[4] = {}; // sums that need not wait for one another
     const int64_t numbers = value_dim * tile.width;

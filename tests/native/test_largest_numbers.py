@@ -108,3 +108,44 @@ def test_gradients_of_huge_scores_are_as_exact_as_plain_attentions(dtype, size, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_portable_kernels_are_too(dtype, size):
     check_huge_scores("portable", dtype, size)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_whose_rounding_is_hundreds_are_as_exact(dtype, biased, page):
+    """Beyond 2^31 a rounded score and the exact one may be 128 apart. Each key stands there twice: the largest ties."""
+    torch = pytest.importorskip("torch")
+    random = torch.Generator().manual_seed(1)
+    given = [torch.randn(1, 2, 70, 64, generator=random).to(getattr(torch, dtype)) for _ in "qkv"]
+    given[0][:, :, ::3] *= 1e10
+    given[1][:, :, 1::2] = given[1][:, :, ::2]
+    d_out = torch.randn(1, 2, 70, 64, generator=random).to(given[0].dtype)
+    bias = torch.randn(70, 1, generator=random) if biased else None
+
+    def differentiated(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in given]
+        out = function(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, d_out.to(dtype))
+
+    def plain(q, k, v):
+        return torch.softmax(q @ k.mT / 8, -1) @ v  # the bias is a constant of each row
+
+    found = differentiated(lambda q, k, v: tw.attention(q, k, v, bias=bias, kernel="native"), given[0].dtype)
+    exact, yardstick = differentiated(plain, torch.float64), differentiated(plain, given[0].dtype)
+    for name, got, truth, measure in zip(("out", *"qkv"), found, exact, yardstick, strict=True):
+        assert_accurate(name, got, truth, measure)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_such_products_change_no_bit_of_the_others(dtype, page):
+    torch = pytest.importorskip("torch")
+    random = torch.Generator().manual_seed(2)
+    q, k, v, d_out = (torch.randn(1, 2, 70, 64, generator=random).to(getattr(torch, dtype)) for _ in range(4))
+    others = torch.arange(70) % 3 > 0
+    results = []
+    for size in (1, 1e10):
+        own = torch.where(others[:, None], q, q * size).requires_grad_()
+        out, lse = tw.attention(own, k, v, kernel="native", return_lse=True)
+        results.append((out, lse, torch.autograd.grad(out, own, d_out)[0]))
+    for near, far in zip(*results, strict=True):
+        assert torch.equal(near[:, :, others], far[:, :, others])

@@ -4,8 +4,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from accuracy import assert_accurate  # noqa: E402
 from support.torch_cases import CASES, problem, use_small_tiles  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
+from torch.func import jvp  # noqa: E402
+
+import tilewise as tw  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +40,31 @@ def test_third_order(name):
         return torch.autograd.grad(loss, tensors, create_graph=True)
 
     assert gradgradcheck(slope, inputs, fast_mode=True)
+
+
+def _plain(q, k, v):
+    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+def _pushed(function, primals, tangents):
+    return jvp(function, primals, tangents)[1]
+
+
+def _pulled_twice(function, primals, tangents):
+    """The gradients of (tangents . the first gradients)."""
+    leaves = [x.clone().requires_grad_() for x in primals]
+    out = function(*leaves)
+    slopes = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    return torch.cat([x.flatten() for x in torch.autograd.grad(slopes, leaves, tangents)])
+
+
+# float64 cannot show it: autocast leaves that alone, and rounds what is narrower wherever its keys are not excluded.
+@pytest.mark.parametrize("derivative", [_pushed, _pulled_twice])
+@pytest.mark.parametrize("kernel", ["native", "portable"])
+def test_float32_is_not_rounded_to_halves(kernel, derivative):
+    torch.manual_seed(0)
+    primals = tuple(torch.randn(1, 2, size, 16) for size in (13, 17, 17))
+    tangents = tuple(torch.randn_like(x) for x in primals)
+    got = derivative(lambda *x: tw.attention(*x, kernel=kernel), primals, tangents)
+    exact = derivative(_plain, tuple(x.double() for x in primals), tuple(x.double() for x in tangents))
+    assert_accurate("derivative", got, exact, derivative(_plain, primals, tangents))

@@ -144,8 +144,20 @@ class Program:
 
 def _differentiable() -> AbstractContextManager[Any]:
     """Lets derivatives of the tiles be taken inside an operator, where torch's dispatcher has left autograd behind."""
-    nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _autocast_keys())
+
+
+@lru_cache(maxsize=1)
+def _autocast_keys() -> Any:
+    """The dispatch keys of autocast, which are on wherever they are not excluded, whether or not a region was entered.
+
+    Products of the tiles would be rounded to bfloat16 or float16 by them.
+    """
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    for name in dir(torch._C.DispatchKey):
+        if name.startswith("Autocast"):
+            keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return keys
 
 
 def _derived(
