@@ -16,8 +16,9 @@ from ..contract import Operands
 from ..kernels.portable.axes import Axes, ungrouped
 from ..kernels.portable.backward import gradient_sums
 from ..kernels.portable.call import Call, make_call
-from ..kernels.portable.row_terms import lse_is_empty, row_terms
+from ..kernels.portable.row_terms import lse_is_empty, may_be_far, row_terms
 from ..kernels.portable.tiles import default_tiles
+from ..kernels.state import FAR
 from ..masks.lower import LoweredMask
 from ..masks.site import Site
 from ..problem import ACCUMULATOR
@@ -56,6 +57,9 @@ def gradient_formula(
         return _sum(Program("gradients", flags, _bands(call)), rest, [array for _, array in inputs])
 
     chosen = frozenset(names[n] for n in wanted)
+    shares = _shares(call, given, rest, lse)
+    if shares is not None:
+        d_out, d_lse = d_out * ungrouped(shares)[..., None], d_lse * ungrouped(shares)
     sums = gradient_sums(call, given, chosen, row_terms(call, out, lse, d_out, d_lse), total)
     found, taken = [], dict.fromkeys(chosen, 0)
     for n, name in enumerate(names):
@@ -89,8 +93,28 @@ def tangent_formula(
     if given.sinks is not None and moved is not None:
         sinks, moved = (x.to(dtype).reshape(*call.q.shape[1:3], 1) for x in (given.sinks, moved))
         weights = weights + torch.where(empty, 0.0, torch.exp(sinks - held)) * moved
+    shares = _shares(call, given, rest, lse)
+    if shares is not None:
+        values, weights = values * shares[..., None], weights * shares
     d_out = values - call.rows(out).to(dtype) * weights[..., None]
     return ungrouped(d_out).to(out.dtype), ungrouped(weights)
+
+
+def _shares(call: Call, operands: Operands, rest: Rest, lse: Tensor) -> Tensor | None:
+    """What the formulas, linear in each row's probabilities, are to be multiplied by, grouped; None for 1.
+
+    Where biases carry lse far from 0, these have another sum than 1 (`row_terms.py`). It is 1 but for rounding, and so has
+    no derivative. Whether there are such rows is not asked: it would be a choice by data, which no compiler takes.
+    """
+    if not may_be_far(call.problem):
+        return None
+    level = torch.where(lse_is_empty(call, lse), 0.0, call.rows(lse)).detach()
+    inputs = [array.detach() for _, array in call.primals]
+    _, total = _sum(Program("sums", (), _bands(call)), rest, [*inputs, level])
+    if operands.sinks is not None:
+        total = total + torch.exp(operands.sinks.detach().reshape(*call.q.shape[1:3], 1) - level)
+    far = (level.abs() > FAR) & level.isfinite()
+    return torch.where(far, 1 / total, 1.0)
 
 
 def _sum(program: Program, rest: Rest, inputs: Sequence[Tensor]) -> list[Tensor]:
