@@ -103,8 +103,8 @@ def tangent_formula(
 def _shares(call: Call, operands: Operands, rest: Rest, lse: Tensor) -> Tensor | None:
     """What the formulas, linear in each row's probabilities, are to be multiplied by, grouped; None for 1.
 
-    Where biases carry lse far from 0, these have another sum than 1 (`row_terms.py`). It is 1 but for rounding, so it has
-    no derivative. Whether there are such rows is not asked: it would be a choice by data, which no compiler takes.
+    Where biases carry lse far from 0, these have another sum than 1 (`row_terms.py`). It is 1 but for rounding, so it
+    has no derivative. Whether there are such rows is not asked: it would be a choice by data, which no compiler takes.
     """
     if not may_be_far(call.problem):
         return None
