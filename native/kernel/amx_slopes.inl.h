@@ -217,6 +217,7 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
     const uint64_t lanes_in_use = first_bits(tile.rows); // spare lanes would be added to keys
     work.tiles[work.slot] = &tile;
     for (int g = 0; g < n; g += tile_keys) {
+        if (s.problem->bias_count) ask_for_bias(*s.problem, s.b, tile, key + block_keys, g / tile_keys, 2);
         uint64_t some = 0, all = every_lane;
         for (int j = g; j < g + tile_keys; ++j) {
             words[j] &= lanes_in_use;

@@ -309,6 +309,7 @@ static void slope_block(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, in
     if constexpr (M::tiled) return slopes_in_tiles<PASS>(s, tile, d_out, key, n);
     int run = 0;
     for (int g = 0; g < n; g += NK) {
+        if (p.bias_count) ask_for_bias(p, s.b, tile, key + block_keys, g / NK, block_keys / NK);
         uint64_t some = 0, all = every_lane;
         for (int j = g; j < g + NK; ++j) some |= words[j], all &= words[j];
         if (!some) {
