@@ -35,6 +35,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
     const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)), factor = _mm512_set1_ps(s.factor);
     const int64_t own = s.work.slot * slot_units + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
+    const __m512 to_log2 = _mm512_set1_ps(log2_e<float>);
     __m512 shift[2], pull[2], share[2];
     __mmask16 coarse[2];
     TW_UNROLL(int z = 0; z < 2; ++z) {
@@ -56,10 +57,11 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
                     vf slope_of_cap;
                     x = (__m512)cap_score<float>((vf)_mm512_mul_ps(x, factor), cap, twice_inverse, slope_of_cap);
                     cap_slope = (__m512)slope_of_cap;
-                    if (biased) x = _mm512_add_ps(x, (__m512)load(bias + place));
+                    if (biased) x = _mm512_fmadd_ps((__m512)load(bias + place), to_log2, x);
                     x = _mm512_sub_ps(x, shift[z]);
                 } else if (biased) {
-                    x = _mm512_sub_ps(_mm512_fmadd_ps(x, factor, (__m512)load(bias + place)), shift[z]);
+                    x = _mm512_fmadd_ps((__m512)load(bias + place), to_log2, _mm512_mul_ps(x, factor));
+                    x = _mm512_sub_ps(x, shift[z]);
                 } else if (PATH == GENERAL && coarse[z]) { // of the peak, a rounded product: exactly 0
                     x = _mm512_mask_sub_ps(_mm512_fmsub_ps(x, factor, shift[z]), coarse[z], _mm512_mul_ps(x, factor),
                                            shift[z]);

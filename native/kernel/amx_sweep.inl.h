@@ -65,6 +65,7 @@ template <ScorePath PATH>
 static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, const float *bias, const uint64_t *keep,
                       bool must) {
     const __m512 infinity = _mm512_set1_ps(__builtin_inff()), factor = _mm512_set1_ps(factor_of<PATH>(s));
+    const __m512 to_log2 = _mm512_set1_ps(log2_e<float>);
     const uint64_t *words = group.words;
     int32_t *to = s.probabilities + (group.key - s.run_begin) / 2 * tile_lanes;
     __m512 shift[2], room[2], sums[2][2];
@@ -83,10 +84,11 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
             __m512 weight[2];
             TW_UNROLL(int i = 0; i < 2; ++i) {
                 const int place = (n + i) * tile_lanes + z * tile_side;
-                __m512 x = _mm512_fmsub_ps((__m512)load(group.scores + place), factor, shift[z]);
-                if (PATH == GENERAL && bias) x = _mm512_add_ps(x, (__m512)load(bias + place));
+                __m512 less = shift[z]; // of a bias, first: what is large in both goes away exactly
+                if (PATH == GENERAL && bias) less = _mm512_fnmadd_ps((__m512)load(bias + place), to_log2, less);
+                __m512 x = _mm512_fmsub_ps((__m512)load(group.scores + place), factor, less);
                 if (PATH == GENERAL && s.careful && coarse[z]) { // rounded as in raise_to_group
-                    const __m512 own = bias ? (__m512)load(bias + place) : _mm512_setzero_ps();
+                    const __m512 own = bias ? _mm512_mul_ps((__m512)load(bias + place), to_log2) : _mm512_setzero_ps();
                     const __m512 whole = _mm512_fmadd_ps((__m512)load(group.scores + place), factor, own);
                     x = _mm512_mask_sub_ps(x, coarse[z], whole, shift[z]);
                 }
@@ -144,12 +146,13 @@ TW_RARE void raise_to_group(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &gro
     end_run(s, tile, group.key, group.key); // values weighed with the old references come first
     finish_work(s.background);
     const __m512 infinity = _mm512_set1_ps(__builtin_inff()), factor = _mm512_set1_ps(factor_of<PATH>(s));
+    const __m512 to_log2 = _mm512_set1_ps(log2_e<float>);
     alignas(64) float tops[tile_lanes];
     for (int z = 0; z < tile_lanes; z += tile_side) {
         __m512 top = -infinity; // of the others, too: beyond no limit
         for (int n = 0; n < group.count; ++n) {
             const int place = n * tile_lanes + z;
-            const __m512 own = bias ? (__m512)load(bias + place) : _mm512_setzero_ps();
+            const __m512 own = bias ? _mm512_mul_ps((__m512)load(bias + place), to_log2) : _mm512_setzero_ps();
             const __m512 x = _mm512_fmadd_ps((__m512)load(group.scores + place), factor, own);
             const uint64_t seen = beyond & (group.words ? group.words[n] : ~uint64_t(0));
             top = _mm512_mask_max_ps(top, __mmask16(seen >> z), x, top); // NaN is passed over: the sum is NaN too

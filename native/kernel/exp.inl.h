@@ -62,29 +62,55 @@ template <class A> TW_INLINE vec<A> exp2(vec<A> x, A smallest = exp_numbers<A>::
 #endif
 }
 
-// x log2(e) of a bias or a sink. A finite number stays finite: beyond 2^125 (2^1021 in double) it becomes that, which all
-// scores vanish beside, too, and which all biases of a pair together (four and a table) may be. So the smallest number of
-// a type, often written for "unseen", is not taken for -inf.
-template <class A> TW_INLINE vec<A> in_log2(vec<A> x) {
-    const A most = sizeof(A) == 4 ? A(0x1p125f) : A(0x1p1021);
-    const vec<A> scaled = x * A(1.4426950408889634074);
-#if defined(__AVX512DQ__)
-    // The smaller in size with the sign of the first, but for infinities and NaN.
-    constexpr int smaller = 2, not_finite = 0x99;
-    if constexpr (sizeof(A) == 4) {
-        const __mmask16 finite = ~_mm512_fpclass_ps_mask((__m512)x, not_finite);
-        return (vec<A>)_mm512_mask_range_ps((__m512)scaled, finite, (__m512)scaled, _mm512_set1_ps(most), smaller);
-    } else {
-        const __mmask8 finite = ~_mm512_fpclass_pd_mask((__m512d)x, not_finite);
-        return (vec<A>)_mm512_mask_range_pd((__m512d)scaled, finite, (__m512d)scaled, _mm512_set1_pd(most), smaller);
-    }
+// a b + c, rounded once on pages with such an instruction. Compilers fuse sums of products, too, but not where a product
+// belongs to two of them.
+template <class A> TW_INLINE vec<A> fused(vec<A> a, vec<A> b, vec<A> c) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4)
+        return (vec<A>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    else
+        return (vec<A>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+    if constexpr (sizeof(A) == 4)
+        return (vec<A>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    else
+        return (vec<A>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__ARM_NEON)
+    if constexpr (sizeof(A) == 4)
+        return (vec<A>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+    else
+        return (vec<A>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
-    vec<A> kept = scaled > most ? splat<A>(most) : scaled;
-    kept = kept < -most ? splat<A>(-most) : kept;
-    return x - x == A(0) ? kept : scaled;
+    return a * b + c;
 #endif
 }
-template <class A> TW_INLINE A in_log2(A x) { return in_log2<A>(splat<A>(x))[0]; }
+
+// Scores are in log2 units: natural ones times this.
+template <class A> constexpr A log2_e = A(1.4426950408889634074);
+
+// A bias or a sink, of which a finite number stays finite in log2 units: beyond 2^125 (2^1021 in double) it becomes that,
+// which all scores vanish beside, too, and which all biases of a pair together (four and a table) may be. So the smallest
+// number of a type, often written for "unseen", is not taken for -inf.
+template <class A> TW_INLINE vec<A> bounded(vec<A> x) {
+    const A most = sizeof(A) == 4 ? A(0x1p125f) : A(0x1p1021);
+#if defined(__AVX512DQ__)
+    // The smaller in size with the sign of the first, but for infinities and NaN.
+    constexpr int smaller_in_size = 2, not_finite = 0x99;
+    if constexpr (sizeof(A) == 4) {
+        const __mmask16 finite = ~_mm512_fpclass_ps_mask((__m512)x, not_finite);
+        return (vec<A>)_mm512_mask_range_ps((__m512)x, finite, (__m512)x, _mm512_set1_ps(most), smaller_in_size);
+    } else {
+        const __mmask8 finite = ~_mm512_fpclass_pd_mask((__m512d)x, not_finite);
+        return (vec<A>)_mm512_mask_range_pd((__m512d)x, finite, (__m512d)x, _mm512_set1_pd(most), smaller_in_size);
+    }
+#else
+    vec<A> kept = x > most ? splat<A>(most) : x;
+    kept = kept < -most ? splat<A>(-most) : kept;
+    return x - x == A(0) ? kept : x;
+#endif
+}
+template <class A> TW_INLINE A bounded(A x) { return bounded<A>(splat<A>(x))[0]; }
+template <class A> TW_INLINE A in_log2(A sink) { return bounded<A>(sink) * log2_e<A>; }
 
 // tanh(x ln 2 / 2), from 2^x - 1 = 2^n f h + (2^n - 1), which keeps its relative precision near 0.
 template <class A> TW_INLINE vec<A> tanh_of_log2(vec<A> x) {

@@ -16,7 +16,7 @@ template <class M> static void adjust_scores(const tw_problem &p, int64_t b, Row
         add_biases<A>(p, b, row.h, row.i, key, n, 1, bias);
         for (int j = 0; j < block_keys; j += W) {
             row.seen &= ~(lane_bits(load(bias + j) == -A(__builtin_inf())) << j);
-            store(row.scores + j, load(row.scores + j) + load(bias + j));
+            store(row.scores + j, fused<A>(load(bias + j), splat(log2_e<A>), load(row.scores + j)));
         }
     }
     if (row.seen == ~uint64_t(0)) return;

@@ -135,7 +135,7 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
                     x[n][z] = cap_score<A>(x[n][z], cap, twice_inverse, slope);
                     store(s.cap_slopes + place, slope);
                 }
-                if (s.biased) x[n][z] += load(s.bias + at * width + place);
+                if (s.biased) x[n][z] = fused<A>(load(s.bias + at * width + place), splat(log2_e<A>), x[n][z]);
             }
             if constexpr (PASS == PEAKS) {
                 note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), x[n][z]);

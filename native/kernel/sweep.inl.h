@@ -77,6 +77,10 @@ template <class M, int NZ> TW_RARE void raise_reference(Tile<M> &tile, const sum
 
 enum ScorePath { PLAIN, MASKED, GENERAL };
 
+// Of a bias the reference is taken first: what is large in both goes away exactly. But beyond this the rounding of the
+// reference is too much for an exponent by itself: there, a score is rounded as the reference was.
+template <class A> constexpr A coarse_shift = sizeof(A) == 4 ? A(0x1p20) : A(0x1p49);
+
 // The group of NK keys from `key`: scores, reference, probabilities, sums. words: the lanes that see each key, or NULL.
 // bias, keep: of the group's first key, or NULL; read on the general path alone.
 template <class M, int NZ, ScorePath PATH>
@@ -111,19 +115,24 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
             TW_UNROLL(int n = 0; n < NK; ++n)
                 TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = cap * tanh_of_log2<A>(x[n][z] * twice_inverse);
         }
-        if (bias)
-            TW_UNROLL(int n = 0; n < NK; ++n)
-                TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] += load(bias + n * width + z * W);
     }
-    if (PATH == MASKED || (PATH == GENERAL && words))
+    const bool masked = PATH == MASKED || (PATH == GENERAL && words), biased = PATH == GENERAL && bias;
+    const vec<A> to_log2 = splat(log2_e<A>);
+    if (masked && !biased)
         TW_UNROLL(int n = 0; n < NK; ++n)
             TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = select<A>(words[n] >> (z * W), x[n][z], splat<A>(-infinity));
+    // With its bias, and -inf where it is not seen.
+    const auto score = [&](int n, int z) {
+        if (!biased) return x[n][z];
+        const vec<A> whole = fused<A>(load(bias + n * width + z * W), to_log2, x[n][z]);
+        return masked ? select<A>(words[n] >> (z * W), whole, splat<A>(-infinity)) : whole;
+    };
 
     vec<A> top[NZ];
     uint64_t beyond = 0;
     TW_UNROLL(int z = 0; z < NZ; ++z) {
-        top[z] = x[0][z];
-        TW_UNROLL(int n = 1; n < NK; ++n) top[z] = larger<A>(top[z], x[n][z]);
+        top[z] = score(0, z);
+        TW_UNROLL(int n = 1; n < NK; ++n) top[z] = larger<A>(top[z], score(n, z));
         beyond |= lane_bits(top[z] > load(tile.limit + z * W));
     }
     if (__builtin_expect(beyond != 0, 0)) {
@@ -134,14 +143,21 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
     }
 
     TW_UNROLL(int z = 0; z < NZ; ++z) {
-        const vec<A> shift = load(tile.shift + z * W);
+        const vec<A> shift = load(tile.shift + z * W), size = shift < A(0) ? -shift : shift;
+        const bool coarse = biased && lane_bits(size >= coarse_shift<A>);
         vec<A> sum = load(tile.sum + z * W);
         TW_UNROLL(int n = 0; n < NK; ++n) {
-            vec<A> p = exp2<A>(x[n][z] - shift);
+            vec<A> y = x[n][z] - shift;
+            if (biased) {
+                y = x[n][z] + fused<A>(load(bias + n * width + z * W), to_log2, -shift);
+                if (coarse) y = size >= coarse_shift<A> ? score(n, z) - shift : y;
+                if (masked) y = select<A>(words[n] >> (z * W), y, splat<A>(-infinity));
+            }
+            vec<A> p = exp2<A>(y);
             sum += p;
             if constexpr (PATH == GENERAL) {
                 if (keep) p = select<A>(keep[n] >> (z * W), p, vec<A>{});
-                if (s.careful) p = x[n][z] == -infinity ? splat<A>(unseen<A>) : p;
+                if (s.careful) p = y == -infinity ? splat<A>(unseen<A>) : p;
             }
             x[n][z] = p;
         }

@@ -104,7 +104,7 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
                     x[n][z] = cap_score<A>(x[n][z], cap, twice_inverse, slope);
                     store(s.cap_slopes + place, slope);
                 }
-                if (s.biased) x[n][z] += load(s.bias + at * width + place);
+                if (s.biased) x[n][z] = fused<A>(load(s.bias + at * width + place), splat(log2_e<A>), x[n][z]);
             }
             if constexpr (PASS == PEAKS) {
                 note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), x[n][z]);
@@ -130,10 +130,9 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
             const int place = n * width + z * W;
             if constexpr (PATH == GENERAL) {
                 if (capped) x[n][z] *= load(s.cap_slopes + place);
-                if (s.biases_move) x[n][z] += load(s.d_bias + at * width + place);
             }
-            // Scores, and so their tangents, are in log2 units.
-            x[n][z] *= A(0.69314718055994530942);
+            x[n][z] *= A(0.69314718055994530942); // from log2 units, as scores are in
+            if (PATH == GENERAL && s.biases_move) x[n][z] += load(s.d_bias + at * width + place);
             if (PATH == GENERAL && tile.far) x[n][z] -= load(tile.known + z * W);
             vec<A> weight = load(whole + place) * x[n][z];
             if (masked) weight = select<A>(words[n] >> (z * W), weight, vec<A>{});

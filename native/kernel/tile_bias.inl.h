@@ -1,4 +1,5 @@
-// Biases of a block of keys, added up in log2 units and laid out as the scores are: bias[key][lane].
+// Biases of a block of keys, added up and laid out as the scores are: bias[key][lane]. They are multiplied by log2(e) where
+// they are added to scores, in one rounding with it.
 
 TW_INLINE float half_to_float(uint16_t h) {
     // The exponent is rebased by a multiplication, which also makes denormals right.
@@ -35,10 +36,10 @@ template <class A>
 TW_INLINE void add_bias_row(const void *data, int32_t dtype, int64_t row, int64_t stride, int n, int width, A *column) {
     if (dtype == (sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64) && stride == 1) {
         const A *own = static_cast<const A *>(data) + row;
-        for (int j = 0; j < n; ++j) column[j * width] += in_log2<A>(own[j]);
+        for (int j = 0; j < n; ++j) column[j * width] += bounded<A>(own[j]);
         return;
     }
-    for (int j = 0; j < n; ++j) column[j * width] += in_log2<A>(bias_at<A>(data, dtype, row + j * stride));
+    for (int j = 0; j < n; ++j) column[j * width] += bounded<A>(bias_at<A>(data, dtype, row + j * stride));
 }
 
 // Adds every bias of row (b, h, i) for n keys from `key` to column[0], column[width], ...
@@ -86,7 +87,7 @@ template <class A, class T> static vec<A> put_rows(const T *const *rows, int n, 
         TW_UNROLL(int l = 0; l < W; ++l) x[l] = j + W <= n ? widen(rows[l] + j) : widen_first(rows[l] + j, n - j);
         transpose<A>(x);
         TW_UNROLL(int i = 0; i < W; ++i)
-            if (j + i < n) put(sum, (j + i) * sum.width + first, in_log2<A>(x[i]), least);
+            if (j + i < n) put(sum, (j + i) * sum.width + first, bounded<A>(x[i]), least);
     }
     return least;
 }
@@ -94,7 +95,7 @@ template <class A, class T> static vec<A> put_rows(const T *const *rows, int n, 
 // The same where the lanes stand beside each other, `stride` numbers from key to key.
 template <class A, class T> static vec<A> put_keys(const T *row, int64_t stride, int n, int first, BiasSum<A> sum) {
     vec<A> least = {};
-    for (int j = 0; j < n; ++j, row += stride) put(sum, j * sum.width + first, in_log2<A>(widen(row)), least);
+    for (int j = 0; j < n; ++j, row += stride) put(sum, j * sum.width + first, bounded<A>(widen(row)), least);
     return least;
 }
 
@@ -104,7 +105,7 @@ template <class A, class T> static vec<A> put_row(const T *row, int n, int first
     vec<A> least = {};
     for (int j = 0; j < n; j += W) {
         A numbers[W];
-        store(numbers, in_log2<A>(j + W <= n ? widen(row + j) : widen_first(row + j, n - j)));
+        store(numbers, bounded<A>(j + W <= n ? widen(row + j) : widen_first(row + j, n - j)));
         for (int i = 0; i < W && j + i < n; ++i) put(sum, (j + i) * sum.width + first, splat(numbers[i]), least);
     }
     return least;
@@ -116,7 +117,7 @@ static vec<A> put_numbers(const void *data, int32_t dtype, int64_t row, int64_t 
                           BiasSum<A> sum) {
     A least = 0;
     for (int j = 0; j < n; ++j) {
-        const A x = in_log2<A>(bias_at<A>(data, dtype, row + j * stride));
+        const A x = bounded<A>(bias_at<A>(data, dtype, row + j * stride));
         A &to = sum.bias[j * sum.width + lane];
         to = sum.adds ? to + x : x;
         least = x < least ? x : least;
@@ -173,7 +174,7 @@ static vec<sum_of<M>> put_table(const tw_problem &p, int64_t b, const Tile<M> &t
             continue;
         }
         for (int j = 0; j < n; ++j)
-            put(sum, j * sum.width + first, in_log2<A>(reversed<A>(load(rows[W - 1] + j), first_indices<W>{})), least);
+            put(sum, j * sum.width + first, bounded<A>(reversed<A>(load(rows[W - 1] + j), first_indices<W>{})), least);
     }
     return least;
 }
