@@ -13,7 +13,7 @@ template <class M> static void adjust_scores(const tw_problem &p, int64_t b, Row
     }
     if (p.bias_count || p.table.data) {
         A bias[block_keys] = {};
-        add_biases<A>(p, b, row.h, row.i, key, n, 1, bias);
+        add_biases<A>(p, b, row.h, row.i, key, n, bias);
         for (int j = 0; j < block_keys; j += W) {
             row.seen &= ~(lane_bits(load(bias + j) == -A(__builtin_inf())) << j);
             store(row.scores + j, fused<A>(load(bias + j), splat(log2_e<A>), load(row.scores + j)));

@@ -31,32 +31,6 @@ template <class A> TW_INLINE A bias_at(const void *data, int32_t dtype, int64_t 
     }
 }
 
-// Adds `n` keys of one lane's bias row; `row` is the element of the first key.
-template <class A>
-TW_INLINE void add_bias_row(const void *data, int32_t dtype, int64_t row, int64_t stride, int n, int width, A *column) {
-    if (dtype == (sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64) && stride == 1) {
-        const A *own = static_cast<const A *>(data) + row;
-        for (int j = 0; j < n; ++j) column[j * width] += bounded<A>(own[j]);
-        return;
-    }
-    for (int j = 0; j < n; ++j) column[j * width] += bounded<A>(bias_at<A>(data, dtype, row + j * stride));
-}
-
-// Adds every bias of row (b, h, i) for n keys from `key` to column[0], column[width], ...
-template <class A>
-TW_INLINE void add_biases(const tw_problem &p, int64_t b, int64_t h, int64_t i, int64_t key, int n, int width,
-                          A *column) {
-    for (int t = 0; t < p.bias_count; ++t) {
-        const tw_bias &own = p.bias[t];
-        const int64_t row = b * own.stride_b + h * own.stride_h + i * own.stride_i + key * own.stride_j;
-        add_bias_row(own.data, own.dtype, row, own.stride_j, n, width, column);
-    }
-    if (p.table.data) {
-        const int64_t row = b * p.table.stride_b + h * p.table.stride_h + key - i + p.q_len - 1;
-        add_bias_row(p.table.data, sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64, row, 1, n, width, column);
-    }
-}
-
 // The numbers of a lane's row from `key` on.
 template <class T, class M>
 TW_INLINE const T *bias_row(const tw_bias &own, int64_t b, const Tile<M> &tile, int lane, int64_t key) {
@@ -123,6 +97,21 @@ static vec<A> put_numbers(const void *data, int32_t dtype, int64_t row, int64_t 
         least = x < least ? x : least;
     }
     return splat(least);
+}
+
+// Adds every bias of row (b, h, i) for n keys from `key` to bias[0], bias[1], ...
+template <class A>
+TW_INLINE void add_biases(const tw_problem &p, int64_t b, int64_t h, int64_t i, int64_t key, int n, A *bias) {
+    const BiasSum<A> sum = {bias, 1, true};
+    for (int t = 0; t < p.bias_count; ++t) {
+        const tw_bias &own = p.bias[t];
+        const int64_t row = b * own.stride_b + h * own.stride_h + i * own.stride_i + key * own.stride_j;
+        put_numbers<A>(own.data, own.dtype, row, own.stride_j, n, 0, sum);
+    }
+    if (p.table.data) {
+        const int64_t row = b * p.table.stride_b + h * p.table.stride_h + key - i + p.q_len - 1;
+        put_numbers<A>(p.table.data, sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64, row, 1, n, 0, sum);
+    }
 }
 
 // One bias, of type T, in all lanes.

@@ -58,31 +58,30 @@ def _pulled_twice(function, primals, tangents):
     return torch.cat([x.flatten() for x in torch.autograd.grad(slopes, leaves, tangents)])
 
 
+def _check(derivative, ours, plain):
+    """A derivative in float32 against that of the plain formula in float64, and in float32 for a yardstick."""
+    torch.manual_seed(0)
+    primals = tuple(torch.randn(1, 2, size, 16) for size in (13, 17, 17))
+    tangents = tuple(torch.randn_like(x) for x in primals)
+    exact = derivative(plain, tuple(x.double() for x in primals), tuple(x.double() for x in tangents))
+    assert_accurate("derivative", derivative(ours, primals, tangents), exact, derivative(plain, primals, tangents))
+
+
 # float64 cannot show it: autocast leaves that alone, and rounds what is narrower wherever its keys are not excluded.
 @pytest.mark.parametrize("derivative", [_pushed, _pulled_twice])
 @pytest.mark.parametrize("kernel", ["native", "portable"])
 def test_float32_is_not_rounded_to_halves(kernel, derivative):
-    torch.manual_seed(0)
-    primals = tuple(torch.randn(1, 2, size, 16) for size in (13, 17, 17))
-    tangents = tuple(torch.randn_like(x) for x in primals)
-    got = derivative(lambda *x: tw.attention(*x, kernel=kernel), primals, tangents)
-    exact = derivative(_plain, tuple(x.double() for x in primals), tuple(x.double() for x in tangents))
-    assert_accurate("derivative", got, exact, derivative(_plain, primals, tangents))
+    _check(derivative, lambda *x: tw.attention(*x, kernel=kernel), _plain)
 
 
 @pytest.mark.parametrize("derivative", [_pushed, _pulled_twice])
 @pytest.mark.parametrize("kernel", ["native", "portable"])
 def test_rows_that_a_bias_carries_far_from_0(kernel, derivative):
     """At -1e9 lse has no place for the logarithm of the sum of 17 probabilities that are alike."""
-    torch.manual_seed(0)
-    primals = tuple(torch.randn(1, 2, size, 16) for size in (13, 17, 17))
-    tangents = tuple(torch.randn_like(x) for x in primals)
     bias = torch.zeros(13, 17)
     bias[3:6] = -(2.0**100)
 
     def plain(q, k, v):
         return (q @ k.mT / 4 + bias.to(q.dtype)).softmax(-1) @ v
 
-    got = derivative(lambda *x: tw.attention(*x, bias=bias, kernel=kernel), primals, tangents)
-    exact = derivative(plain, tuple(x.double() for x in primals), tuple(x.double() for x in tangents))
-    assert_accurate("derivative", got, exact, derivative(plain, primals, tangents))
+    _check(derivative, lambda *x: tw.attention(*x, bias=bias, kernel=kernel), plain)

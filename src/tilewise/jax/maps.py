@@ -116,10 +116,8 @@ def _along(case: Case, moving: Smooth, operands: Any) -> tuple[Array, Array]:
     *primal, out, lse = operands
     smooth, facts = case.parts(primal)
     shares = jax_scan.shares(case.problem, case.tiles, smooth, facts, lse)
-    if shares is not None:
-        d_out, d_lse = _plainly_along(case, moving, smooth, facts, out, lse)
-        return d_out * shares[..., None], d_lse * shares
-    return _plainly_along(case, moving, smooth, facts, out, lse)
+    d_out, d_lse = _plainly_along(case, moving, smooth, facts, out, lse)
+    return (d_out, d_lse) if shares is None else (d_out * shares[..., None], d_lse * shares)
 
 
 def _plainly_along(

@@ -11,12 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._arrays import Array, Family, dtype_name, family_of
+from ..problem import AttentionProblem
 
 _MINUS_INF = float("-inf")
 
 # Where a row's lse is farther from 0 than this, exp(score - lse) of its keys is summed up again by backward passes: lse
 # has lost too many places of the logarithm of that sum to make it 1.
 FAR = 177.0
+
+
+def may_be_far(problem: AttentionProblem) -> bool:
+    """Whether biases may carry lse far from 0, and it can be mended: of a part of the keys it cannot."""
+    return (bool(problem.bias.dense) or problem.bias.table) and not problem.part
 
 
 @dataclass(frozen=True, slots=True, eq=False)

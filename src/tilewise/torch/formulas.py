@@ -16,9 +16,9 @@ from ..contract import Operands
 from ..kernels.portable.axes import Axes, ungrouped
 from ..kernels.portable.backward import gradient_sums
 from ..kernels.portable.call import Call, make_call
-from ..kernels.portable.row_terms import lse_is_empty, may_be_far, row_terms
+from ..kernels.portable.row_terms import lse_is_empty, row_terms
 from ..kernels.portable.tiles import default_tiles
-from ..kernels.state import FAR
+from ..kernels.state import FAR, may_be_far
 from ..masks.lower import LoweredMask
 from ..masks.site import Site
 from ..problem import ACCUMULATOR

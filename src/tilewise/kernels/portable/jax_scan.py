@@ -21,10 +21,9 @@ import jax.numpy as jnp
 from ...contract import Dropout, Operands, Plan, Tiles
 from ...masks.lower import LoweredMask
 from ...problem import AttentionProblem
-from ..state import FAR, State
+from ..state import FAR, State, may_be_far
 from .jax_products import pair_products, weighted_rows
 from .jax_tiles import Grid, Tile
-from .row_terms import may_be_far
 
 Array = Any
 

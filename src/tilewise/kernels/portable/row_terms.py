@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from ..._arrays import Array
 from ...contract import Operands
-from ...problem import AttentionProblem
 from ..state import FAR
 from .axes import Axes, Block
 from .call import Call
@@ -43,11 +42,6 @@ def row_terms(call: Call, out: Array, lse: Array, d_out: Array, d_lse: Array | N
 def lse_is_empty(call: Call, lse: Array) -> Array:
     """Rows that see nothing, grouped."""
     return call.rows(lse) == _MINUS_INF
-
-
-def may_be_far(problem: AttentionProblem) -> bool:
-    """Whether biases may carry lse far from 0; of a part of the keys it cannot be mended."""
-    return (bool(problem.bias.dense) or problem.bias.table) and not problem.part
 
 
 def mended(call: Call, operands: Operands, terms: RowTerms, d_lse: Array | None) -> RowTerms:

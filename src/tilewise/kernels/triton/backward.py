@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ...contract import Gradients, Operands, Plan
+from ..state import may_be_far
 from .arguments import call_of, heads_together, unsound_of
 from .bias_kernels import d_dense_kernel, d_table_kernel
 from .careful_kernels import careful_d_kv_kernel, careful_d_q_kernel, unsound_d_q_kernel
@@ -188,7 +189,7 @@ def _begin(
     d_lse: torch.Tensor | None,
 ) -> _Step:
     call, facts = call_of(plan, operands), facts_of(operands.mask, operands.q.device)
-    if call.dense or call.table is not None:
+    if may_be_far(plan.problem):
         d_out, d_lse = _shared_out(plan, operands, call, facts, lse, d_out, d_lse)
     delta, level = (
         torch.empty_like(lse, memory_format=torch.contiguous_format),
@@ -217,8 +218,6 @@ def _shared_out(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """d_out and d_lse times each row's share: all gradients are linear in them, as they are in its probabilities."""
     problem = plan.problem
-    if problem.part:
-        return d_out, d_lse  # of a part of the keys the sum cannot be told
     shares = torch.empty_like(lse, memory_format=torch.contiguous_format)
     sinks = operands.sinks.contiguous() if operands.sinks is not None else None
     blocks = blocks_of("d_q", plan, lse.device)
