@@ -178,7 +178,14 @@ template <class M> TW_INLINE bool lacks(const Sweep<M> &s, int64_t key) {
 // Whether rows of keys or values lie so far apart (heads stand between them) that a chunk of them falls on few sets of the
 // first-level cache, and on as many pages as it has rows.
 template <class T> TW_INLINE bool scattered(const tw_tensor &x, int64_t n) {
-    return x.stride_s >= 2 * n && x.stride_s * int64_t(sizeof(T)) >= 1024;
+    return x.stride_s * int64_t(sizeof(T)) >= 1024;
+}
+
+// Units from one row of a copy to the next. Values are read by columns: rows that lie a large power of two apart fall on few
+// sets of the first-level cache, so such rows stand a line further apart.
+template <class M> TW_INLINE int64_t copied_stride(int64_t units) {
+    constexpr int64_t line = 64 / int64_t(sizeof(unit_of<M>));
+    return units % (8 * line) == 0 && !M::tiled ? units + line : units;
 }
 
 // Whether an item of so many tiles copies rows: their elements are no units, or a chunk of them may lie in several pages,
@@ -192,7 +199,8 @@ template <class T, class M> TW_INLINE bool copies(const tw_problem &p, int64_t t
 template <class T, class M> TW_INLINE int64_t fetched_units(const tw_problem &p, int64_t tiles) {
     if (!copies<T, M>(p, tiles)) return 0;
     const int64_t keys = held_keys<M>(p);
-    return keys * padded_units<M>(p.head_dim) + keys / M::numbers * padded<sum_of<M>>(p.value_dim);
+    return keys * copied_stride<M>(padded_units<M>(p.head_dim)) +
+           keys / M::numbers * copied_stride<M>(padded<sum_of<M>>(p.value_dim));
 }
 
 // Says where keys and values are: in place, or in `copy` as soon as they are fetched.
@@ -203,8 +211,8 @@ template <class T, class M> TW_INLINE void choose_source(Sweep<M> &s, int64_t ti
     s.value_stride = p.v.stride_s;
     if (copies<T, M>(p, tiles)) {
         s.fetch = fetch_block<T, M>;
-        s.key_stride = padded_units<M>(p.head_dim);
-        s.value_stride = padded<sum_of<M>>(p.value_dim);
+        s.key_stride = copied_stride<M>(padded_units<M>(p.head_dim));
+        s.value_stride = copied_stride<M>(padded<sum_of<M>>(p.value_dim));
         s.keys = s.fetched_keys = copy;
         s.values = s.fetched_values = copy + held_keys<M>(p) * s.key_stride;
         for (int64_t &key : s.held) key = -1;
