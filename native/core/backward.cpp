@@ -112,7 +112,7 @@ int run_backward(const tw_problem &p, const tw_gradients &g, const char **messag
 
     int threads = p.threads > 0 ? p.threads : default_threads();
     const double operations = 5.0 * double(heads) * double(rows) * double(p.k_len) * double(p.head_dim + p.value_dim);
-    if (operations < serial_operations) threads = 1;
+    threads = threads_worth(threads, work_of(p, operations));
 
     // Short segments where heads alone do not fill the threads.
     const auto segments_of = [&p](int64_t keys) { return std::max<int64_t>(1, (p.k_len + keys - 1) / keys); };

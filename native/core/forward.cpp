@@ -85,7 +85,7 @@ int64_t tiles_of(const tw_problem &p, const tw_kernels &kernels) {
 // How a problem is cut. The cut into splits depends on its own sizes alone; that into items changes no bit.
 struct Cut {
     int64_t rows = 0, heads = 0, group = 1, tiles = 0, splits = 1, rows_per_item = 0, cuts = 0, count = 0;
-    double operations = 0;
+    double work = 0;
     size_t partial_bytes = 0; // of one split
     bool split() const { return splits > 1; }
 };
@@ -116,7 +116,7 @@ Cut cut_of(const tw_problem &p, const tw_kernels &kernels, int64_t tiles_in_call
     c.count = c.heads * c.cuts * c.splits;
 
     const double pairs = double(c.heads) * double(c.rows) * double(p.k_len);
-    c.operations = 2.0 * pairs * double(p.head_dim + p.value_dim);
+    c.work = work_of(p, 2 * pairs * double(p.head_dim + p.value_dim));
     c.partial_bytes = split ? size_t(c.rows) * size_t(p.value_dim + 3) * (p.dtype == TW_FLOAT64 ? 8 : 4) : 0;
     return c;
 }
@@ -134,7 +134,7 @@ Whole whole_of(const tw_problem &p, const tw_kernels &kernels) {
     Whole w;
     w.threads_asked = p.threads > 0 ? p.threads : default_threads();
     w.tiles_in_call = tiles_of(p, kernels);
-    double operations = 0;
+    double work = 0;
     tw_problem own;
     for (int64_t n = 0; n < problems_in(p); ++n) {
         const Cut c = cut_of(problem_of(p, n, own), kernels, w.tiles_in_call, w.threads_asked);
@@ -142,12 +142,12 @@ Whole whole_of(const tw_problem &p, const tw_kernels &kernels) {
         w.count += c.count;
         w.merges += c.split() ? c.heads : 0;
         w.partials += c.partial_bytes * size_t(c.heads * c.splits);
-        operations += c.operations;
+        work += c.work;
     }
     for (int64_t n = 0; n < problems_in(p) && w.tiles; ++n) // for the tiles of any item, with the sizes of each
         w.scratch_bytes =
             std::max(w.scratch_bytes, (kernels.scratch_bytes(&problem_of(p, n, own), w.tiles) + 127) / 128 * 128);
-    w.threads = operations < serial_operations ? 1 : int(std::min<int64_t>(w.threads_asked, w.count));
+    w.threads = int(std::min<int64_t>(threads_worth(w.threads_asked, work), w.count));
     return w;
 }
 

@@ -5,7 +5,11 @@
 
 namespace tilewise {
 
-constexpr double serial_operations = 4e6; // below about 50 microseconds, waking threads costs more than it brings
+// How long a call of so many operations takes, counted in operations: to read a byte of keys and values takes as long as 5.
+inline double work_of(const tw_problem &p, double operations) {
+    const double numbers = double(p.batch * p.kv_heads) * double(p.k_len) * double(p.head_dim + p.value_dim);
+    return operations + 5 * numbers * (p.dtype == TW_FLOAT64 ? 8 : p.dtype == TW_FLOAT32 ? 4 : 2);
+}
 
 // The kernels of the page in use for a sound problem; NULL, with *status and *message set, otherwise.
 const tw_kernels *kernels_for(const tw_problem &p, int *status, const char **message);

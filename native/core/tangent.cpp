@@ -44,7 +44,7 @@ int run_tangent(const tw_problem &p, const tw_tangents &t, const char **message)
     int threads = p.threads > 0 ? p.threads : default_threads();
     const double operations =
         5.0 * double(c.heads) * double(c.rows) * double(p.k_len) * double(p.head_dim + p.value_dim);
-    if (operations < serial_operations) threads = 1;
+    threads = threads_worth(threads, work_of(p, operations));
 
     // As many tiles as fit the cache, fewer where that leaves threads without work.
     const int64_t tiles_of_head = (c.rows + kernels->tile_rows - 1) / kernels->tile_rows;

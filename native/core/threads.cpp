@@ -25,6 +25,8 @@ namespace {
 
 constexpr int spins = 2000; // about 20 microseconds: longer than the gap between two calls of one layer
 constexpr int most_workers = 1023;
+// Less work than this is done before threads have come to help. torch's mostly spin still, those of the pool mostly sleep.
+constexpr double work_for_torch_threads = 2e6, work_for_pool = 12e6;
 constexpr std::chrono::milliseconds between_questions(100);
 
 thread_local Interruptible *interruptible = nullptr; // whose work this thread does
@@ -261,6 +263,11 @@ void parallel_for(int64_t count, int threads, Task task, void *context) {
         shared->lead();
     }
     owns_region = false;
+}
+
+int threads_worth(int threads, double work) {
+    const bool spinning = on_torch_threads && torch_threads();
+    return work < (spinning ? work_for_torch_threads : work_for_pool) ? 1 : threads;
 }
 
 OnTorchThreads::OnTorchThreads(int threads) : before_(on_torch_threads) { on_torch_threads = threads; }

@@ -15,6 +15,9 @@ namespace tilewise {
 using Task = void (*)(void *context, int64_t index, int worker);
 void parallel_for(int64_t count, int threads, Task task, void *context);
 
+// How many of `threads` threads are worth waking for `work`, counted in operations (work_of): all, or the caller alone.
+int threads_worth(int threads, double work);
+
 // While this lives, parallel_for of the thread that made it works on the OpenMP threads that run torch's own operators, as
 // one of those would: they spin for milliseconds after their work, on the very cores that our workers would wait for. Not
 // where torch has no such threads, nor in a forked child, where OpenMP's threads are gone and it does not know.
