@@ -31,7 +31,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
     const float *bias = s.bias + at * tile_lanes;
     const bool capped = PATH == GENERAL && problem.softcap > 0, gathered = s.gradients->gather_count > 0;
     const bool biased = PATH == GENERAL && s.biased;
-    const float cap = float(problem.softcap * 1.4426950408889634074), twice_inverse = float(2 / problem.softcap);
+    const float cap = float(problem.softcap * log2_e<double>), twice_inverse = float(2 / problem.softcap);
     const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)), factor = _mm512_set1_ps(s.factor);
     const int64_t own = s.work.slot * slot_units + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
@@ -40,7 +40,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
     __mmask16 coarse[2];
     TW_UNROLL(int z = 0; z < 2; ++z) {
         shift[z] = (__m512)load(tile.shift + z * tile_side);
-        coarse[z] = coarse_lanes(shift[z]);
+        coarse[z] = __mmask16(lane_bits(coarse_lanes<float>((vf)shift[z])));
         share[z] = (__m512)load(tile.limit + z * tile_side);
         pull[z] = (__m512)load(tile.sum + z * tile_side);
     }

@@ -3,7 +3,7 @@
 // a whole. And where one probability is nearly 1, its gradient is a difference of what is nearly alike, times keys that may
 // be as large as the scores. So their largest score and sums are found again, in the backward pass's own arithmetic.
 
-// In log2 units.
+// In the units of scores.
 constexpr int far_lse = 256;
 template <class A> TW_INLINE bool is_far(A lse) { return (lse > A(far_lse) || lse < -A(far_lse)) && lse - lse == A(0); }
 
@@ -24,12 +24,12 @@ template <class M> static void begin_finding(FarRows<sum_of<M>> &found, Tile<M> 
     }
 }
 
-// Between the passes: a far row's reference is its largest score, that of its sink among them. sink: in log2 units, or -inf.
+// Between the passes: a far row's reference is its largest score, that of its sink among them. sink: in units of scores, or -inf.
 template <class M>
 static void end_peaks(const tw_problem &p, const FarRows<sum_of<M>> &found, Tile<M> &tile, sum_of<M> *sink) {
     using A = sum_of<M>;
     for (int l = 0; l < tile.width; ++l) {
-        sink[l] = p.sinks ? in_log2<A>(static_cast<const A *>(p.sinks)[tile.h[l]]) : -A(__builtin_inf());
+        sink[l] = p.sinks ? sink_in_units<A>(p, tile.h[l]) : -A(__builtin_inf());
         const A top = found.peak[l] > sink[l] ? found.peak[l] : sink[l];
         tile.shift[l] = is_far(found.lse[l]) ? top : found.lse[l];
     }

@@ -1,6 +1,6 @@
 // The backward pass of one tile and one block of 64 keys: probabilities made again from lse, gradients of the scores,
 // and their sums into d_q, d_k, d_v (and the biases: bias_slopes.inl.h) (Dao et al., FlashAttention, 2022). With x the
-// scores in log2 units:
+// scores in their units (units.inl.h):
 //   p = 2^(x - lse)     ds = p (d_out . v + pull),  pull = d_lse - d_out . out     raw = ds times the softcap's slope
 //   d_v += p d_out      d_k += raw q                                               d_q += raw k
 // Scores, p, ds and d_q have queries in lanes, as forward. In d_k and d_v the lanes hold the head axis and the
@@ -51,7 +51,7 @@ template <class M> struct Slopes {
     U *raw_across;          // [units of as many keys][rows]
     A *ds, *bias;           // [block_keys + TW_GROUP_KEYS][rows]; ds where it is gathered
     A *cap_slopes;          // [TW_GROUP_KEYS][rows]: the softcap's
-    A factor;               // of the products, where queries are not multiplied by it: scale * log2(e)
+    A factor;               // of the products (units.inl.h)
     uint8_t *blocks;        // what is known of each block of keys
     void (*meet)(Slopes &, int64_t key, int n); // when a block is first seen: reads it and clears its gradients
     FarRows<A> *found;                          // of passes that look for it alone
@@ -74,6 +74,16 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
 #if defined(__AMX_BF16__)
 template <> struct SlopeWork<Tiles>;
 #endif
+
+// A score less its reference, rounded once; or, of coarse lanes, which are far, rounded before, as references are. bias: or
+// NULL.
+template <class A> TW_INLINE vec<A> less_reference(vec<A> x, vec<A> by, const A *bias, vec<A> shift, bool far) {
+    const vec<A> to_log2 = splat(log2_e<A>);
+    const vec<A> y = fused<A>(x, by, bias ? fused<A>(load(bias), to_log2, -shift) : -shift);
+    if (!far) return y;
+    const vec<A> whole = fused<A>(x, by, bias ? load(bias) * to_log2 : vec<A>{});
+    return coarse_lanes<A>(shift) ? whole - shift : y;
+}
 
 template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, int n) {
     const tw_problem &p = *s.problem;
@@ -118,31 +128,30 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
             TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, query[z]);
         }
     }
-    if constexpr (M::numbers > 1)
-        TW_UNROLL(int n = 0; n < NK; ++n)
-            TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] *= s.factor;
-
     alignas(64) A whole[NK * width]; // probabilities before dropout, until they are multiplied below
     const bool capped = PATH == GENERAL && problem.softcap > 0;
-    const A cap = A(problem.softcap * 1.4426950408889634074), twice_inverse = A(2 / problem.softcap);
+    const A cap = A(problem.softcap * log2_e<double>), twice_inverse = A(2 / problem.softcap);
     const A inverse_keep = A(problem.dropout.inverse_keep);
+    const vec<A> by = splat(capped ? A(1) : s.factor);
     TW_UNROLL(int n = 0; n < NK; ++n)
         TW_UNROLL(int z = 0; z < NZ; ++z) {
             const int place = n * width + z * W;
             if constexpr (PATH == GENERAL) {
                 if (capped) {
                     vec<A> slope;
-                    x[n][z] = cap_score<A>(x[n][z], cap, twice_inverse, slope);
+                    x[n][z] = cap_score<A>(x[n][z] * s.factor, cap, twice_inverse, slope);
                     store(s.cap_slopes + place, slope);
                 }
-                if (s.biased) x[n][z] = fused<A>(load(s.bias + at * width + place), splat(log2_e<A>), x[n][z]);
             }
-            if constexpr (PASS == PEAKS) {
+            const A *bias = PATH == GENERAL && s.biased ? s.bias + at * width + place : nullptr;
+            const bool far = PATH == GENERAL && tile.far;
+            x[n][z] = less_reference<A>(x[n][z], by, bias, load(tile.shift + z * W), far);
+            if constexpr (PASS == PEAKS) { // the reference is 0
                 note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), x[n][z]);
                 continue;
             }
-            vec<A> weight = exp2<A>(x[n][z] - load(tile.shift + z * W), faintest<A>);
-            if (PATH == GENERAL && tile.far) weight *= load(tile.limit + z * W);
+            vec<A> weight = exp2<A>(x[n][z], faintest<A>);
+            if (far) weight *= load(tile.limit + z * W);
             if (masked) weight = select<A>(words[n] >> (z * W), weight, vec<A>{});
             store(whole + place, weight);
             if constexpr (PASS == SUMS) store(s.found->sum + z * W, load(s.found->sum + z * W) + weight);
