@@ -69,7 +69,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
                     x = _mm512_fmsub_ps(x, factor, shift[z]);
                 }
                 if constexpr (PASS == PEAKS) { // the shift is 0
-                    note_peak<float>(*s.found, z * tile_side, seen, (vf)x);
+                    note_peak<float>(*s.found, z * tile_side, seen, (vf)x, vf{});
                     continue;
                 }
                 __m512 weight = exp2_where(seen, x);

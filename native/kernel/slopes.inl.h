@@ -24,12 +24,14 @@ template <class M> struct SlopeWork {
 // sums of p and of p times its gradient.
 enum Pass { PEAKS, SUMS, RESULTS };
 template <class A> struct FarRows {
-    A lse[most_lanes], peak[most_lanes], sum[most_lanes], pull[most_lanes];
+    A lse[most_lanes], peak[most_lanes], rest[most_lanes], sum[most_lanes], pull[most_lanes];
 };
-// Of the lanes from `lane`, those of a word.
-template <class A> TW_INLINE void note_peak(FarRows<A> &found, int lane, uint64_t seen, vec<A> x) {
+// Of the lanes from `lane`, those of a word; rest: scores less x, which is rounded.
+template <class A> TW_INLINE void note_peak(FarRows<A> &found, int lane, uint64_t seen, vec<A> x, vec<A> rest) {
     const vec<A> peak = load(found.peak + lane), own = select<A>(seen, x, splat<A>(-A(__builtin_inf())));
+    const vec<A> least = own > peak ? rest : load(found.rest + lane);
     store(found.peak + lane, own > peak ? own : peak);
+    store(found.rest + lane, (own == peak) & (rest > least) ? rest : least);
 }
 
 // What does not change during a segment. A tile keeps lse in `shift`, pull in `sum`, d_q in `out`, and in `limit` what the
@@ -75,14 +77,16 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
 template <> struct SlopeWork<Tiles>;
 #endif
 
-// A score less its reference, rounded once; or, of coarse lanes, which are far, rounded before, as references are. bias: or
-// NULL.
-template <class A> TW_INLINE vec<A> less_reference(vec<A> x, vec<A> by, const A *bias, vec<A> shift, bool far) {
-    const vec<A> to_log2 = splat(log2_e<A>);
-    const vec<A> y = fused<A>(x, by, bias ? fused<A>(load(bias), to_log2, -shift) : -shift);
-    if (!far) return y;
-    const vec<A> whole = fused<A>(x, by, bias ? load(bias) * to_log2 : vec<A>{});
-    return coarse_lanes<A>(shift) ? whole - shift : y;
+// A score less its reference, rounded once. bias: or NULL.
+template <class A> TW_INLINE vec<A> less_reference(vec<A> x, vec<A> by, const A *bias, vec<A> shift) {
+    return fused<A>(x, by, bias ? fused<A>(load(bias), splat(log2_e<A>), -shift) : -shift);
+}
+
+// The same of the lanes from `lane` of a tile with far rows: exactly 0 for the largest score of such a row.
+template <class A, class Lanes>
+TW_INLINE vec<A> less_far_reference(vec<A> x, vec<A> by, const A *bias, const Lanes &tile, int lane) {
+    const vec<A> shift = load(tile.shift + lane), y = less_reference<A>(x, by, bias, shift) - load(tile.rest + lane);
+    return coarse_lanes<A>(shift) ? less_reference<A>(x, by, bias, vec<A>{}) - shift : y;
 }
 
 template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, int n) {
@@ -144,14 +148,17 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
                 }
             }
             const A *bias = PATH == GENERAL && s.biased ? s.bias + at * width + place : nullptr;
-            const bool far = PATH == GENERAL && tile.far;
-            x[n][z] = less_reference<A>(x[n][z], by, bias, load(tile.shift + z * W), far);
-            if constexpr (PASS == PEAKS) { // the reference is 0
-                note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), x[n][z]);
+            if constexpr (PASS == PEAKS) {
+                const vec<A> score = less_reference<A>(x[n][z], by, bias, vec<A>{});
+                note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), score,
+                             less_reference<A>(x[n][z], by, bias, score));
                 continue;
             }
+            x[n][z] = PASS == SUMS || (PATH == GENERAL && tile.far)
+                          ? less_far_reference<A>(x[n][z], by, bias, tile, z * W)
+                          : less_reference<A>(x[n][z], by, bias, load(tile.shift + z * W));
             vec<A> weight = exp2<A>(x[n][z], faintest<A>);
-            if (far) weight *= load(tile.limit + z * W);
+            if (PATH == GENERAL && tile.far) weight *= load(tile.limit + z * W);
             if (masked) weight = select<A>(words[n] >> (z * W), weight, vec<A>{});
             store(whole + place, weight);
             if constexpr (PASS == SUMS) store(s.found->sum + z * W, load(s.found->sum + z * W) + weight);

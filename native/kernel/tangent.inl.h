@@ -108,14 +108,17 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
                 }
             }
             const A *bias = PATH == GENERAL && s.biased ? s.bias + at * width + place : nullptr;
-            const bool far = PATH == GENERAL && tile.far;
-            x[n][z] = less_reference<A>(x[n][z], by, bias, load(tile.shift + z * W), far);
-            if constexpr (PASS == PEAKS) { // the reference is 0
-                note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), x[n][z]);
+            if constexpr (PASS == PEAKS) {
+                const vec<A> score = less_reference<A>(x[n][z], by, bias, vec<A>{});
+                note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), score,
+                             less_reference<A>(x[n][z], by, bias, score));
                 continue;
             }
+            x[n][z] = PASS == SUMS || (PATH == GENERAL && tile.far)
+                          ? less_far_reference<A>(x[n][z], by, bias, tile, z * W)
+                          : less_reference<A>(x[n][z], by, bias, load(tile.shift + z * W));
             vec<A> p = exp2<A>(x[n][z]);
-            if (far) p *= load(tile.limit + z * W);
+            if (PATH == GENERAL && tile.far) p *= load(tile.limit + z * W);
             if (masked) p = select<A>(words[n] >> (z * W), p, vec<A>{});
             store(whole + place, p);
             if constexpr (PASS == SUMS) store(s.found->sum + z * W, load(s.found->sum + z * W) + p);
@@ -241,7 +244,7 @@ template <class A> static void weigh_far_rows(Motion<A> &s, MovingTile<A> &tile)
         const A moved = tile.sum[l]; // the sum of p ds
         tile.sum[l] = 0;
         if (!is_far(found.lse[l])) continue;
-        const A of_sink = power_of_two_of(sink[l] - tile.shift[l]);
+        const A of_sink = power_of_two_of(sink[l] - tile.shift[l] - tile.rest[l]);
         tile.limit[l] = 1 / (found.sum[l] + of_sink);
         const A sinks_part = t.sinks ? of_sink * static_cast<const A *>(t.sinks)[tile.h[l]] : A(0);
         tile.known[l] = (moved + sinks_part) * tile.limit[l];
@@ -258,6 +261,7 @@ template <class A> static void begin_motion(Motion<A> &s, MovingTile<A> &tile) {
         const A lse = static_cast<const A *>(s.problem->lse)[lse_at(*s.problem, s.b, tile.h[l], tile.i[l])];
         tile.shift[l] = lse == -infinity ? infinity : in_units<A>(*s.problem, lse);
         tile.limit[l] = 1;
+        tile.rest[l] = 0;
         tile.known[l] = 0;
     }
     tile.far_lanes = 0;

@@ -17,6 +17,7 @@ template <class M> struct Tile {
     unit_of<M> *query; // [D in units][width]
     A *out;            // [Dv][width]
     A shift[most_lanes], limit[most_lanes], sum[most_lanes];
+    A rest[most_lanes];                   // backward: what the rounding of a far row's reference has taken off it
     int64_t i[most_lanes], h[most_lanes]; // query index and query head; spare lanes repeat the last row
     int rows, width;                      // rows in use; lanes: one or two vectors
     int32_t label_low, label_high;
