@@ -31,7 +31,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
     const float *bias = s.bias + at * tile_lanes;
     const bool capped = PATH == GENERAL && problem.softcap > 0, gathered = s.gradients->gather_count > 0;
     const bool biased = PATH == GENERAL && s.biased;
-    const float cap = float(problem.softcap * log2_e<double>), twice_inverse = float(2 / problem.softcap);
+    const Softcap<float> cap = softcap_of(problem, s.factor);
     const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)), factor = _mm512_set1_ps(s.factor);
     const int64_t own = s.work.slot * slot_units + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
@@ -55,7 +55,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
                 __m512 x = (__m512)load(group.scores + place), cap_slope = _mm512_set1_ps(1);
                 if (capped) {
                     vf slope_of_cap;
-                    x = (__m512)cap_score<float>((vf)_mm512_mul_ps(x, factor), cap, twice_inverse, slope_of_cap);
+                    x = (__m512)cap_product<float>((vf)x, cap, slope_of_cap);
                     cap_slope = (__m512)slope_of_cap;
                     if (biased) x = _mm512_fmadd_ps((__m512)load(bias + place), to_log2, x);
                     x = _mm512_sub_ps(x, shift[z]);

@@ -54,7 +54,7 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
     __mmask16 within[2], coarse[2];
     TW_UNROLL(int z = 0; z < 2; ++z) {
         shift[z] = (__m512)load(tile.shift + z * tile_side);
-        coarse[z] = PATH == GENERAL ? __mmask16(lane_bits(coarse_lanes<float>((vf)shift[z]))) : __mmask16(0);
+        coarse[z] = __mmask16(PATH == GENERAL ? lane_bits(coarse_lanes<float>((vf)shift[z])) : 0);
         room[z] = _mm512_sub_ps((__m512)load(tile.limit + z * tile_side), shift[z]);
         sums[z][0] = sums[z][1] = _mm512_setzero_ps();
         within[z] = 0xFFFF;
@@ -149,12 +149,9 @@ TW_RARE void raise_to_group(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &gro
 template <ScorePath PATH>
 static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const float *bias, const uint64_t *keep) {
     if (PATH == GENERAL && s.problem->softcap > 0) {
-        const float cap = float(s.problem->softcap * log2_e<double>),
-                    twice_inverse = float(2 / s.problem->softcap);
-        for (int at = 0; at < group.count * tile_lanes; at += tile_side) {
-            const vf x = load(group.scores + at) * s.factor;
-            store(group.scores + at, cap * tanh_of_log2<float>(x * twice_inverse));
-        }
+        const Softcap<float> cap = softcap_of(*s.problem, s.factor);
+        for (int at = 0; at < group.count * tile_lanes; at += tile_side)
+            store(group.scores + at, cap_product<float>(load(group.scores + at), cap));
     }
     bool fresh = true; // a lane that has seen nothing is beyond its limit with whatever it sees
     for (int z = 0; z < tile_lanes; z += tile_side) fresh &= lane_bits(load(tile.limit + z) != -__builtin_inff()) == 0;

@@ -63,8 +63,10 @@ template <class M> static void close_sinks(const tw_problem *problem, const tw_g
     const Tile<M> &tile = *static_cast<const Tile<M> *>(record);
     A *to = static_cast<A *>(gradients->sinks), terms[most_lanes];
     for (int l = 0; l < tile.width; ++l) terms[l] = sink_in_units<A>(*problem, tile.h[l]);
-    for (int l = 0; l < tile.width; l += lanes<A>)
-        store(terms + l, exp2<A>(load(terms + l) - load(tile.shift + l) - load(tile.rest + l)) * load(tile.limit + l) * load(tile.sum + l));
+    for (int l = 0; l < tile.width; l += lanes<A>) {
+        const vec<A> probability = exp2<A>(load(terms + l) - load(tile.shift + l) - load(tile.rest + l));
+        store(terms + l, probability * load(tile.limit + l) * load(tile.sum + l));
+    }
     for (int l = 0; l < tile.rows; ++l) to[tile.h[l]] += terms[l];
 }
 

@@ -82,7 +82,8 @@ template <class A> TW_INLINE vec<A> fused(vec<A> a, vec<A> b, vec<A> c) {
     else
         return (vec<A>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #elif defined(__FP_FAST_FMA) && defined(__FP_FAST_FMAF)
-    TW_UNROLL(int l = 0; l < lanes<A>; ++l) c[l] = sizeof(A) == 4 ? __builtin_fmaf(a[l], b[l], c[l]) : __builtin_fma(a[l], b[l], c[l]);
+    TW_UNROLL(int l = 0; l < lanes<A>; ++l)
+        c[l] = sizeof(A) == 4 ? A(__builtin_fmaf(a[l], b[l], c[l])) : A(__builtin_fma(a[l], b[l], c[l]));
     return c;
 #else
     if constexpr (sizeof(A) == 4) {
@@ -96,8 +97,7 @@ template <class A> TW_INLINE vec<A> fused(vec<A> a, vec<A> b, vec<A> c) {
         };
         const vec<A> product = a * b, a_upper = upper(a), b_upper = upper(b), a_lower = a - a_upper,
                      b_lower = b - b_upper;
-        const vec<A> error =
-            a_upper * b_upper - product + a_upper * b_lower + a_lower * b_upper + a_lower * b_lower;
+        const vec<A> error = a_upper * b_upper - product + a_upper * b_lower + a_lower * b_upper + a_lower * b_lower;
         return product + c + (error - error == A(0) ? error : vec<A>{});
     }
 #endif
@@ -140,10 +140,19 @@ template <class A> TW_INLINE vec<A> tanh_of_log2(vec<A> x) {
     return less_one / (less_one + A(2));
 }
 
-// Softcap c of a score x in log2 units, c log2(e) tanh(x ln 2 / c), and its slope, the derivative by x.
-// cap: c log2(e); twice_inverse: 2 / c.
-template <class A> TW_INLINE vec<A> cap_score(vec<A> x, A cap, A twice_inverse, vec<A> &slope) {
-    const vec<A> t = tanh_of_log2<A>(x * twice_inverse), capped = cap * t;
+// The softcap c in log2 units, c log2(e) tanh(s / c), of a score s. Products times `twice` are 2 s log2(e) / c.
+template <class A> struct Softcap {
+    A cap, twice;
+};
+template <class A> TW_INLINE Softcap<A> softcap_of(const tw_problem &p, A factor) {
+    return {A(p.softcap * log2_e<double>), A(2 * double(factor) / p.softcap)};
+}
+template <class A> TW_INLINE vec<A> cap_product(vec<A> x, const Softcap<A> &c) {
+    return c.cap * tanh_of_log2<A>(x * c.twice);
+}
+// The same and its slope, the derivative by the score.
+template <class A> TW_INLINE vec<A> cap_product(vec<A> x, const Softcap<A> &c, vec<A> &slope) {
+    const vec<A> t = tanh_of_log2<A>(x * c.twice), capped = c.cap * t;
     slope = A(1) - t * t;
     return capped;
 }

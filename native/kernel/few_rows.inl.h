@@ -27,17 +27,15 @@ static BlockScores<sum_of<M>> adjust_scores(const tw_problem &p, int64_t b, Row<
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
     if (p.softcap > 0) {
-        const A cap = A(p.softcap * log2_e<double>), twice_inverse = A(2 / p.softcap);
-        for (int j = 0; j < block_keys; j += W)
-            store(row.scores + j, cap * tanh_of_log2<A>(load(row.scores + j) * factor * twice_inverse));
+        const Softcap<A> cap = softcap_of(p, factor);
+        for (int j = 0; j < block_keys; j += W) store(row.scores + j, cap_product<A>(load(row.scores + j), cap));
         factor = 1;
     }
     const bool biased = p.bias_count || p.table.data;
     if (biased) {
         __builtin_memset(bias, 0, block_keys * sizeof(A));
         add_biases<A>(p, b, row.h, row.i, key, n, bias);
-        for (int j = 0; j < block_keys; j += W)
-            row.seen &= ~(lane_bits(load(bias + j) == -A(__builtin_inf())) << j);
+        for (int j = 0; j < block_keys; j += W) row.seen &= ~(lane_bits(load(bias + j) == -A(__builtin_inf())) << j);
     }
     for (int j = 0; j < block_keys && row.seen != ~uint64_t(0); j += W) {
         store(row.scores + j, select<A>(row.seen >> j, load(row.scores + j), splat<A>(-A(__builtin_inf()))));

@@ -48,13 +48,13 @@ template <class M> struct Slopes {
     int64_t k_stride, v_stride, across_stride, head_width, value_width; // the widths: D and Dv in whole vectors
     U *copy_k, *copy_v, *copy_across;                                   // the same, where they cannot be read in place
     A *d_k, *d_v;                                                       // [keys][width]
-    U *q_rows, *d_out_rows; // [tiles together][units of rows][width]: the tiles' rows
-    U *p, *raw;             // [tiles together][block_keys + TW_GROUP_KEYS][units of rows]
-    U *raw_across;          // [units of as many keys][rows]
-    A *ds, *bias;           // [block_keys + TW_GROUP_KEYS][rows]; ds where it is gathered
-    A *cap_slopes;          // [TW_GROUP_KEYS][rows]: the softcap's
-    A factor;               // of the products (units.inl.h)
-    uint8_t *blocks;        // what is known of each block of keys
+    U *q_rows, *d_out_rows;                     // [tiles together][units of rows][width]: the tiles' rows
+    U *p, *raw;                                 // [tiles together][block_keys + TW_GROUP_KEYS][units of rows]
+    U *raw_across;                              // [units of as many keys][rows]
+    A *ds, *bias;                               // [block_keys + TW_GROUP_KEYS][rows]; ds where it is gathered
+    A *cap_slopes;                              // [TW_GROUP_KEYS][rows]: the softcap's
+    A factor;                                   // of the products (units.inl.h)
+    uint8_t *blocks;                            // what is known of each block of keys
     void (*meet)(Slopes &, int64_t key, int n); // when a block is first seen: reads it and clears its gradients
     FarRows<A> *found;                          // of passes that look for it alone
     bool copied, facts, biased, general, scores_wanted;
@@ -134,7 +134,7 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
     }
     alignas(64) A whole[NK * width]; // probabilities before dropout, until they are multiplied below
     const bool capped = PATH == GENERAL && problem.softcap > 0;
-    const A cap = A(problem.softcap * log2_e<double>), twice_inverse = A(2 / problem.softcap);
+    const Softcap<A> cap = softcap_of(problem, s.factor);
     const A inverse_keep = A(problem.dropout.inverse_keep);
     const vec<A> by = splat(capped ? A(1) : s.factor);
     TW_UNROLL(int n = 0; n < NK; ++n)
@@ -143,7 +143,7 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
             if constexpr (PATH == GENERAL) {
                 if (capped) {
                     vec<A> slope;
-                    x[n][z] = cap_score<A>(x[n][z] * s.factor, cap, twice_inverse, slope);
+                    x[n][z] = cap_product<A>(x[n][z], cap, slope);
                     store(s.cap_slopes + place, slope);
                 }
             }

@@ -79,8 +79,8 @@ template <class M, int NZ> TW_RARE void raise_reference(Tile<M> &tile, const sum
 enum ScorePath { PLAIN, MASKED, GENERAL };
 
 template <class M, int NZ>
-static void score_group_generally(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64_t *words,
-                                  const sum_of<M> *bias, const uint64_t *keep);
+static void score_group_generally(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64_t *words, const sum_of<M> *bias,
+                                  const uint64_t *keep);
 
 // The group of NK keys from `key`: scores, reference, probabilities, sums. words: the lanes that see each key, or NULL.
 // bias, keep: of the group's first key, or NULL; read on the general path alone.
@@ -110,9 +110,9 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
     A factor = s.factor; // by which x still has to be multiplied
     if constexpr (PATH == GENERAL) {
         if (s.problem->softcap > 0) {
-            const A cap = A(s.problem->softcap * log2_e<double>), twice_inverse = A(2 / s.problem->softcap);
+            const Softcap<A> cap = softcap_of(*s.problem, factor);
             TW_UNROLL(int n = 0; n < NK; ++n)
-                TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = cap * tanh_of_log2<A>(x[n][z] * factor * twice_inverse);
+                TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = cap_product<A>(x[n][z], cap);
             factor = 1;
         }
     }

@@ -90,7 +90,7 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
     const tw_problem &problem = *s.problem;
     const bool masked = PATH == MASKED || (PATH == GENERAL && words);
     const bool capped = PATH == GENERAL && problem.softcap > 0;
-    const A cap = A(problem.softcap * log2_e<double>), twice_inverse = A(2 / problem.softcap);
+    const Softcap<A> cap = softcap_of(problem, s.factor);
     const A inverse_keep = A(problem.dropout.inverse_keep);
     const vec<A> by = splat(capped ? A(1) : s.factor);
 
@@ -103,7 +103,7 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
             if constexpr (PATH == GENERAL) {
                 if (capped) {
                     vec<A> slope;
-                    x[n][z] = cap_score<A>(x[n][z] * s.factor, cap, twice_inverse, slope);
+                    x[n][z] = cap_product<A>(x[n][z], cap, slope);
                     store(s.cap_slopes + place, slope);
                 }
             }

@@ -30,5 +30,6 @@ template <class A> TW_INLINE A sink_in_units(const tw_problem &p, int64_t h) {
 template <class A> constexpr A coarse_shift = sizeof(A) == 4 ? A(0x1p28) : A(0x1p57);
 template <class A> TW_INLINE ivec<A> coarse_lanes(vec<A> shift) {
     const vec<A> size = shift < A(0) ? -shift : shift;
-    return (size >= coarse_shift<A>) & (size < A(__builtin_inf()));
+    const ivec<A> large = size >= coarse_shift<A>, finite = size < A(__builtin_inf());
+    return large & finite;
 }

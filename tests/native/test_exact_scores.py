@@ -1,5 +1,4 @@
-"""Scores of whole numbers up to 4,000, which plain attention computes exactly, are exact here too: nothing is rounded but
-a score less its row's largest, and lse."""
+"""Scores of whole numbers up to 4,000, which plain attention computes exactly, are exact here too."""
 
 from __future__ import annotations
 
@@ -46,7 +45,8 @@ def _whole_numbers(rows: int, dim: int, dtype: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("dim", [8, 64, 128])
 @pytest.mark.parametrize("rows", [1, 3, 70])
 def test_scores_of_thousands_are_exact(page, rows, dim, options, dtype) -> None:
-    plan, operands = planned(**_whole_numbers(rows, dim, dtype), **{"scale": 1.0, **options}, kernel="native", tiles=None)
+    whole = _whole_numbers(rows, dim, dtype)
+    plan, operands = planned(**whole, **{"scale": 1.0, **options}, kernel="native", tiles=None)
     rng = np.random.default_rng(rows)
     oracle = reference.attention(plan.problem, operands)
     out, lse = forward(plan, operands)
@@ -69,14 +69,16 @@ def test_scores_of_thousands_are_exact(page, rows, dim, options, dtype) -> None:
         assert_accurate(name, got, truth, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype, size", [("float32", 1e19), ("float64", 1e200)])
 @pytest.mark.parametrize("rows", [1, 70])
-def test_only_scores_overflow(page, rows) -> None:
-    """Queries times the scale would, for queries of 10^19 and a scale of 10^20."""
+def test_only_scores_overflow(page, rows, dtype, size) -> None:
+    """Queries times the scale would. The largest of each row is there twice."""
     rng = np.random.default_rng(rows)
-    q, k, v = (rng.standard_normal((1, 2, length, 16)).astype(np.float32) for length in (rows, 70, 70))
-    chosen = (q @ k.swapaxes(-1, -2)).argmax(-1)
-    out, lse = tw.attention(
-        q * np.float32(1e19), k * np.float32(1e-19), v, scale=1e20, kernel="native", return_lse=True
-    )
-    np.testing.assert_array_equal(out, np.take_along_axis(v, chosen[..., None], 2))
-    np.testing.assert_allclose(lse, 1e20 * (q @ k.swapaxes(-1, -2)).max(-1), rtol=1e-5)
+    q, k, v = (rng.standard_normal((1, 2, length, 16)).astype(dtype) for length in (rows, 70, 70))
+    k[:, :, 35:] = k[:, :, :35]
+    chosen = (q @ k.swapaxes(-1, -2))[..., :35].argmax(-1)[..., None]
+    large, small = q * q.dtype.type(size), k / q.dtype.type(size)
+    out, lse = tw.attention(large, small, v, scale=10 * size, kernel="native", return_lse=True)
+    first, second = (np.take_along_axis(v, chosen + n, 2) for n in (0, 35))
+    np.testing.assert_array_equal(out, (first + second) / 2)
+    np.testing.assert_allclose(lse, 10 * size * (q @ k.swapaxes(-1, -2)).max(-1), rtol=1e-5)
