@@ -97,9 +97,9 @@ TW_INLINE void add_scores(const FewTiles<Tiles> &f, const char *keys, int64_t by
     }
 }
 
-// Scores of a block's n keys with `count` rows, of which all have stood in turn_queries, times `factor`.
+// Scores of a block's n keys with `count` rows, of which all have stood in turn_queries.
 static void scores_in_tiles(const FewTiles<Tiles> &f, Rows<bfloat> keys, int n, int64_t head_dim,
-                            Row<Tiles> *const *rows, int64_t count, float factor, Ahead<bfloat> &ahead) {
+                            Row<Tiles> *const *rows, int64_t count, Ahead<bfloat> &ahead) {
     const char *from = reinterpret_cast<const char *>(keys.first);
     int64_t bytes = keys.stride * int64_t(sizeof(bfloat));
     if (n < block_keys || keys.each || head_dim % (2 * tile_side)) {
@@ -128,7 +128,7 @@ static void scores_in_tiles(const FewTiles<Tiles> &f, Rows<bfloat> keys, int n, 
             vf x[4];
             turn_four(scores + j * tile_side + first, x);
             TW_UNROLL(int r = 0; r < 4; ++r)
-                if (first + r < count) store(rows[first + r]->scores + j, x[r] * factor);
+                if (first + r < count) store(rows[first + r]->scores + j, x[r]);
         }
 }
 

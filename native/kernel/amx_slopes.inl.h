@@ -31,7 +31,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
     const float *bias = s.bias + at * tile_lanes;
     const bool capped = PATH == GENERAL && problem.softcap > 0, gathered = s.gradients->gather_count > 0;
     const bool biased = PATH == GENERAL && s.biased;
-    const float cap = float(problem.softcap * 1.4426950408889634074), twice_inverse = float(2 / problem.softcap);
+    const Softcap<float> cap = softcap_of(problem, s.factor);
     const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)), factor = _mm512_set1_ps(s.factor);
     const int64_t own = s.work.slot * slot_units + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
@@ -40,7 +40,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
     __mmask16 coarse[2];
     TW_UNROLL(int z = 0; z < 2; ++z) {
         shift[z] = (__m512)load(tile.shift + z * tile_side);
-        coarse[z] = coarse_lanes(shift[z]);
+        coarse[z] = __mmask16(lane_bits(coarse_lanes<float>((vf)shift[z])));
         share[z] = (__m512)load(tile.limit + z * tile_side);
         pull[z] = (__m512)load(tile.sum + z * tile_side);
     }
@@ -55,7 +55,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
                 __m512 x = (__m512)load(group.scores + place), cap_slope = _mm512_set1_ps(1);
                 if (capped) {
                     vf slope_of_cap;
-                    x = (__m512)cap_score<float>((vf)_mm512_mul_ps(x, factor), cap, twice_inverse, slope_of_cap);
+                    x = (__m512)cap_product<float>((vf)x, cap, slope_of_cap);
                     cap_slope = (__m512)slope_of_cap;
                     if (biased) x = _mm512_fmadd_ps((__m512)load(bias + place), to_log2, x);
                     x = _mm512_sub_ps(x, shift[z]);
@@ -69,7 +69,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
                     x = _mm512_fmsub_ps(x, factor, shift[z]);
                 }
                 if constexpr (PASS == PEAKS) { // the shift is 0
-                    note_peak<float>(*s.found, z * tile_side, seen, (vf)x);
+                    note_peak<float>(*s.found, z * tile_side, seen, (vf)x, vf{});
                     continue;
                 }
                 __m512 weight = exp2_where(seen, x);

@@ -17,24 +17,6 @@ TW_INLINE __m512 exp2_where(__mmask16 kept, __m512 x) {
     return _mm512_maskz_scalef_ps(kept, h, x);
 }
 
-// Lanes whose reference, a rounded product, is so large that the exact product less the reference may be far from 0 where it
-// should be 0: from 2^31 on by 128, which makes infinity or 0 of a probability of 1. Smaller references cancel in out.
-TW_INLINE __mmask16 coarse_lanes(__m512 shift) {
-    const __m512 size = _mm512_abs_ps(shift);
-    return _mm512_cmp_ps_mask(size, _mm512_set1_ps(0x1p28f), _CMP_GE_OQ) &
-           _mm512_cmp_ps_mask(size, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
-}
-
-// Whether a sweep has to be made anew, carefully, for its lanes' references are so large, or were: what is infinite in a
-// lane's sum then stays there.
-TW_INLINE bool is_coarse(const Tile<Tiles> &tile) {
-    for (int z = 0; z < tile_lanes; z += tile_side) {
-        const vf sum = load(tile.sum + z);
-        if (coarse_lanes((__m512)load(tile.shift + z)) || lane_bits(sum - sum != 0.f)) return true;
-    }
-    return false;
-}
-
 // A group of keys, and its scores.
 struct Group {
     alignas(64) float scores[tile_keys * tile_lanes];
@@ -72,7 +54,7 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
     __mmask16 within[2], coarse[2];
     TW_UNROLL(int z = 0; z < 2; ++z) {
         shift[z] = (__m512)load(tile.shift + z * tile_side);
-        coarse[z] = coarse_lanes(shift[z]);
+        coarse[z] = __mmask16(PATH == GENERAL ? lane_bits(coarse_lanes<float>((vf)shift[z])) : 0);
         room[z] = _mm512_sub_ps((__m512)load(tile.limit + z * tile_side), shift[z]);
         sums[z][0] = sums[z][1] = _mm512_setzero_ps();
         within[z] = 0xFFFF;
@@ -87,7 +69,7 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
                 __m512 less = shift[z]; // of a bias, first: what is large in both goes away exactly
                 if (PATH == GENERAL && bias) less = _mm512_fnmadd_ps((__m512)load(bias + place), to_log2, less);
                 __m512 x = _mm512_fmsub_ps((__m512)load(group.scores + place), factor, less);
-                if (PATH == GENERAL && s.careful && coarse[z]) { // rounded as in raise_to_group
+                if (PATH == GENERAL && coarse[z]) { // rounded as in raise_to_group
                     const __m512 own = bias ? _mm512_mul_ps((__m512)load(bias + place), to_log2) : _mm512_setzero_ps();
                     const __m512 whole = _mm512_fmadd_ps((__m512)load(group.scores + place), factor, own);
                     x = _mm512_mask_sub_ps(x, coarse[z], whole, shift[z]);
@@ -167,19 +149,19 @@ TW_RARE void raise_to_group(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &gro
 template <ScorePath PATH>
 static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const float *bias, const uint64_t *keep) {
     if (PATH == GENERAL && s.problem->softcap > 0) {
-        const float cap = float(s.problem->softcap * 1.4426950408889634074),
-                    twice_inverse = float(2 / s.problem->softcap);
-        for (int at = 0; at < group.count * tile_lanes; at += tile_side) {
-            const vf x = load(group.scores + at) * s.factor;
-            store(group.scores + at, cap * tanh_of_log2<float>(x * twice_inverse));
-        }
+        const Softcap<float> cap = softcap_of(*s.problem, s.factor);
+        for (int at = 0; at < group.count * tile_lanes; at += tile_side)
+            store(group.scores + at, cap_product<float>(load(group.scores + at), cap));
     }
     bool fresh = true; // a lane that has seen nothing is beyond its limit with whatever it sees
     for (int z = 0; z < tile_lanes; z += tile_side) fresh &= lane_bits(load(tile.limit + z) != -__builtin_inff()) == 0;
     uint64_t beyond = fresh ? first_bits(tile_lanes) : weigh<PATH>(s, tile, group, bias, keep, false);
     if (__builtin_expect(beyond == 0, 1)) return;
     raise_to_group<PATH>(s, tile, group, bias, beyond);
-    weigh<PATH>(s, tile, group, bias, keep, true);
+    if (PATH != GENERAL && tile.coarse)
+        weigh<GENERAL>(s, tile, group, nullptr, nullptr, true);
+    else
+        weigh<PATH>(s, tile, group, bias, keep, true);
 }
 
 // Fetches a block. If the last run's values, which may still be waited for, lie in its place, they are added before.
@@ -196,8 +178,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
     const tw_problem &p = *s.problem;
     const bool facts = p.ranges.count || p.mask.data || p.labels.q || p.bits.index,
                biased = p.bias_count || p.table.data;
-    // A scale that is not positive would turn the maximum of the products into something else.
-    const bool general = s.general || s.careful || !(s.factor > 0);
+    const bool general = s.general || s.careful;
     Group groups[2], *waiting = nullptr; // for its turn: the next group's scores are made beside it
     uint64_t all_words[2][block_keys], keep[block_keys];
     int turn = 0, block = 0;
@@ -206,7 +187,9 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
     };
     const auto weigh_waiting = [&] {
         if (!waiting) return;
-        if (waiting->words)
+        if (tile.coarse)
+            weigh_group<GENERAL>(s, tile, *waiting, nullptr, nullptr);
+        else if (waiting->words)
             weigh_group<MASKED>(s, tile, *waiting, nullptr, nullptr);
         else
             weigh_group<PLAIN>(s, tile, *waiting, nullptr, nullptr);

@@ -33,13 +33,13 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
         pull -= product;
         const A lse = static_cast<const A *>(p.lse)[at];
         const bool empty = lse == -infinity; // such a row has no probabilities and no gradient
-        tile.shift[l] = empty ? infinity : lse * A(1.4426950408889634074);
+        tile.shift[l] = empty ? infinity : in_units<A>(p, lse);
         tile.sum[l] = empty ? A(0) : pull;
     }
     for (int l = 0; l < tile.width; l += lanes<A>) rows_to_lanes<M>(rows + l, p.value_dim, A(1), d_out + l, tile.width);
     tile.masked = !finite_rows(tile.query, 0, 1, units_of<M>(p.head_dim) * tile.width) ||
                   !finite_rows(d_out, 0, 1, units_of<M>(p.value_dim) * tile.width);
-    for (int l = 0; l < tile.width; ++l) tile.limit[l] = 1;
+    for (int l = 0; l < tile.width; ++l) tile.limit[l] = 1, tile.rest[l] = 0;
     tile.far = false;
     if (has_far_rows(tile) && !p.part) weigh_far_rows<T>(problem, gradients, b, kv_head, tile, keys, scratch);
 }
@@ -62,10 +62,11 @@ template <class M> static void close_sinks(const tw_problem *problem, const tw_g
     using A = sum_of<M>;
     const Tile<M> &tile = *static_cast<const Tile<M> *>(record);
     A *to = static_cast<A *>(gradients->sinks), terms[most_lanes];
-    const A *sinks = static_cast<const A *>(problem->sinks);
-    for (int l = 0; l < tile.width; ++l) terms[l] = in_log2<A>(sinks[tile.h[l]]);
-    for (int l = 0; l < tile.width; l += lanes<A>)
-        store(terms + l, exp2<A>(load(terms + l) - load(tile.shift + l)) * load(tile.limit + l) * load(tile.sum + l));
+    for (int l = 0; l < tile.width; ++l) terms[l] = sink_in_units<A>(*problem, tile.h[l]);
+    for (int l = 0; l < tile.width; l += lanes<A>) {
+        const vec<A> probability = exp2<A>(load(terms + l) - load(tile.shift + l) - load(tile.rest + l));
+        store(terms + l, probability * load(tile.limit + l) * load(tile.sum + l));
+    }
     for (int l = 0; l < tile.rows; ++l) to[tile.h[l]] += terms[l];
 }
 

@@ -62,8 +62,9 @@ template <class A> TW_INLINE vec<A> exp2(vec<A> x, A smallest = exp_numbers<A>::
 #endif
 }
 
-// a b + c, rounded once on pages with such an instruction. Compilers fuse sums of products, too, but not where a product
-// belongs to two of them.
+// a b + c, rounded once. Compilers fuse sums of products, too, but not where a product belongs to two of them. Without such
+// an instruction the product is exact all the same: floats' in double, doubles' with its error (Dekker 1971) added, which is
+// left out where it overflows.
 template <class A> TW_INLINE vec<A> fused(vec<A> a, vec<A> b, vec<A> c) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(A) == 4)
@@ -80,12 +81,29 @@ template <class A> TW_INLINE vec<A> fused(vec<A> a, vec<A> b, vec<A> c) {
         return (vec<A>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
     else
         return (vec<A>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#elif defined(__FP_FAST_FMA) && defined(__FP_FAST_FMAF)
+    TW_UNROLL(int l = 0; l < lanes<A>; ++l)
+        c[l] = sizeof(A) == 4 ? A(__builtin_fmaf(a[l], b[l], c[l])) : A(__builtin_fma(a[l], b[l], c[l]));
+    return c;
 #else
-    return a * b + c;
+    if constexpr (sizeof(A) == 4) {
+        typedef double wide __attribute__((vector_size(2 * TW_VECTOR_BYTES)));
+        const auto widened = [](vec<A> x) { return __builtin_convertvector(x, wide); };
+        return __builtin_convertvector(widened(a) * widened(b) + widened(c), vec<A>);
+    } else {
+        const auto upper = [](vec<A> x) { // half of its places
+            const vec<A> large = x * A(0x1p27 + 1);
+            return large - (large - x);
+        };
+        const vec<A> product = a * b, a_upper = upper(a), b_upper = upper(b), a_lower = a - a_upper,
+                     b_lower = b - b_upper;
+        const vec<A> error = a_upper * b_upper - product + a_upper * b_lower + a_lower * b_upper + a_lower * b_lower;
+        return product + c + (error - error == A(0) ? error : vec<A>{});
+    }
 #endif
 }
 
-// Scores are in log2 units: natural ones times this.
+// One in log2 units.
 template <class A> constexpr A log2_e = A(1.4426950408889634074);
 
 // A bias or a sink, of which a finite number stays finite in log2 units: beyond 2^125 (2^1021 in double) it becomes that,
@@ -110,7 +128,6 @@ template <class A> TW_INLINE vec<A> bounded(vec<A> x) {
 #endif
 }
 template <class A> TW_INLINE A bounded(A x) { return bounded<A>(splat<A>(x))[0]; }
-template <class A> TW_INLINE A in_log2(A sink) { return bounded<A>(sink) * log2_e<A>; }
 
 // tanh(x ln 2 / 2), from 2^x - 1 = 2^n f h + (2^n - 1), which keeps its relative precision near 0.
 template <class A> TW_INLINE vec<A> tanh_of_log2(vec<A> x) {
@@ -123,10 +140,19 @@ template <class A> TW_INLINE vec<A> tanh_of_log2(vec<A> x) {
     return less_one / (less_one + A(2));
 }
 
-// Softcap c of a score x in log2 units, c log2(e) tanh(x ln 2 / c), and its slope, the derivative by x.
-// cap: c log2(e); twice_inverse: 2 / c.
-template <class A> TW_INLINE vec<A> cap_score(vec<A> x, A cap, A twice_inverse, vec<A> &slope) {
-    const vec<A> t = tanh_of_log2<A>(x * twice_inverse), capped = cap * t;
+// The softcap c in log2 units, c log2(e) tanh(s / c), of a score s. Products times `twice` are 2 s log2(e) / c.
+template <class A> struct Softcap {
+    A cap, twice;
+};
+template <class A> TW_INLINE Softcap<A> softcap_of(const tw_problem &p, A factor) {
+    return {A(p.softcap * log2_e<double>), A(2 * double(factor) / p.softcap)};
+}
+template <class A> TW_INLINE vec<A> cap_product(vec<A> x, const Softcap<A> &c) {
+    return c.cap * tanh_of_log2<A>(x * c.twice);
+}
+// The same and its slope, the derivative by the score.
+template <class A> TW_INLINE vec<A> cap_product(vec<A> x, const Softcap<A> &c, vec<A> &slope) {
+    const vec<A> t = tanh_of_log2<A>(x * c.twice), capped = c.cap * t;
     slope = A(1) - t * t;
     return capped;
 }

@@ -3,7 +3,7 @@
 // a whole. And where one probability is nearly 1, its gradient is a difference of what is nearly alike, times keys that may
 // be as large as the scores. So their largest score and sums are found again, in the backward pass's own arithmetic.
 
-// In log2 units.
+// In the units of scores.
 constexpr int far_lse = 256;
 template <class A> TW_INLINE bool is_far(A lse) { return (lse > A(far_lse) || lse < -A(far_lse)) && lse - lse == A(0); }
 
@@ -20,18 +20,21 @@ template <class M> static void begin_finding(FarRows<sum_of<M>> &found, Tile<M> 
     for (int l = 0; l < tile.width; ++l) {
         found.lse[l] = tile.shift[l];
         found.peak[l] = -A(__builtin_inf());
-        tile.shift[l] = found.sum[l] = found.pull[l] = 0;
+        tile.shift[l] = tile.rest[l] = found.rest[l] = found.sum[l] = found.pull[l] = 0;
     }
 }
 
-// Between the passes: a far row's reference is its largest score, that of its sink among them. sink: in log2 units, or -inf.
+// Between the passes: a far row's reference is its largest score, that of its sink among them. sink: in units of scores, or
+// -inf.
 template <class M>
 static void end_peaks(const tw_problem &p, const FarRows<sum_of<M>> &found, Tile<M> &tile, sum_of<M> *sink) {
     using A = sum_of<M>;
     for (int l = 0; l < tile.width; ++l) {
-        sink[l] = p.sinks ? in_log2<A>(static_cast<const A *>(p.sinks)[tile.h[l]]) : -A(__builtin_inf());
+        sink[l] = p.sinks ? sink_in_units<A>(p, tile.h[l]) : -A(__builtin_inf());
         const A top = found.peak[l] > sink[l] ? found.peak[l] : sink[l];
         tile.shift[l] = is_far(found.lse[l]) ? top : found.lse[l];
+        const bool coarse = top >= coarse_shift<A> || top <= -coarse_shift<A>;
+        if (is_far(found.lse[l]) && found.peak[l] >= sink[l] && !coarse) tile.rest[l] = found.rest[l];
     }
 }
 
@@ -70,13 +73,14 @@ static void weigh_far_rows(const tw_problem *problem, const tw_gradients *gradie
     pass_over<T, SUMS>(s, problem, gradients, b, kv_head, tile, keys, found, scratch);
     for (int l = 0; l < tile.rows; ++l) {
         if (!is_far(found.lse[l])) continue;
-        tile.limit[l] = 1 / (found.sum[l] + power_of_two_of(sink[l] - tile.shift[l]));
+        tile.limit[l] = 1 / (found.sum[l] + power_of_two_of(sink[l] - tile.shift[l] - tile.rest[l]));
         const A d_lse =
             gradients->d_lse ? static_cast<const A *>(gradients->d_lse)[lse_at(p, b, tile.h[l], tile.i[l])] : A(0);
         tile.sum[l] = d_lse - found.pull[l] * tile.limit[l];
     }
     for (int l = tile.rows; l < tile.width; ++l) { // the spare lanes, of which nothing may have been found
         tile.shift[l] = tile.shift[tile.rows - 1];
+        tile.rest[l] = tile.rest[tile.rows - 1];
         tile.limit[l] = tile.limit[tile.rows - 1];
         tile.sum[l] = tile.sum[tile.rows - 1];
     }

@@ -44,7 +44,7 @@ template <class M> struct Sweep {
     U *probabilities;         // [waiting_keys in units][width], from chunk or, in tile registers, run_begin on
     U *other_probabilities;   // of the run before, where its values are added in the background
     A *bias;                  // [block_keys][width]
-    A factor;                 // of the products, where queries are not multiplied by it: scale * log2(e)
+    A factor;                 // of the products (units.inl.h)
     bool general;             // softcap, bias or dropout: every group takes the general path
     bool moving;              // tiles see few keys: each is swept over all before the next
     bool careful;             // bar invisible values lane by lane: they hold something that is not finite

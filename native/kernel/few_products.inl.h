@@ -50,7 +50,7 @@ TW_INLINE vec<sum_of<M>> dot_products(const T *const *keys, const unit_of<M> *qu
     }
     if (d * M::numbers < head_dim) {
         const vec<unit_of<M>> q = load(query + d);
-        TW_UNROLL(int n = 0; n < W; ++n) x[n] = add_product(x[n], row_units<M>(keys[n], d, head_dim, A(1)), q);
+        TW_UNROLL(int n = 0; n < W; ++n) x[n] = add_product(x[n], row_units<M>(keys[n], d, head_dim), q);
     }
     sum_lanes<A, W>(x);
     return x[0];

@@ -2,26 +2,46 @@
 // products, keys in the softmax. Every key and value is read once for all rows of the group and used while in cache.
 // A row's bits depend on its own facts and on blocks of 64 keys at fixed places, as everywhere.
 
-// Softcap, bias and mask on a row's block of scores.
-template <class M> static void adjust_scores(const tw_problem &p, int64_t b, Row<M> &row, int64_t key, int n) {
+// A row's block of scores: products (after a softcap scores), by what they still have to be multiplied, and biases in
+// natural units, or NULL.
+template <class A> struct BlockScores {
+    const A *products;
+    A factor;
+    const A *bias;
+    // Of W keys, rounded.
+    __attribute__((always_inline)) vec<A> whole(int j) const {
+        return fused<A>(load(products + j), splat(factor), bias ? load(bias + j) * log2_e<A> : vec<A>{});
+    }
+    // The same less the row's reference, rounded once (units.inl.h).
+    __attribute__((always_inline)) vec<A> less(int j, A shift, bool coarse) const {
+        if (coarse) return whole(j) - shift;
+        const vec<A> first = bias ? fused<A>(load(bias + j), splat(log2_e<A>), splat(-shift)) : splat(-shift);
+        return fused<A>(load(products + j), splat(factor), first);
+    }
+};
+
+// Softcap, bias and mask on a row's block of products. bias: place for block_keys numbers.
+template <class M>
+static BlockScores<sum_of<M>> adjust_scores(const tw_problem &p, int64_t b, Row<M> &row, int64_t key, int n,
+                                            sum_of<M> factor, sum_of<M> *bias) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
     if (p.softcap > 0) {
-        const A cap = A(p.softcap * 1.4426950408889634074), twice_inverse = A(2 / p.softcap);
-        for (int j = 0; j < block_keys; j += W)
-            store(row.scores + j, cap * tanh_of_log2<A>(load(row.scores + j) * twice_inverse));
+        const Softcap<A> cap = softcap_of(p, factor);
+        for (int j = 0; j < block_keys; j += W) store(row.scores + j, cap_product<A>(load(row.scores + j), cap));
+        factor = 1;
     }
-    if (p.bias_count || p.table.data) {
-        A bias[block_keys] = {};
+    const bool biased = p.bias_count || p.table.data;
+    if (biased) {
+        __builtin_memset(bias, 0, block_keys * sizeof(A));
         add_biases<A>(p, b, row.h, row.i, key, n, bias);
-        for (int j = 0; j < block_keys; j += W) {
-            row.seen &= ~(lane_bits(load(bias + j) == -A(__builtin_inf())) << j);
-            store(row.scores + j, fused<A>(load(bias + j), splat(log2_e<A>), load(row.scores + j)));
-        }
+        for (int j = 0; j < block_keys; j += W) row.seen &= ~(lane_bits(load(bias + j) == -A(__builtin_inf())) << j);
     }
-    if (row.seen == ~uint64_t(0)) return;
-    for (int j = 0; j < block_keys; j += W)
+    for (int j = 0; j < block_keys && row.seen != ~uint64_t(0); j += W) {
         store(row.scores + j, select<A>(row.seen >> j, load(row.scores + j), splat<A>(-A(__builtin_inf()))));
+        if (biased) store(bias + j, select<A>(row.seen >> j, load(bias + j), vec<A>{}));
+    }
+    return {row.scores, factor, biased ? bias : nullptr};
 }
 
 // Takes away what dropout does not keep of a row's block of probabilities.
@@ -37,11 +57,14 @@ template <class M> static void drop_out(const tw_problem &p, int64_t b, Row<M> &
 }
 
 // Turns a row's block of scores into probabilities.
-template <class M> static void weigh(const tw_problem &p, int64_t b, Row<M> &row, int64_t key) {
+template <class M>
+static void weigh(const tw_problem &p, int64_t b, Row<M> &row, int64_t key, BlockScores<sum_of<M>> scores) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
-    vec<A> tops = load(row.scores);
-    for (int j = W; j < block_keys; j += W) tops = larger<A>(tops, load(row.scores + j));
+    vec<A> tops = scores.bias ? scores.whole(0) : load(row.scores);
+    for (int j = W; j < block_keys; j += W)
+        tops = larger<A>(tops, scores.bias ? scores.whole(j) : load(row.scores + j));
+    if (!scores.bias) tops *= scores.factor;
     A top = tops[0];
     if (lane_bits(tops > row.limit))
         for (int l = 1; l < W; ++l) top = tops[l] > top ? tops[l] : top;
@@ -54,8 +77,9 @@ template <class M> static void weigh(const tw_problem &p, int64_t b, Row<M> &row
         row.shift = top;
         row.limit = top + slack<A>;
     }
+    const bool coarse = coarse_lanes<A>(splat(row.shift))[0];
     for (int j = 0; j < block_keys; j += W) {
-        const vec<A> weight = exp2<A>(load(row.scores + j) - row.shift);
+        const vec<A> weight = exp2<A>(scores.less(j, row.shift, coarse));
         row.sum += weight;
         store(row.scores + j, weight);
     }
@@ -111,7 +135,8 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
     constexpr int W = lanes<A>;
     const T *each_key[block_keys], *each_value[block_keys]; // where rows lie in pages
     const T *each_key_ahead[block_keys], *each_value_ahead[block_keys];
-    const A factor = M::numbers > 1 ? A(p.scale * 1.4426950408889634074) : A(1); // else the queries have it
+    const A factor = scaling_of<A>(p).factor;
+    A bias[block_keys];
     bool in_tiles = false;
     if constexpr (M::tiled) in_tiles = tiles.used;
     for (int64_t key = item.key_begin; key < item.key_end; key += block_keys) {
@@ -122,21 +147,20 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
         const Rows<T> values = key_rows(p, p.v, item.b, item.kv_head, key, n, each_value);
         Ahead<T> ahead = block_after(p, item, key, each_key_ahead, each_value_ahead);
         if constexpr (M::tiled)
-            if (in_tiles) scores_in_tiles(tiles, keys, n, p.head_dim, rows, count, factor, ahead);
+            if (in_tiles) scores_in_tiles(tiles, keys, n, p.head_dim, rows, count, ahead);
         if (!in_tiles) ahead.spread(2, block_keys / W * count);
         for (int j = 0; j < n && !in_tiles; j += W) {
             const T *own[W]; // a ragged end repeats the last key; no row sees the repetitions
             TW_UNROLL(int l = 0; l < W; ++l) own[l] = keys[j + l < n ? j + l : n - 1];
             for (int64_t r = 0; r < count; ++r) {
                 ahead.ask();
-                store(rows[r]->scores + j, dot_products<M>(own, rows[r]->query, p.head_dim) * factor);
+                store(rows[r]->scores + j, dot_products<M>(own, rows[r]->query, p.head_dim));
             }
         }
         if (in_tiles) ahead.spread(1, count);
         for (int64_t r = 0; r < count; ++r) {
             for (int j = (n + W - 1) / W * W; j < block_keys; ++j) rows[r]->scores[j] = 0; // unseen, but not garbage
-            adjust_scores(p, item.b, *rows[r], key, n);
-            weigh(p, item.b, *rows[r], key);
+            weigh(p, item.b, *rows[r], key, adjust_scores(p, item.b, *rows[r], key, n, factor, bias));
             if (in_tiles) ahead.ask();
         }
         if constexpr (M::tiled)
@@ -175,7 +199,7 @@ static void forward_few_rows(const tw_problem *problem, const tw_item *item, voi
     const tw_problem &p = *problem;
     const int64_t count = item->row_end - item->row_begin, per_head = p.row_end - p.row_begin;
     const int64_t group = p.q_heads / p.kv_heads;
-    const A factor = A(p.scale * 1.4426950408889634074);
+    const A sign = scaling_of<A>(p).sign;
     const Registers<M> registers;
     Row<M> *rows[few_rows<A>] = {};
     FewTiles<M> tiles;
@@ -193,7 +217,7 @@ static void forward_few_rows(const tw_problem *problem, const tw_item *item, voi
         row.h = item->kv_head * group + (item->row_begin + r) / per_head;
         const T *q = tensor_row<const T>(p.q, item->b, row.h, row.i);
         for (int64_t d = 0; d < padded_units<M>(p.head_dim); d += lanes<A>)
-            store(row.query + d, row_units<M>(q, d, p.head_dim, factor));
+            store(row.query + d, times_sign<M>(row_units<M>(q, d, p.head_dim), sign));
         reset(p, row);
     }
     if constexpr (M::tiled)

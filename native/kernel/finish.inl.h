@@ -18,7 +18,7 @@ template <class A> TW_INLINE vec<A> logarithm(vec<A> x) {
     return x < A(__builtin_inf()) ? found : x;
 }
 
-// What rows' sums of values are multiplied by, and their lse. With a sink, 2^(sink log2 e) joins the denominator; a row
+// What rows' sums of values are multiplied by, and their lse. With a sink, its power of 2 joins the denominator; a row
 // that saw nothing stays empty even so. Not inlined: whoever asks about a row gets the same bits.
 template <class A> struct Endings {
     vec<A> factor, lse;
@@ -29,14 +29,16 @@ static __attribute__((noinline)) Endings<A> endings_of(const tw_problem &p, cons
     vec<A> factor = splat<A>(1);
     if (p.sinks) {
         vec<A> sink;
-        for (int l = 0; l < lanes<A>; ++l) sink[l] = in_log2<A>(static_cast<const A *>(p.sinks)[h[l]]);
+        for (int l = 0; l < lanes<A>; ++l) sink[l] = sink_in_units<A>(p, h[l]);
         const vec<A> top = sink > shift ? sink : shift;
         factor = exp2<A>(shift - top);
         sum = sum * factor + exp2<A>(sink - top);
         shift = top;
     }
     const A keep = p.dropout.enabled ? A(p.dropout.inverse_keep) : A(1);
-    const vec<A> lse = shift * A(0.69314718055994530942) + logarithm<A>(sum);
+    const double natural = scaling_of<A>(p).natural;
+    vec<A> lse = logarithm<A>(sum);
+    for (int l = 0; l < lanes<A>; ++l) lse[l] = A(double(shift[l]) * natural + double(lse[l]));
     return {seen ? factor * keep / sum : vec<A>{},
             seen ? lse : splat<A>(-A(__builtin_inf()))}; // sums of the unseen are 0
 }

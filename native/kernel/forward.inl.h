@@ -38,7 +38,7 @@ template <class T, class M>
 static void fill_tile(const tw_problem &p, const tw_item &item, int64_t row, int64_t rows, Tile<M> &tile) {
     using A = sum_of<M>;
     const int64_t group = p.q_heads / p.kv_heads, per_head = p.row_end - p.row_begin;
-    const A factor = A(p.scale * 1.4426950408889634074);
+    const A sign = scaling_of<A>(p).sign;
     tile.rows = int(rows);
     tile.width = vectors_for<M>(rows) * lanes<A>;
     tile.label_low = INT32_MAX;
@@ -60,7 +60,7 @@ static void fill_tile(const tw_problem &p, const tw_item &item, int64_t row, int
         }
     }
     for (int l = 0; l < tile.width; l += lanes<A>)
-        rows_to_lanes<M>(q + l, p.head_dim, factor, tile.query + l, tile.width);
+        rows_to_lanes<M>(q + l, p.head_dim, sign, tile.query + l, tile.width);
     find_spans(p, item.b, item.key_begin, item.key_end, tile);
 }
 
@@ -128,8 +128,6 @@ template <class T, class M> static bool sees_few_keys(const tw_problem &p, const
 // Something that no finite input explains: a value that is not finite may have reached rows that must not see it.
 template <class M> static bool needs_care(const Tile<M> &tile, int64_t value_dim) {
     using A = sum_of<M>;
-    if constexpr (M::tiled)
-        if (is_coarse(tile)) return true;
     if (!tile.masked) return false;
     vec<A> doubt[4] = {}; // sums that need not wait for one another
     const int64_t numbers = value_dim * tile.width;
@@ -177,7 +175,7 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     s.head_units = unit_rows<M>(p.head_dim);
     s.value_dim = sum_rows<M>(p.value_dim);
     s.general = p.softcap > 0 || p.bias_count || p.table.data || p.dropout.enabled;
-    s.factor = A(p.scale * 1.4426950408889634074);
+    s.factor = scaling_of<A>(p).factor;
     s.probabilities = reinterpret_cast<U *>(take((waiting_keys<M> + TW_GROUP_KEYS) / M::numbers * width));
     if (M::tiled)
         s.other_probabilities = reinterpret_cast<U *>(take((waiting_keys<M> + TW_GROUP_KEYS) / M::numbers * width));

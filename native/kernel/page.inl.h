@@ -20,6 +20,7 @@ namespace {
 #include "kernel/product.inl.h"
 #include "kernel/transpose.inl.h"
 #include "kernel/exp.inl.h"
+#include "kernel/units.inl.h"
 #include "kernel/philox.inl.h"
 #include "kernel/tile.inl.h"
 #include "kernel/tile_mask.inl.h"

@@ -118,6 +118,17 @@ TW_INLINE void copy_across(const bfloat *low, const bfloat *high, int64_t n, int
 }
 #endif
 
+// Units times 1, -1 or 0. Zero times what is not finite is NaN in bfloat16 too.
+template <class M> TW_INLINE vec<unit_of<M>> times_sign(vec<unit_of<M>> x, sum_of<M> sign) {
+    if constexpr (M::numbers == 1) {
+        return x * sign;
+    } else {
+        if (sign > 0) return x;
+        if (sign < 0) return x ^ int32_t(0x80008000);
+        return (((x & 0x7F80) == 0x7F80) & 0x7FC0) | (((x & 0x7F800000) == 0x7F800000) & 0x7FC00000);
+    }
+}
+
 // The units from the number at p on.
 template <class M, class T> TW_INLINE vec<unit_of<M>> load_units(const T *p) {
     if constexpr (M::numbers == 1)

@@ -48,7 +48,7 @@ static void enter_segment(Slopes<M> &s, const tw_problem *problem, const tw_grad
     s.first = key_begin;
     s.last = key_end - 1;
     s.meet = meet_block<T, M>;
-    s.factor = A(p.scale * 1.4426950408889634074);
+    s.factor = scaling_of<A>(p).factor;
     s.facts = p.ranges.count || p.mask.data || p.labels.q || p.bits.index;
     s.biased = p.bias_count || p.table.data;
     s.general = p.softcap > 0 || s.biased || p.dropout.enabled;

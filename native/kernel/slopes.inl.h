@@ -1,6 +1,6 @@
 // The backward pass of one tile and one block of 64 keys: probabilities made again from lse, gradients of the scores,
 // and their sums into d_q, d_k, d_v (and the biases: bias_slopes.inl.h) (Dao et al., FlashAttention, 2022). With x the
-// scores in log2 units:
+// scores in their units (units.inl.h):
 //   p = 2^(x - lse)     ds = p (d_out . v + pull),  pull = d_lse - d_out . out     raw = ds times the softcap's slope
 //   d_v += p d_out      d_k += raw q                                               d_q += raw k
 // Scores, p, ds and d_q have queries in lanes, as forward. In d_k and d_v the lanes hold the head axis and the
@@ -24,12 +24,14 @@ template <class M> struct SlopeWork {
 // sums of p and of p times its gradient.
 enum Pass { PEAKS, SUMS, RESULTS };
 template <class A> struct FarRows {
-    A lse[most_lanes], peak[most_lanes], sum[most_lanes], pull[most_lanes];
+    A lse[most_lanes], peak[most_lanes], rest[most_lanes], sum[most_lanes], pull[most_lanes];
 };
-// Of the lanes from `lane`, those of a word.
-template <class A> TW_INLINE void note_peak(FarRows<A> &found, int lane, uint64_t seen, vec<A> x) {
+// Of the lanes from `lane`, those of a word; rest: scores less x, which is rounded.
+template <class A> TW_INLINE void note_peak(FarRows<A> &found, int lane, uint64_t seen, vec<A> x, vec<A> rest) {
     const vec<A> peak = load(found.peak + lane), own = select<A>(seen, x, splat<A>(-A(__builtin_inf())));
+    const vec<A> least = own > peak ? rest : load(found.rest + lane);
     store(found.peak + lane, own > peak ? own : peak);
+    store(found.rest + lane, (own == peak) & (rest > least) ? rest : least);
 }
 
 // What does not change during a segment. A tile keeps lse in `shift`, pull in `sum`, d_q in `out`, and in `limit` what the
@@ -46,13 +48,13 @@ template <class M> struct Slopes {
     int64_t k_stride, v_stride, across_stride, head_width, value_width; // the widths: D and Dv in whole vectors
     U *copy_k, *copy_v, *copy_across;                                   // the same, where they cannot be read in place
     A *d_k, *d_v;                                                       // [keys][width]
-    U *q_rows, *d_out_rows; // [tiles together][units of rows][width]: the tiles' rows
-    U *p, *raw;             // [tiles together][block_keys + TW_GROUP_KEYS][units of rows]
-    U *raw_across;          // [units of as many keys][rows]
-    A *ds, *bias;           // [block_keys + TW_GROUP_KEYS][rows]; ds where it is gathered
-    A *cap_slopes;          // [TW_GROUP_KEYS][rows]: the softcap's
-    A factor;               // of the products, where queries are not multiplied by it: scale * log2(e)
-    uint8_t *blocks;        // what is known of each block of keys
+    U *q_rows, *d_out_rows;                     // [tiles together][units of rows][width]: the tiles' rows
+    U *p, *raw;                                 // [tiles together][block_keys + TW_GROUP_KEYS][units of rows]
+    U *raw_across;                              // [units of as many keys][rows]
+    A *ds, *bias;                               // [block_keys + TW_GROUP_KEYS][rows]; ds where it is gathered
+    A *cap_slopes;                              // [TW_GROUP_KEYS][rows]: the softcap's
+    A factor;                                   // of the products (units.inl.h)
+    uint8_t *blocks;                            // what is known of each block of keys
     void (*meet)(Slopes &, int64_t key, int n); // when a block is first seen: reads it and clears its gradients
     FarRows<A> *found;                          // of passes that look for it alone
     bool copied, facts, biased, general, scores_wanted;
@@ -74,6 +76,18 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
 #if defined(__AMX_BF16__)
 template <> struct SlopeWork<Tiles>;
 #endif
+
+// A score less its reference, rounded once. bias: or NULL.
+template <class A> TW_INLINE vec<A> less_reference(vec<A> x, vec<A> by, const A *bias, vec<A> shift) {
+    return fused<A>(x, by, bias ? fused<A>(load(bias), splat(log2_e<A>), -shift) : -shift);
+}
+
+// The same of the lanes from `lane` of a tile with far rows: exactly 0 for the largest score of such a row.
+template <class A, class Lanes>
+TW_INLINE vec<A> less_far_reference(vec<A> x, vec<A> by, const A *bias, const Lanes &tile, int lane) {
+    const vec<A> shift = load(tile.shift + lane), y = less_reference<A>(x, by, bias, shift) - load(tile.rest + lane);
+    return coarse_lanes<A>(shift) ? less_reference<A>(x, by, bias, vec<A>{}) - shift : y;
+}
 
 template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, int n) {
     const tw_problem &p = *s.problem;
@@ -118,30 +132,32 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
             TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, query[z]);
         }
     }
-    if constexpr (M::numbers > 1)
-        TW_UNROLL(int n = 0; n < NK; ++n)
-            TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] *= s.factor;
-
     alignas(64) A whole[NK * width]; // probabilities before dropout, until they are multiplied below
     const bool capped = PATH == GENERAL && problem.softcap > 0;
-    const A cap = A(problem.softcap * 1.4426950408889634074), twice_inverse = A(2 / problem.softcap);
+    const Softcap<A> cap = softcap_of(problem, s.factor);
     const A inverse_keep = A(problem.dropout.inverse_keep);
+    const vec<A> by = splat(capped ? A(1) : s.factor);
     TW_UNROLL(int n = 0; n < NK; ++n)
         TW_UNROLL(int z = 0; z < NZ; ++z) {
             const int place = n * width + z * W;
             if constexpr (PATH == GENERAL) {
                 if (capped) {
                     vec<A> slope;
-                    x[n][z] = cap_score<A>(x[n][z], cap, twice_inverse, slope);
+                    x[n][z] = cap_product<A>(x[n][z], cap, slope);
                     store(s.cap_slopes + place, slope);
                 }
-                if (s.biased) x[n][z] = fused<A>(load(s.bias + at * width + place), splat(log2_e<A>), x[n][z]);
             }
+            const A *bias = PATH == GENERAL && s.biased ? s.bias + at * width + place : nullptr;
             if constexpr (PASS == PEAKS) {
-                note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), x[n][z]);
+                const vec<A> score = less_reference<A>(x[n][z], by, bias, vec<A>{});
+                note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), score,
+                             less_reference<A>(x[n][z], by, bias, score));
                 continue;
             }
-            vec<A> weight = exp2<A>(x[n][z] - load(tile.shift + z * W), faintest<A>);
+            x[n][z] = PASS == SUMS || (PATH == GENERAL && tile.far)
+                          ? less_far_reference<A>(x[n][z], by, bias, tile, z * W)
+                          : less_reference<A>(x[n][z], by, bias, load(tile.shift + z * W));
+            vec<A> weight = exp2<A>(x[n][z], faintest<A>);
             if (PATH == GENERAL && tile.far) weight *= load(tile.limit + z * W);
             if (masked) weight = select<A>(words[n] >> (z * W), weight, vec<A>{});
             store(whole + place, weight);

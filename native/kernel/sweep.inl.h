@@ -68,6 +68,7 @@ template <class M, int NZ> TW_RARE void raise_reference(Tile<M> &tile, const sum
         store(tile.shift + z * W, raised ? new_shift : shift);
         store(tile.limit + z * W, raised ? new_shift + slack<A> : limit);
         store(tile.sum + z * W, load(tile.sum + z * W) * factor[z]);
+        tile.coarse |= lane_bits(raised & coarse_lanes<A>(new_shift)) != 0;
     }
     if (!rescale) return;
     for (int64_t d = 0; d < value_dim; ++d)
@@ -77,9 +78,9 @@ template <class M, int NZ> TW_RARE void raise_reference(Tile<M> &tile, const sum
 
 enum ScorePath { PLAIN, MASKED, GENERAL };
 
-// Of a bias the reference is taken first: what is large in both goes away exactly. But beyond this the rounding of the
-// reference is too much for an exponent by itself: there, a score is rounded as the reference was.
-template <class A> constexpr A coarse_shift = sizeof(A) == 4 ? A(0x1p20) : A(0x1p49);
+template <class M, int NZ>
+static void score_group_generally(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64_t *words, const sum_of<M> *bias,
+                                  const uint64_t *keep);
 
 // The group of NK keys from `key`: scores, reference, probabilities, sums. words: the lanes that see each key, or NULL.
 // bias, keep: of the group's first key, or NULL; read on the general path alone.
@@ -105,34 +106,39 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
             TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = add_product(x[n][z], number, query[z]);
         }
     }
-    if constexpr (M::numbers > 1)
-        TW_UNROLL(int n = 0; n < NK; ++n)
-            TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] *= s.factor;
 
+    A factor = s.factor; // by which x still has to be multiplied
     if constexpr (PATH == GENERAL) {
         if (s.problem->softcap > 0) {
-            const A cap = A(s.problem->softcap * 1.4426950408889634074), twice_inverse = A(2 / s.problem->softcap);
+            const Softcap<A> cap = softcap_of(*s.problem, factor);
             TW_UNROLL(int n = 0; n < NK; ++n)
-                TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = cap * tanh_of_log2<A>(x[n][z] * twice_inverse);
+                TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = cap_product<A>(x[n][z], cap);
+            factor = 1;
         }
     }
     const bool masked = PATH == MASKED || (PATH == GENERAL && words), biased = PATH == GENERAL && bias;
-    const vec<A> to_log2 = splat(log2_e<A>);
+    const vec<A> to_log2 = splat(log2_e<A>), by = splat(factor);
     if (masked && !biased)
         TW_UNROLL(int n = 0; n < NK; ++n)
             TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = select<A>(words[n] >> (z * W), x[n][z], splat<A>(-infinity));
-    // With its bias, and -inf where it is not seen.
+    // A score, rounded as references are, and -inf where it is not seen.
     const auto score = [&](int n, int z) {
-        if (!biased) return x[n][z];
-        const vec<A> whole = fused<A>(load(bias + n * width + z * W), to_log2, x[n][z]);
+        if (!biased) return fused<A>(x[n][z], by, vec<A>{});
+        const vec<A> whole = fused<A>(x[n][z], by, load(bias + n * width + z * W) * to_log2);
         return masked ? select<A>(words[n] >> (z * W), whole, splat<A>(-infinity)) : whole;
     };
 
     vec<A> top[NZ];
     uint64_t beyond = 0;
     TW_UNROLL(int z = 0; z < NZ; ++z) {
-        top[z] = score(0, z);
-        TW_UNROLL(int n = 1; n < NK; ++n) top[z] = larger<A>(top[z], score(n, z));
+        if (biased) {
+            top[z] = score(0, z);
+            TW_UNROLL(int n = 1; n < NK; ++n) top[z] = larger<A>(top[z], score(n, z));
+        } else {
+            top[z] = x[0][z];
+            TW_UNROLL(int n = 1; n < NK; ++n) top[z] = larger<A>(top[z], x[n][z]);
+            top[z] *= by;
+        }
         beyond |= lane_bits(top[z] > load(tile.limit + z * W));
     }
     if (__builtin_expect(beyond != 0, 0)) {
@@ -140,19 +146,18 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
         TW_UNROLL(int z = 0; z < NZ; ++z) store(tops + z * W, top[z]);
         flush<M, NZ>(s, tile, key, key);
         raise_reference<M, NZ>(tile, tops, s.value_dim);
+        if (PATH != GENERAL && tile.coarse) return score_group_generally<M, NZ>(s, tile, key, words, bias, keep);
     }
 
     TW_UNROLL(int z = 0; z < NZ; ++z) {
-        const vec<A> shift = load(tile.shift + z * W), size = shift < A(0) ? -shift : shift;
-        const bool coarse = biased && lane_bits(size >= coarse_shift<A>);
+        const vec<A> shift = load(tile.shift + z * W);
         vec<A> sum = load(tile.sum + z * W);
         TW_UNROLL(int n = 0; n < NK; ++n) {
-            vec<A> y = x[n][z] - shift;
-            if (biased) {
-                y = x[n][z] + fused<A>(load(bias + n * width + z * W), to_log2, -shift);
-                if (coarse) y = size >= coarse_shift<A> ? score(n, z) - shift : y;
-                if (masked) y = select<A>(words[n] >> (z * W), y, splat<A>(-infinity));
-            }
+            // Of a bias the reference is taken first: what is large in both goes away exactly.
+            const vec<A> less = biased ? fused<A>(load(bias + n * width + z * W), to_log2, -shift) : -shift;
+            vec<A> y = fused<A>(x[n][z], by, less);
+            if (PATH == GENERAL && tile.coarse) y = coarse_lanes<A>(shift) ? score(n, z) - shift : y;
+            if (masked && biased) y = select<A>(words[n] >> (z * W), y, splat<A>(-infinity));
             vec<A> p = exp2<A>(y);
             sum += p;
             if constexpr (PATH == GENERAL) {
@@ -164,6 +169,14 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
         store(tile.sum + z * W, sum);
     }
     store_across<M>(s.probabilities + (key - s.chunk) / M::numbers * width, x);
+}
+
+// The same on the general path, which changes no bit of what the others make of a lane that is not coarse.
+template <class M, int NZ>
+static __attribute__((noinline)) void score_group_generally(Sweep<M> &s, Tile<M> &tile, int64_t key,
+                                                            const uint64_t *words, const sum_of<M> *bias,
+                                                            const uint64_t *keep) {
+    score_group<M, NZ, GENERAL>(s, tile, key, words, bias, keep);
 }
 
 // One block of 64 keys (n <= 64 of them exist).
@@ -206,9 +219,9 @@ template <class M, int NZ> static void sweep_block(Sweep<M> &s, Tile<M> &tile, i
             }
             masked = all != every_lane;
         }
-        if (s.general || s.careful)
-            score_group<M, NZ, GENERAL>(s, tile, key + g, masked ? words + g : nullptr,
-                                        biased ? s.bias + g * width : nullptr, p.dropout.enabled ? keep + g : nullptr);
+        if (s.general || s.careful || tile.coarse)
+            score_group_generally<M, NZ>(s, tile, key + g, masked ? words + g : nullptr,
+                                         biased ? s.bias + g * width : nullptr, p.dropout.enabled ? keep + g : nullptr);
         else if (masked)
             score_group<M, NZ, MASKED>(s, tile, key + g, words + g, nullptr, nullptr);
         else

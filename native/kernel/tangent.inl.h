@@ -24,6 +24,7 @@ template <class A> struct Motion {
     A *p, *weights;                             // [block_keys][width]: p z, and p z ds
     A *bias, *d_bias;                           // [block_keys][width]
     A *cap_slopes;                              // [TW_GROUP_KEYS][width]: the softcap's
+    A factor, scale;                            // of the products, in units of scores and in natural ones
     A *own_out;                                 // [Dv][width]: out of a tile's rows
     void (*meet)(Motion &, int64_t key, int n); // finds the block's rows, when a tile first sees it
     bool met, facts, biased, biases_move, scores_move, general;
@@ -32,7 +33,7 @@ template <class A> struct Motion {
 };
 
 template <class A> struct MovingTile : Tile<Singles<A>> {
-    A *d_query; // [D][width], multiplied as the queries are; read where d_q is given
+    A *d_query; // [D][width], with the sign that the queries have; read where d_q is given
     // Of far rows d_lse is found beforehand and taken from their scores' tangents: what is left beside a probability of
     // nearly 1 is then as small as it should be. 0 of others.
     A known[most_lanes];
@@ -89,8 +90,9 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
     const tw_problem &problem = *s.problem;
     const bool masked = PATH == MASKED || (PATH == GENERAL && words);
     const bool capped = PATH == GENERAL && problem.softcap > 0;
-    const A cap = A(problem.softcap * 1.4426950408889634074), twice_inverse = A(2 / problem.softcap);
+    const Softcap<A> cap = softcap_of(problem, s.factor);
     const A inverse_keep = A(problem.dropout.inverse_keep);
+    const vec<A> by = splat(capped ? A(1) : s.factor);
 
     vec<A> x[NK][NZ] = {};
     add_dots<A, NZ>(x, s.k, at, last, tile.query, problem.head_dim);
@@ -101,16 +103,21 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
             if constexpr (PATH == GENERAL) {
                 if (capped) {
                     vec<A> slope;
-                    x[n][z] = cap_score<A>(x[n][z], cap, twice_inverse, slope);
+                    x[n][z] = cap_product<A>(x[n][z], cap, slope);
                     store(s.cap_slopes + place, slope);
                 }
-                if (s.biased) x[n][z] = fused<A>(load(s.bias + at * width + place), splat(log2_e<A>), x[n][z]);
             }
+            const A *bias = PATH == GENERAL && s.biased ? s.bias + at * width + place : nullptr;
             if constexpr (PASS == PEAKS) {
-                note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), x[n][z]);
+                const vec<A> score = less_reference<A>(x[n][z], by, bias, vec<A>{});
+                note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), score,
+                             less_reference<A>(x[n][z], by, bias, score));
                 continue;
             }
-            vec<A> p = exp2<A>(x[n][z] - load(tile.shift + z * W));
+            x[n][z] = PASS == SUMS || (PATH == GENERAL && tile.far)
+                          ? less_far_reference<A>(x[n][z], by, bias, tile, z * W)
+                          : less_reference<A>(x[n][z], by, bias, load(tile.shift + z * W));
+            vec<A> p = exp2<A>(x[n][z]);
             if (PATH == GENERAL && tile.far) p *= load(tile.limit + z * W);
             if (masked) p = select<A>(words[n] >> (z * W), p, vec<A>{});
             store(whole + place, p);
@@ -131,7 +138,7 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
             if constexpr (PATH == GENERAL) {
                 if (capped) x[n][z] *= load(s.cap_slopes + place);
             }
-            x[n][z] *= A(0.69314718055994530942); // from log2 units, as scores are in
+            x[n][z] *= s.scale;
             if (PATH == GENERAL && s.biases_move) x[n][z] += load(s.d_bias + at * width + place);
             if (PATH == GENERAL && tile.far) x[n][z] -= load(tile.known + z * W);
             vec<A> weight = load(whole + place) * x[n][z];
@@ -237,7 +244,7 @@ template <class A> static void weigh_far_rows(Motion<A> &s, MovingTile<A> &tile)
         const A moved = tile.sum[l]; // the sum of p ds
         tile.sum[l] = 0;
         if (!is_far(found.lse[l])) continue;
-        const A of_sink = power_of_two_of(sink[l] - tile.shift[l]);
+        const A of_sink = power_of_two_of(sink[l] - tile.shift[l] - tile.rest[l]);
         tile.limit[l] = 1 / (found.sum[l] + of_sink);
         const A sinks_part = t.sinks ? of_sink * static_cast<const A *>(t.sinks)[tile.h[l]] : A(0);
         tile.known[l] = (moved + sinks_part) * tile.limit[l];
@@ -252,8 +259,9 @@ template <class A> static void begin_motion(Motion<A> &s, MovingTile<A> &tile) {
     reset(tile, s.problem->value_dim);
     for (int l = 0; l < tile.width; ++l) {
         const A lse = static_cast<const A *>(s.problem->lse)[lse_at(*s.problem, s.b, tile.h[l], tile.i[l])];
-        tile.shift[l] = lse == -infinity ? infinity : lse * A(1.4426950408889634074);
+        tile.shift[l] = lse == -infinity ? infinity : in_units<A>(*s.problem, lse);
         tile.limit[l] = 1;
+        tile.rest[l] = 0;
         tile.known[l] = 0;
     }
     tile.far_lanes = 0;
@@ -275,7 +283,7 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
         whole[l] = 1;
         d_lse[l] = empty ? A(0) : tile.sum[l];
         if (t.sinks && !empty) {
-            const A sink = in_log2<A>(static_cast<const A *>(p.sinks)[h]);
+            const A sink = sink_in_units<A>(p, h);
             d_lse[l] += power_of_two_of(sink - tile.shift[l]) * static_cast<const A *>(t.sinks)[h];
         }
         const bool far = tile.far_lanes >> l & 1;
@@ -330,6 +338,8 @@ static void tangent(const tw_problem *problem, const tw_tangents *tangents, cons
     s.scores_move = s.biases_move || t.q.data || t.k.data;
     s.general = p.softcap > 0 || s.biased || p.dropout.enabled;
     s.careful = false;
+    s.factor = scaling_of<A>(p).factor;
+    s.scale = A(p.scale < 0 ? -p.scale : p.scale); // the queries have its sign
     s.meet = meet_keys<T, A>;
     s.p = take(block_keys * width);
     s.weights = take(block_keys * width);
@@ -359,7 +369,7 @@ static void tangent(const tw_problem *problem, const tw_tangents *tangents, cons
             const T *d_q[most_lanes];
             for (int l = 0; l < tile.width; ++l) d_q[l] = tensor_row<const T>(t.q, s.b, tile.h[l], tile.i[l]);
             for (int l = 0; l < tile.width; l += lanes<A>)
-                rows_to_lanes<M>(d_q + l, p.head_dim, A(p.scale * 1.4426950408889634074), tile.d_query + l, tile.width);
+                rows_to_lanes<M>(d_q + l, p.head_dim, scaling_of<A>(p).sign, tile.d_query + l, tile.width);
         }
         begin_motion(s, tile);
     }

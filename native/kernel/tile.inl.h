@@ -1,7 +1,7 @@
 // A tile: up to 64 query rows, one per lane, with their running softmax state.
 //
-// Everything is in log2 units: queries come multiplied by scale * log2(e), or, where their type would have to be rounded
-// for that, their products are. For each lane, with s the scores so far,
+// Queries come as they are given, but for the scale's sign; all else is in the units of units.inl.h. For each lane, with s
+// the scores so far,
 //   shift  the exponent's reference (0 until a key is seen),   sum = sum of 2^(s - shift),   out = sum of 2^(s - shift) v,
 //   limit  raise the reference once a score exceeds this: shift + slack, or -inf while no key is seen.
 // The reference moves rarely (Milakov, Gimelshein 2018 move it always); a lane decides for itself, so a row's bits never
@@ -17,10 +17,12 @@ template <class M> struct Tile {
     unit_of<M> *query; // [D in units][width]
     A *out;            // [Dv][width]
     A shift[most_lanes], limit[most_lanes], sum[most_lanes];
+    A rest[most_lanes];                   // backward: what the rounding of a far row's reference has taken off it
     int64_t i[most_lanes], h[most_lanes]; // query index and query head; spare lanes repeat the last row
     int rows, width;                      // rows in use; lanes: one or two vectors
     int32_t label_low, label_high;
     bool masked; // whether any lane was ever barred from a key that another saw
+    bool coarse; // whether any lane's reference is, or was (units.inl.h): then every group takes the general path
     bool far;    // backward: whether some rows are far, and `limit` holds their factors
     int spans;   // key intervals that hold everything any lane sees, whole blocks, in order
     int64_t span_begin[TW_MAX_RANGES], span_end[TW_MAX_RANGES];
@@ -50,7 +52,7 @@ template <class M> TW_INLINE void reset(Tile<M> &tile, int64_t value_dim) {
         tile.limit[l] = -A(__builtin_inf());
     }
     __builtin_memset(tile.out, 0, size_t(value_dim * tile.width) * sizeof(A));
-    tile.masked = false;
+    tile.masked = tile.coarse = false;
 }
 
 // Spans of the keys in [begin, end) that any lane may see by its ranges.

@@ -40,19 +40,18 @@ template <class U> TW_INLINE void turn_pieces(const U *const *pieces, vec<U> (&x
         TW_UNROLL(int i = 0; i < 2; ++i) exchange<U, 2>(x[i], x[i + 2], first_indices<W>{});
 }
 
-// The units [d, d + W) of a row of n numbers times `factor`, zeros beyond its end. Units of several numbers cannot be
-// multiplied, and are not.
-template <class M, class T> TW_INLINE vec<unit_of<M>> row_units(const T *row, int64_t d, int64_t n, sum_of<M> factor) {
+// The units [d, d + W) of a row of n numbers, zeros beyond its end.
+template <class M, class T> TW_INLINE vec<unit_of<M>> row_units(const T *row, int64_t d, int64_t n) {
     constexpr int W = lanes<sum_of<M>>;
     if constexpr (M::numbers == 1)
-        return (d + W <= n ? widen(row + d) : widen_first(row + d, int(n - d))) * factor;
+        return d + W <= n ? widen(row + d) : widen_first(row + d, int(n - d));
     else
         return first_numbers(row + 2 * d, n - 2 * d);
 }
 
-// W rows of n numbers down the lanes of a tile `width` lanes wide: to [unit_rows of n][width].
+// W rows of n numbers, times `sign`, down the lanes of a tile `width` lanes wide: to [unit_rows of n][width].
 template <class M, class T>
-static void rows_to_lanes(const T *const *rows, int64_t n, sum_of<M> factor, unit_of<M> *to, int64_t width) {
+static void rows_to_lanes(const T *const *rows, int64_t n, sum_of<M> sign, unit_of<M> *to, int64_t width) {
     using U = unit_of<M>;
     constexpr int W = lanes<sum_of<M>>;
     constexpr int P = int(16 / sizeof(U));
@@ -64,15 +63,12 @@ static void rows_to_lanes(const T *const *rows, int64_t n, sum_of<M> factor, uni
             for (int l = 0; l < W; ++l) pieces[l] = reinterpret_cast<const U *>(rows[l] + d * M::numbers);
             vec<U> x[P];
             turn_pieces<U>(pieces, x);
-            TW_UNROLL(int i = 0; i < P; ++i) {
-                if constexpr (M::numbers == 1) x[i] *= factor;
-                store(to + (d + i) * width, x[i]);
-            }
+            TW_UNROLL(int i = 0; i < P; ++i) store(to + (d + i) * width, times_sign<M>(x[i], sign));
         }
     }
     for (; d < units; d += W) {
         vec<U> x[W];
-        TW_UNROLL(int l = 0; l < W; ++l) x[l] = row_units<M>(rows[l], d, n, factor);
+        TW_UNROLL(int l = 0; l < W; ++l) x[l] = times_sign<M>(row_units<M>(rows[l], d, n), sign);
         transpose<U>(x);
         TW_UNROLL(int i = 0; i < W; ++i)
             if (d + i < units) store(to + (d + i) * width, x[i]);
