@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -137,6 +138,59 @@ def test_inductor():
     given = [x.requires_grad_() for x in tensors()]
     compiled = torch.compile(f, fullgraph=True, dynamic=True)
     assert_same(torch.autograd.grad(compiled(*given), given), torch.autograd.grad(f(*given), given))
+
+
+OPEN_NUMBERS = {
+    "stream": lambda n: {"dropout": tw.Dropout(0.3, 5, stream=n)},
+    "large stream": lambda n: {"dropout": tw.Dropout(0.3, 5, stream=2**62 + n, first=n, strides=(400, 99, 9, 1))},
+    "scale": lambda n: {"scale": n},
+    "softcap": lambda n: {"softcap": n},
+    "sinks": lambda n: {"sinks": n},
+    "lengths in a list": lambda n: {"mask": tw.lengths(k=[n, 3])},
+    "offsets in a list": lambda n: {"mask": tw.causal(offset=[n, 3])},
+}
+
+
+@pytest.mark.parametrize("name", OPEN_NUMBERS)
+def test_compiles_whole_with_numbers_that_change(name):
+    torch.compiler.reset()  # all cases are one function to the compiler, which takes but so many programs of one
+    make, given = OPEN_NUMBERS[name], tensors()
+    compiled = torch.compile(lambda n: tw.attention(*given, **make(n)), fullgraph=True, backend="eager")
+    for n in (2, 3, 5):
+        assert_same(compiled(n), tw.attention(*given, **make(n)))
+
+
+def test_a_compiled_stream_needs_no_program_of_its_own():
+    """A block of layers, each with its own stream, is compiled at most twice: for the first number and for any."""
+    given, programs = tensors(), []
+
+    def backend(graph, _):
+        programs.append(graph)
+        return graph
+
+    f = torch.compile(lambda n: tw.attention(*given, dropout=tw.Dropout(0.3, 5, n)), fullgraph=True, backend=backend)
+    for n in range(2, 12):
+        f(n)
+    assert len(programs) <= 2
+
+
+HELD = np.array([3, 7])
+IN_THE_PROGRAM = {
+    "documents": lambda: {"mask": tw.documents([0, 1, 0, 1, 2], [0, 1, 0, 1, 2, 2, 0])},
+    "intervals": lambda: {"mask": tw.intervals([0, 1, 2, 0, 1], [3, 4, 5, 6, 7])},
+    "blocks": lambda: {"mask": tw.blocks([[True, False], [True, True], [False, True]], (2, 4))},
+    "dense": lambda: {"mask": [[True, False] * 3 + [True]] * SQ},
+    "alibi": lambda: {"bias": tw.alibi([0.1, 0.2, 0.3, 0.4], "end")},
+    "lengths of numpy": lambda: {"mask": tw.lengths(k=HELD)},
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_PROGRAM)
+def test_compiles_whole_with_lists_and_numpy_arrays(name):
+    torch.compiler.reset()
+    make, given = IN_THE_PROGRAM[name], tensors()
+    compiled = torch.compile(lambda: tw.attention(*given, **make()), fullgraph=True, backend="eager")
+    assert_same(compiled(), tw.attention(*given, **make()))
 
 
 def test_compiles_beside_jax():
