@@ -193,6 +193,21 @@ def test_compiles_whole_with_lists_and_numpy_arrays(name):
     assert_same(compiled(), tw.attention(*given, **make()))
 
 
+@pytest.mark.parametrize("mapped", ["q", "bias"])
+def test_a_map_over_no_elements(mapped):
+    q, k, v = tensors()
+    q, bias = (q[None], None) if mapped == "q" else (q, torch.zeros(1, SQ, SK, dtype=q.dtype))
+
+    def squared(q, bias):
+        return tw.attention(q, k, v, mask=tw.causal("end"), bias=bias).square().sum()
+
+    dims = (0, None) if mapped == "q" else (None, 0)
+    of_one = vmap(grad(squared), in_dims=dims)(q, bias)
+    none = (q[:0], bias) if mapped == "q" else (q, bias[:0])
+    of_none = vmap(grad(squared), in_dims=dims)(*none)
+    assert of_none.shape == (0, *of_one.shape[1:]) and of_none.dtype == of_one.dtype
+
+
 def test_compiles_beside_jax():
     """Masks make themselves known to jax where it is loaded; a compiler that follows their making must not stumble."""
     program = """if True:
