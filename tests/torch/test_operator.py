@@ -193,6 +193,35 @@ def test_compiles_whole_with_lists_and_numpy_arrays(name):
     assert_same(compiled(), tw.attention(*given, **make()))
 
 
+JOINED = {
+    "mask & tensor": lambda seen, added: {"mask": tw.causal("end") & seen},
+    "tensor & mask": lambda seen, added: {"mask": seen & tw.causal("end")},
+    "mask | tensor": lambda seen, added: {"mask": tw.causal("end") | seen},
+    "tensor | mask": lambda seen, added: {"mask": seen | tw.causal("end")},
+    "bias + tensor": lambda seen, added: {"bias": tw.alibi(SLOPES, "end") + added},
+    "tensor + bias": lambda seen, added: {"bias": added + tw.alibi(SLOPES, "end")},
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_compiles_whole_where_tensors_join_masks_and_biases(name):
+    torch.compiler.reset()
+    join, given = JOINED[name], tensors()
+    seen, added = SEEN.clone(), torch.sin(torch.arange(SQ * SK, dtype=torch.float64)).reshape(SQ, SK)
+
+    def f(seen, added):
+        return tw.attention(*given, **join(seen, added))
+
+    assert_same(torch.compile(f, fullgraph=True, backend="eager")(seen, added), f(seen, added))
+
+
+def test_masks_and_biases_are_no_tensors():
+    with pytest.raises(TypeError):
+        torch.add(SEEN, tw.causal())
+    with pytest.raises(TypeError):
+        torch.sum(tw.alibi(SLOPES))
+
+
 @pytest.mark.parametrize("mapped", ["q", "bias"])
 def test_a_map_over_no_elements(mapped):
     q, k, v = tensors()

@@ -30,6 +30,13 @@ class Bias:
     def __radd__(self, other: Any) -> Bias:
         return as_bias(other) + self
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """`bias + tensor` and its like; torch's compiler asks nobody else whether that is a function of tensors."""
+        if function.__name__ not in ("__add__", "__radd__", "add"):
+            return NotImplemented
+        return Sum((*as_bias(args[0]).parts(), *as_bias(args[1]).parts()))
+
     def parts(self) -> tuple[Bias, ...]:
         """The terms of a sum."""
         return (self,)
