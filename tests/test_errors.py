@@ -127,6 +127,7 @@ OPTIONS: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "bias", np.ones((5, 7), bool)),
     (TypeError, "bias", np.ones((5, 7), int)),
     (TypeError, "bias", tw.causal("end")),
+    (TypeError, "bias", np.ones((5, 7), np.longdouble)),
     (TypeError, "bias", 1.0),
     (ValueError, "bias", tw.alibi(np.ones(3), "end")),
     (ValueError, "bias", tw.alibi(np.ones(4))),
@@ -135,6 +136,7 @@ OPTIONS: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "scale", np.ones(2)),
     (TypeError, "scale", True),
     (TypeError, "scale", 1j),
+    (TypeError, "scale", 10**400),
     (ValueError, "scale", float("nan")),
     (ValueError, "scale", float("inf")),
     (ValueError, "softcap", 0.0),
@@ -145,6 +147,7 @@ OPTIONS: list[tuple[type[Exception], str, Any]] = [
     (ValueError, "sinks", np.ones((1, 4), np.float32)),
     (TypeError, "sinks", np.ones(4, int)),
     (TypeError, "sinks", [1.0, 2.0, 3.0, 4.0, "x"]),
+    (TypeError, "sinks", np.ones(4, np.longdouble)),
     (TypeError, "sinks", "zero"),
     (ValueError, "sinks", float("nan")),
     (TypeError, "dropout", 0.1),
@@ -155,6 +158,7 @@ OPTIONS: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "dropout", tw.Dropout(0.1, seed=1.5)),
     (TypeError, "dropout", tw.Dropout(0.1, seed=np.arange(3))),
     (ValueError, "dropout", tw.Dropout(0.1, seed=2**64)),
+    (ValueError, "dropout", tw.Dropout(0.1, strides=5)),  # type: ignore[arg-type]
     (ValueError, "dropout", tw.Dropout(0.1, stream=-1)),
     (ValueError, "dropout", tw.Dropout(0.1, stream=2**64)),
     (ValueError, "layout", "sbhd"),
@@ -171,6 +175,36 @@ def test_options(number):
     kind, argument, value = OPTIONS[number]
     message = refuses(kind, argument, {**arrays(), argument: value})
     assert any(word in message for word in ("got", "expected", "has", "needs"))
+
+
+MADE: list[tuple[type[Exception], str, Any]] = [
+    (TypeError, "size", lambda: tw.blocks(np.ones((2, 2), bool), True)),
+    (TypeError, "max_distance", lambda: tw.t5(np.ones((8, 4)), max_distance=1.5)),  # type: ignore[arg-type]
+    (TypeError, "max_distance", lambda: tw.t5(np.ones((8, 4)), max_distance="far")),  # type: ignore[arg-type]
+    (ValueError, "max_distance", lambda: tw.t5(np.ones((32, 4)), max_distance=8)),
+    (ValueError, "max_distance", lambda: tw.t5(np.ones((32, 4)), max_distance=16, bidirectional=False)),
+    (TypeError, "offset", lambda: tw.t5(np.ones((8, 4)), offset=None)),  # type: ignore[arg-type]
+    (TypeError, "offset", lambda: tw.t5(np.ones((8, 4)), offset=0.5)),  # type: ignore[arg-type]
+    (TypeError, "slopes", lambda: tw.alibi(np.ones(4, np.longdouble))),
+]
+
+
+@pytest.mark.parametrize("number", range(len(MADE)), ids=lambda n: f"{MADE[n][1]}-{n}")
+def test_masks_and_biases_are_checked_when_made(number):
+    kind, argument, make = MADE[number]
+    with pytest.raises(kind, match=rf"^{argument}: "):
+        make()
+
+
+def test_torch_numbers_of_eight_bits_and_seeds_elsewhere():
+    torch = pytest.importorskip("torch")
+    call = arrays("torch")
+    refuses(TypeError, "bias", {**call, "bias": torch.ones(5, 7).to(torch.float8_e4m3fn)})
+    refuses(TypeError, "sinks", {**call, "sinks": torch.ones(4).to(torch.float8_e5m2)})
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    refuses(ValueError, "dropout", {**call, "dropout": tw.Dropout(0.5, seed)})
+    # A name travels inside a text, and must not bring options of its own.
+    refuses(ValueError, "kernel", {**call, "kernel": "reference;allow_quadratic=1"})
 
 
 def test_boolean_arrays_are_sent_to_mask_and_floats_to_bias():

@@ -134,9 +134,22 @@ def torch_of(array: np.ndarray) -> Any:
     """A NumPy array as a torch tensor, in place unless it has negative strides, swapped bytes or read-only memory."""
     torch = sys.modules["torch"]
     if torch.compiler.is_compiling():  # the compiler knows no flags of an array
-        return torch.as_tensor(array)
+        return torch.as_tensor(array, device="cpu")
     fit = array.flags.writeable and array.dtype.isnative and min(array.strides, default=0) >= 0
-    return torch.as_tensor(array if fit else np.array(array, array.dtype.newbyteorder("=")))
+    # The device is named since torch's default device may be another one.
+    return torch.as_tensor(array if fit else np.array(array, array.dtype.newbyteorder("=")), device="cpu")
+
+
+def as_array(value: Any) -> Any:
+    """Lists and tuples as a NumPy array; all else, arrays among it, as it is.
+
+    While torch's compiler follows the call they become tensors, NumPy's arrays too: it does not know what dtype those
+    have.
+    """
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return value
+    array = np.asarray(value)
+    return torch_of(array) if traced_by_torch() else array
 
 
 def namespace(family: Family, device: object = None) -> Any:

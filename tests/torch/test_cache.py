@@ -340,6 +340,15 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    for message, call in (
+        ("^k: got dtype torch.int64", lambda: KVCache().append(k.long(), v.long())),
+        ("^index: got dtype", lambda: cache.reorder([0.5, 1.0])),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    for kind, sinks in ((ValueError, torch.ones(q.shape[1] + 1)), (ValueError, np.nan), (TypeError, "x")):
+        with pytest.raises(kind, match="^sinks: "):
+            cache.attend(q[:, :, :1], sinks=sinks)
     for bias in (3.0, tw.relative(torch.zeros(8))):
         with pytest.raises(TypeError, match="^bias"):
             cache.attend(q[:, :, :1], bias=bias)

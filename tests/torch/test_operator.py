@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -137,6 +138,103 @@ def test_inductor():
     given = [x.requires_grad_() for x in tensors()]
     compiled = torch.compile(f, fullgraph=True, dynamic=True)
     assert_same(torch.autograd.grad(compiled(*given), given), torch.autograd.grad(f(*given), given))
+
+
+OPEN_NUMBERS = {
+    "stream": lambda n: {"dropout": tw.Dropout(0.3, 5, stream=n)},
+    "large stream": lambda n: {"dropout": tw.Dropout(0.3, 5, stream=2**62 + n, first=n, strides=(400, 99, 9, 1))},
+    "scale": lambda n: {"scale": n},
+    "softcap": lambda n: {"softcap": n},
+    "sinks": lambda n: {"sinks": n},
+    "lengths in a list": lambda n: {"mask": tw.lengths(k=[n, 3])},
+    "offsets in a list": lambda n: {"mask": tw.causal(offset=[n, 3])},
+}
+
+
+@pytest.mark.parametrize("name", OPEN_NUMBERS)
+def test_compiles_whole_with_numbers_that_change(name):
+    torch.compiler.reset()  # all cases are one function to the compiler, which takes but so many programs of one
+    make, given = OPEN_NUMBERS[name], tensors()
+    compiled = torch.compile(lambda n: tw.attention(*given, **make(n)), fullgraph=True, backend="eager")
+    for n in (2, 3, 5):
+        assert_same(compiled(n), tw.attention(*given, **make(n)))
+
+
+def test_a_compiled_stream_needs_no_program_of_its_own():
+    """A block of layers, each with its own stream, is compiled at most twice: for the first number and for any."""
+    given, programs = tensors(), []
+
+    def backend(graph, _):
+        programs.append(graph)
+        return graph
+
+    f = torch.compile(lambda n: tw.attention(*given, dropout=tw.Dropout(0.3, 5, n)), fullgraph=True, backend=backend)
+    for n in range(2, 12):
+        f(n)
+    assert len(programs) <= 2
+
+
+HELD = np.array([3, 7])
+IN_THE_PROGRAM = {
+    "documents": lambda: {"mask": tw.documents([0, 1, 0, 1, 2], [0, 1, 0, 1, 2, 2, 0])},
+    "intervals": lambda: {"mask": tw.intervals([0, 1, 2, 0, 1], [3, 4, 5, 6, 7])},
+    "blocks": lambda: {"mask": tw.blocks([[True, False], [True, True], [False, True]], (2, 4))},
+    "dense": lambda: {"mask": [[True, False] * 3 + [True]] * SQ},
+    "alibi": lambda: {"bias": tw.alibi([0.1, 0.2, 0.3, 0.4], "end")},
+    "lengths of numpy": lambda: {"mask": tw.lengths(k=HELD)},
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_PROGRAM)
+def test_compiles_whole_with_lists_and_numpy_arrays(name):
+    torch.compiler.reset()
+    make, given = IN_THE_PROGRAM[name], tensors()
+    compiled = torch.compile(lambda: tw.attention(*given, **make()), fullgraph=True, backend="eager")
+    assert_same(compiled(), tw.attention(*given, **make()))
+
+
+JOINED = {
+    "mask & tensor": lambda seen, added: {"mask": tw.causal("end") & seen},
+    "tensor & mask": lambda seen, added: {"mask": seen & tw.causal("end")},
+    "mask | tensor": lambda seen, added: {"mask": tw.causal("end") | seen},
+    "tensor | mask": lambda seen, added: {"mask": seen | tw.causal("end")},
+    "bias + tensor": lambda seen, added: {"bias": tw.alibi(SLOPES, "end") + added},
+    "tensor + bias": lambda seen, added: {"bias": added + tw.alibi(SLOPES, "end")},
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_compiles_whole_where_tensors_join_masks_and_biases(name):
+    torch.compiler.reset()
+    join, given = JOINED[name], tensors()
+    seen, added = SEEN.clone(), torch.sin(torch.arange(SQ * SK, dtype=torch.float64)).reshape(SQ, SK)
+
+    def f(seen, added):
+        return tw.attention(*given, **join(seen, added))
+
+    assert_same(torch.compile(f, fullgraph=True, backend="eager")(seen, added), f(seen, added))
+
+
+def test_masks_and_biases_are_no_tensors():
+    with pytest.raises(TypeError):
+        torch.add(SEEN, tw.causal())
+    with pytest.raises(TypeError):
+        torch.sum(tw.alibi(SLOPES))
+
+
+@pytest.mark.parametrize("mapped", ["q", "bias"])
+def test_a_map_over_no_elements(mapped):
+    q, k, v = tensors()
+    q, bias = (q[None], None) if mapped == "q" else (q, torch.zeros(1, SQ, SK, dtype=q.dtype))
+
+    def squared(q, bias):
+        return tw.attention(q, k, v, mask=tw.causal("end"), bias=bias).square().sum()
+
+    dims = (0, None) if mapped == "q" else (None, 0)
+    of_one = vmap(grad(squared), in_dims=dims)(q, bias)
+    none = (q[:0], bias) if mapped == "q" else (q, bias[:0])
+    of_none = vmap(grad(squared), in_dims=dims)(*none)
+    assert of_none.shape == (0, *of_one.shape[1:]) and of_none.dtype == of_one.dtype
 
 
 def test_compiles_beside_jax():

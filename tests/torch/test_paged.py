@@ -255,6 +255,36 @@ def test_pages_are_given_back():
     same([cache.attend(q, [shared])[0]], one(q[0], k[0, :4], v[0, :4])[:1])
 
 
+def test_the_last_of_those_who_share_a_page_needs_no_copy():
+    cache = PagedKVCache(pages=2, page_size=4, kv_heads=KV, head_dim=D, value_dim=DV, fixed=True)
+    q, k, v = tokens(4, 0)
+    first = cache.add()
+    cache.append_and_attend(q[:, :2], k[:, :2], v[:, :2], [first])
+    both = [first, cache.add(like=first)]
+    q, k, v = (x[:, 2:].expand(2, -1, -1, -1) for x in (q, k, v))
+    out, again = cache.append_and_attend(q, k, v, both)
+    assert cache.free_pages == 0 and torch.equal(out, again)
+    own = cache.k_pages[cache.block_table(both)[:, 0].long()]
+    assert torch.equal(own[0], own[1])
+
+
+def test_errors_of_the_cache_name_the_argument():
+    made = {"kv_heads": KV, "head_dim": D}
+    cache = PagedKVCache(**made)
+    sequence = cache.add()
+    for kind, name, call in (
+        (TypeError, "dtype", lambda: PagedKVCache(**made, dtype=torch.int64)),
+        (TypeError, "dtype", lambda: PagedKVCache(**made, dtype="float32")),
+        (TypeError, "length", lambda: cache.add(like=sequence, length=0.0)),
+        (TypeError, "length", lambda: cache.crop(sequence, 0.0)),
+        (ValueError, "length", lambda: cache.crop(sequence, -1)),
+        (ValueError, "sequence", lambda: cache.free(sequence + 1)),
+        (ValueError, "sequence", lambda: cache.length(sequence + 1)),
+    ):
+        with pytest.raises(kind, match=f"^{name}: "):
+            call()
+
+
 def _call(**changed):
     k_pages, v_pages, table, *_ = paged(LENGTHS, 16)
     given = {"q": normal(4, 1, HEADS, D), "k_pages": k_pages, "v_pages": v_pages, "block_table": table}
@@ -289,6 +319,8 @@ WRONG = {
     "k shape": (ValueError, {"k": normal(4, 1, KV, D + 1), "v": new_v}),
     "v shape": (ValueError, {"k": new_k, "v": normal(4, 2, KV, DV)}),
     "k dtype": (TypeError, {"k": new_k.double(), "v": new_v}),
+    "q width": (ValueError, {"q": normal(4, 1, HEADS, D + 1)}),
+    "q heads": (ValueError, {"q": normal(4, 1, HEADS + 1, D)}),
     "mask": (ValueError, {"mask": torch.ones(4, 1, 1, 100, dtype=torch.bool)}),
     "bias": (ValueError, {"bias": normal(3, 1, 1, 130)}),
 }

@@ -96,6 +96,16 @@ def test_dropout_seed_as_a_tensor():
     torch.testing.assert_close(number, tensor, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("seed", [5, 2**63 + 5, 2**64 - 1])
+def test_dropout_seed_as_an_unsigned_tensor(seed):
+    q, k, v = (torch.from_numpy(array) for array in arrays().values())
+    given = torch.from_numpy(np.array([seed], np.uint64))
+    torch.testing.assert_close(
+        tw.attention(q, k, v, dropout=tw.Dropout(0.5, given)), tw.attention(q, k, v, dropout=tw.Dropout(0.5, seed)),
+        rtol=0, atol=0,
+    )  # fmt: skip
+
+
 def test_small_tiles_are_used():
     plan, _ = planned(**tensors())
     assert plan.tiles == SMALL

@@ -294,6 +294,23 @@ def test_distances_of_no_query_and_no_key():
     assert out.shape == (0, HEADS, 5) and lse.shape == (HEADS, 0)
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        tw.documents(torch.tensor([0, 1, 0]), torch.tensor([0])),
+        tw.blocks(torch.ones(2, 1, dtype=torch.bool), (2, 3)),
+        tw.dense(torch.ones(3, 1, dtype=torch.bool)),
+    ],
+    ids=str,
+)
+def test_a_sequence_without_keys_beside_one_of_a_single_key(mask):
+    q, k = normal(5, 2, 4), normal(1, 2, 4)
+    out = varlen_attention(q, k, k, [0, 3, 5], [0, 1, 1], mask=mask)
+    assert torch.equal(out[3:], torch.zeros(2, 2, 4))
+    alone = tw.attention(*(x.transpose(0, 1)[None] for x in (q[:3], k, k)), mask=mask)
+    assert torch.equal(out[:3], alone[0].transpose(0, 1))
+
+
 def test_rows_outside_all_sequences():
     q, k, v = packed(q_rows=30, k_rows=40)
     q[:2], k[:3], v[:3], q[25:], k[33:], v[33:] = (math.nan,) * 6
@@ -381,6 +398,9 @@ WRONG = {
     "cu_seqlens_q falls": (ValueError, lambda: varlen_attention(q, k, v, [0, 5, 3], [0, 1, 2])),
     "cu_seqlens_q beyond": (ValueError, lambda: varlen_attention(q, k, v, CU_Q + 1, CU_K)),
     "cu_seqlens_q negative": (ValueError, lambda: varlen_attention(q, k, v, [-1, 3], [0, 3])),
+    "cu_seqlens_q text": (TypeError, lambda: varlen_attention(q, k, v, "0 5", CU_K)),
+    "cu_seqlens_q nothing": (TypeError, lambda: varlen_attention(q, k, v, None, CU_K)),
+    "max_seqlen_q text": (TypeError, lambda: varlen_attention(q, k, v, CU_Q, CU_K, "long")),
     "cu_seqlens_k": (ValueError, lambda: varlen_attention(q, k, v, CU_Q, CU_K[:-1])),
     "max_seqlen_q": (ValueError, lambda: varlen_attention(q, k, v, CU_Q, CU_K, 6)),
     "max_seqlen_k": (ValueError, lambda: varlen_attention(q, k, v, CU_Q, CU_K, 7, 8)),

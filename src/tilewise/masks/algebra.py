@@ -17,6 +17,10 @@ from .._arrays import Array, dtype_name, family_of, introduce
 from .ranges import Ranges
 from .site import Site
 
+# Under which names torch asks `Mask.__torch_function__` for the two operators.
+_AND = ("__and__", "__rand__", "and_", "bitwise_and")
+_OR = ("__or__", "__ror__", "or_", "bitwise_or")
+
 
 @dataclass(frozen=True, eq=False)
 class Mask:
@@ -52,6 +56,13 @@ class Mask:
 
     # NumPy would otherwise take `array & mask` apart element by element.
     __array_ufunc__ = None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """`mask & tensor` and its like; torch's compiler asks nobody else whether that is a function of tensors."""
+        if function.__name__ in _AND:
+            return as_mask(args[0]) & as_mask(args[1])
+        return as_mask(args[0]) | as_mask(args[1]) if function.__name__ in _OR else NotImplemented
 
     def __bool__(self) -> bool:
         raise TypeError("mask: a mask has no truth value; combine masks with &, | and ~, not with and, or and not")

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import Array, dtype_name, family_of, introduce
-from .primitives.positions import Align, check_alignment
+from .._arrays import Array, as_array, dtype_name, family_of, introduce
+from ..problem import ACCUMULATOR
+from .primitives.positions import Align, check_alignment, is_integer
 from .site import Site
 
 
@@ -28,6 +29,13 @@ class Bias:
 
     def __radd__(self, other: Any) -> Bias:
         return as_bias(other) + self
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """`bias + tensor` and its like; torch's compiler asks nobody else whether that is a function of tensors."""
+        if function.__name__ not in ("__add__", "__radd__", "add"):
+            return NotImplemented
+        return Sum((*as_bias(args[0]).parts(), *as_bias(args[1]).parts()))
 
     def parts(self) -> tuple[Bias, ...]:
         """The terms of a sum."""
@@ -177,7 +185,8 @@ def t5(weight: Array, *, bidirectional: bool = True, max_distance: int = 128, of
         offset: position of query 0 on the key axis, for decoding with a cache.
 
     Raises:
-        TypeError: not floats. ValueError: fewer than 4 buckets, or an odd number with `bidirectional`.
+        TypeError: not floats, or numbers that are no ints. ValueError: fewer than 4 buckets, or an odd number with
+            `bidirectional`; a `max_distance` that leaves the far half of the buckets nothing.
     """
     weight = _floats("weight", "t5()", weight)
     buckets = int(weight.shape[0]) if weight.ndim else 0
@@ -185,6 +194,12 @@ def t5(weight: Array, *, bidirectional: bool = True, max_distance: int = 128, of
         raise ValueError(
             f"weight: t5() got {buckets} buckets, expected at least 4, and an even number when bidirectional"
         )
+    for argument, number in (("max_distance", max_distance), ("offset", offset)):
+        if not is_integer(number):
+            raise TypeError(f"{argument}: t5() got {type(number).__name__}, expected an int")
+    near = (buckets // 2 if bidirectional else buckets) // 2
+    if max_distance <= near:
+        raise ValueError(f"max_distance: t5() got {max_distance}, expected more than the {near} that have own buckets")
     return T5(weight, bool(bidirectional), int(max_distance), int(offset))
 
 
@@ -246,10 +261,10 @@ def _distances(site: Site, xp: Any) -> Array:
 
 
 def _floats(argument: str, name: str, value: Any) -> Array:
-    value = np.asarray(value) if isinstance(value, list | tuple) else value
+    value = as_array(value)
     if family_of(value) is None:
         raise TypeError(f"{argument}: {name} got {type(value).__name__}, expected a float array")
-    if "float" not in dtype_name(value):
+    if dtype_name(value) not in ACCUMULATOR:
         hint = "; a boolean array goes to mask=" if dtype_name(value) == "bool" else ""
-        raise TypeError(f"{argument}: {name} got dtype {dtype_name(value)}, expected floats{hint}")
+        raise TypeError(f"{argument}: {name} got dtype {dtype_name(value)}, expected {', '.join(ACCUMULATOR)}{hint}")
     return value

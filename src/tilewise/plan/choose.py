@@ -23,9 +23,14 @@ def choose(problem: AttentionProblem, kernel: str | None = None, allow_quadratic
         KernelRefused: the kernel asked for, or every kernel, refuses; with each reason.
         QuadraticMemory: only memory in Sq * Sk would do and `allow_quadratic` is False.
     """
+    check_name(kernel)
+    return planned(problem, kernel, allow_quadratic)
+
+
+def check_name(kernel: str | None) -> None:
+    """Raise ValueError unless it is the name of a kernel, or None."""
     if kernel is not None and kernel not in NAMES:
         raise ValueError(f"kernel: got {kernel!r}, expected one of {', '.join(map(repr, NAMES))} or None")
-    return planned(problem, kernel, allow_quadratic)
 
 
 @lru_cache(maxsize=4096)

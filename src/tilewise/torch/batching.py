@@ -108,15 +108,23 @@ def _one_by_one(apply: Any, info: Any, in_dims: Dims, *args: Any) -> tuple[Any, 
     def take(value: Any, dims: Any, n: int) -> Any:
         if isinstance(value, list | tuple):
             return [take(part, dim, n) for part, dim in zip(value, dims or [None] * len(value), strict=True)]
-        return value if dims is None else value.select(dims, n)
+        if dims is None:
+            return value
+        return value.select(dims, n) if n < value.shape[dims] else value.new_zeros(_without(value.shape, dims))
 
+    # Where there is no element, a call on zeros tells the shapes.
     calls = [
-        apply(*(take(arg, dim, n) for arg, dim in zip(args, in_dims, strict=True))) for n in range(info.batch_size)
+        apply(*(take(arg, dim, n) for arg, dim in zip(args, in_dims, strict=True)))
+        for n in range(max(info.batch_size, 1))
     ]
-    stacked = [torch.stack(values) for values in zip(*calls, strict=True)]
+    stacked = [torch.stack(values)[: info.batch_size] for values in zip(*calls, strict=True)]
     if isinstance(calls[0], tuple):
         return tuple(stacked), (0,) * len(stacked)
     return stacked, [0] * len(stacked)
+
+
+def _without(shape: Sequence[int], dim: int) -> list[int]:
+    return [*shape[:dim], *shape[dim + 1 :]]
 
 
 for _name, _rule in (

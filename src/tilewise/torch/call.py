@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import validate
 from .._arrays import torch_of
+from ..plan.choose import check_name
 from ..problem import Invariance
 from . import autograd, batching, legacy_batching, operator  # noqa: F401  (they register rules)
 from .options import write
@@ -39,6 +40,7 @@ def run(
     checked: validate.Checked, layout: str, kernel: str | None, allow_quadratic: bool, invariance: Invariance = "batch"
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq) of checked arguments, with derivatives."""
+    check_name(kernel)  # before it becomes a part of a text
     (_, q, k, v, _), mask, biases, scale, softcap, sinks, dropout = checked
     names, tensors = "q,k,v", [q, k, v]
     for bias in biases.dense:
@@ -78,8 +80,10 @@ _MOST = 1024
 
 def _arrays(q: Tensor, k: Tensor, v: Tensor, layout: str) -> validate.Arrays:
     """`validate.check_arrays`, once for each combination of shapes, dtypes and devices."""
-    # Sizes of subclasses, fake tensors among them, may be symbols, which have no hash.
-    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor):
+    # Sizes of subclasses, fake tensors among them, may be symbols, which have no hash; nested tensors have no shape.
+    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor) or type(layout) is not str:
+        return validate.check_arrays(q, k, v, layout)
+    if not (q.layout is k.layout is v.layout is torch.strided) or q.is_nested or k.is_nested or v.is_nested:
         return validate.check_arrays(q, k, v, layout)
     key = (layout, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
     if key not in _fine:

@@ -116,15 +116,16 @@ def _planned(
     q, k, v = operands[:3]
     key = (options, scale, wanted, *integers, q.dtype, q.device, q.shape, k.shape, v.shape)
     symbolic = len(operands) == 3 and not facts and not told.p and not has_predicate(told.mask)
-    if symbolic and key in _plans:
-        return _plans[key]
+    known = _plans.get(key) if symbolic else None
+    if known is not None:
+        return known
     mask = told.lowered(told.site(operands), q, facts, integers)
     call = told.operands(operands, mask, told.dropout(facts, integers))
     problem = told.problem(call, scale, frozenset(told.names[n] for n in wanted))
     plan = choose(problem, told.kernel, told.allow_quadratic)
     if symbolic and (mask.ranges is None or mask.ranges.starts.nbytes <= quick.LARGEST):
         if len(_plans) >= quick.MOST:
-            _plans.pop(next(iter(_plans)))
+            _plans.pop(next(iter(_plans)), None)  # another thread may have been faster
         _plans[key] = mask, plan
     return mask, plan
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -30,7 +31,8 @@ class Options:
         mask: spelled; "" where there is none.
         layout, softcap, kernel, allow_quadratic, invariance: as of `tilewise.attention`.
         lse: whether a gradient of the log-sum-exp is given; in a backward pass where not, it is zero.
-        p, stream: of dropout. Its seed is the first two integers of the call, or its first fact where `seeded`.
+        p: of dropout. Its seed is the first two integers of the call, or its first fact where `seeded`.
+        streamed: whether dropout's stream follows, as two words; else it is 0.
         placed: whether dropout numbers its pairs by six integers that follow: `first` as two words, and the strides.
     """
 
@@ -39,8 +41,8 @@ class Options:
     layout: str = "bhsd"
     softcap: float | None = None
     p: float = 0.0
-    stream: int = 0
     seeded: bool = False
+    streamed: bool = False
     lse: bool = False
     placed: bool = False
     kernel: str | None = None
@@ -53,9 +55,9 @@ class Options:
         return not self.p and not has_predicate(self.mask)
 
     @property
-    def _of_seed(self) -> int:
-        """How many integers the seed takes."""
-        return 2 if self.p and not self.seeded else 0
+    def _of_dropout(self) -> int:
+        """How many integers dropout takes."""
+        return 2 * (self.p > 0 and not self.seeded) + 2 * self.streamed + 6 * self.placed
 
     def site(self, operands: Sequence[Tensor]) -> tuple[int, int, int, int]:
         """B, Hq, Sq, Sk of (B, Hq, Sq, D) queries and (B, Hkv, Sk, D) keys."""
@@ -66,7 +68,7 @@ class Options:
         self, sizes: tuple[int, int, int, int], like: Tensor, facts: Sequence[Tensor], integers: Sequence[int]
     ) -> LoweredMask:
         """The mask at its site."""
-        mask = read(self.mask, facts[self.seeded :], integers[self._of_seed + 6 * self.placed :])
+        mask = read(self.mask, facts[self.seeded :], integers[self._of_dropout :])
         held = [] if mask is None else mask.operands()
         # A mask on the host is fine wherever q is: it is lowered on the host and its facts follow q.
         places = [like, *held] if has_predicate(self.mask) else held
@@ -76,12 +78,13 @@ class Options:
         """The dropout, its seed as two words."""
         if not self.p:
             return None
-        seed = facts[0] if self.seeded else (integers[0], integers[1])
+        given = iter(integers)
+        seed = facts[0] if self.seeded else (next(given), next(given))
+        stream = next(given) + (next(given) << 32) if self.streamed else 0
         if not self.placed:
-            return Dropout(self.p, seed, self.stream)
-        first, strides = integers[self._of_seed : self._of_seed + 2], integers[self._of_seed + 2 : self._of_seed + 6]
-        b, h, i, j = strides
-        return Dropout(self.p, seed, self.stream, tuple(first), (b, h, i, j))
+            return Dropout(self.p, seed, stream)
+        low, high, b, h, i, j = islice(given, 6)
+        return Dropout(self.p, seed, stream, (low, high), (b, h, i, j))
 
     def operands(self, tensors: Sequence[Tensor], mask: LoweredMask, dropout: Dropout | None = None) -> Operands:
         """The tensors by name."""
@@ -129,13 +132,14 @@ def write(
     text = "operands=" + names
     if dropout is not None:
         text += f";p={dropout.p}"
-        if dropout.stream:
-            text += f";stream={dropout.stream}"
         if isinstance(dropout.seed, tuple):
             integers += dropout.seed
         else:
             facts.append(dropout.seed)
             text += ";seeded=1"
+        if dropout.stream:
+            integers += (dropout.stream & 0xFFFFFFFF, dropout.stream >> 32)
+            text += ";streamed=1"
         if dropout.strides is not None:
             low, high = dropout.first
             integers += (low, high, *dropout.strides)
@@ -158,8 +162,8 @@ def write(
 _READERS: dict[str, Any] = {
     "softcap": float,
     "p": float,
-    "stream": int,
     "seeded": bool,
+    "streamed": bool,
     "lse": bool,
     "placed": bool,
     "allow_quadratic": bool,

@@ -5,7 +5,7 @@ Everything is checked before any work is done, and nothing the caller owns is ch
 
 from .arrays import LAYOUTS, Arrays, check_arrays, restore
 from .call import Call, mask_operands, prepare, problem_of
-from .options import Checked, check_invariance, check_options
+from .options import Checked, check_invariance, check_options, check_sinks
 
 __all__ = [
     "LAYOUTS",
@@ -15,6 +15,7 @@ __all__ = [
     "check_arrays",
     "check_invariance",
     "check_options",
+    "check_sinks",
     "mask_operands",
     "prepare",
     "problem_of",

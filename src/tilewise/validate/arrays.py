@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from .._arrays import Array, Family, dtype_name, family_of
 from ..problem import ACCUMULATOR
+from .operand import check_strided
 
 # Axis names per layout; letters as in semantics: batch, heads, sequence, (head) dimension, tokens.
 LAYOUTS = {"bhsd": "(B, H, S, D)", "bshd": "(B, S, H, D)", "thd": "(T, H, D)"}
@@ -30,6 +31,8 @@ def check_arrays(q: Array, k: Array, v: Array, layout: str) -> Arrays:
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
     family = _family(q, k, v)
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        check_strided(name, array)
     _check_dtypes(q, k, v)
     _check_devices(family, q, k, v)
     q, k, v = _bhsd("q", q, layout), _bhsd("k", k, layout), _bhsd("v", v, layout)

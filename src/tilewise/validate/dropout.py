@@ -28,7 +28,11 @@ def check_dropout(dropout: Dropout | None, family: Family) -> Dropout | None:
     if strides is None:
         if not isinstance(dropout.first, int) or dropout.first != 0:
             raise ValueError("dropout: got first without strides, expected both or neither")
-    elif len(strides) != 4 or not all(isinstance(n, int | np.integer) and -(2**63) <= n < 2**63 for n in strides):
+    elif (
+        not isinstance(strides, tuple | list)
+        or len(strides) != 4
+        or not all(isinstance(n, int | np.integer) and -(2**63) <= n < 2**63 for n in strides)
+    ):
         raise ValueError(f"dropout: got strides = {strides!r}, expected four integers of 64 bits")
     elif not any(strides):
         raise ValueError("dropout: got strides = (0, 0, 0, 0), expected pairs of different numbers")
@@ -60,6 +64,8 @@ def _words(name: str, seed: Any, family: Family) -> Any:
         low, *high = (int(word) for word in words)
         return (low & 0xFFFFFFFF, high[0] & 0xFFFFFFFF) if high else (low & 0xFFFFFFFF, (low >> 32) & 0xFFFFFFFF)
     xp = namespace(family, getattr(seed, "device", None))
+    if kind == "torch" and dtype_name(words) == "uint64":
+        words = words.view(xp.int64)  # the same bits, which torch can shift
     if words.shape[0] == 1:
         narrow = dtype_name(words) in ("int8", "int16", "int32", "uint8", "uint16", "uint32")
         # A narrow signed seed continues its sign, as the same number does in 64 bits; shifts by 32 need 64 bits.

@@ -54,7 +54,7 @@ def check_options(
         xp = namespace(family, getattr(q, "device", None))
         accumulator = getattr(xp, ACCUMULATOR[dtype_name(q)])
         biases = _bias(bias, family, q, sizes, xp, accumulator)
-        sink_row = _sinks(sinks, family, q, sizes[1], xp, accumulator)
+        sink_row = check_sinks(sinks, family, q)
     return Checked(
         arrays,
         _mask(mask, family, q),
@@ -62,7 +62,7 @@ def check_options(
         None if scale is None else real("scale", scale),
         _softcap(softcap),
         sink_row,
-        check_dropout(dropout, family),
+        _dropout(dropout, family, q),
     )
 
 
@@ -119,15 +119,31 @@ def _bias(
     return lower_bias(bias, site_for(family, getattr(q, "device", None), sizes, []), xp, accumulator)
 
 
-def _sinks(sinks: Any, family: Family, q: Array, heads: int, xp: Any, accumulator: Any) -> Array | None:
+def _dropout(dropout: Dropout | None, family: Family, q: Array) -> Dropout | None:
+    checked = check_dropout(dropout, family)
+    if checked is not None:
+        numbers = [value for value in (checked.seed, checked.first) if family_of(value) is not None]
+        # As of a mask: numbers on the host are fine wherever q is.
+        check_same_device("dropout", family, q, [number for number in numbers if device_kind(number) != "cpu"])
+    return checked
+
+
+def check_sinks(sinks: Any, family: Family, q: Array) -> Array | None:
+    """The sinks of queries (B, Hq, Sq, D) as (Hq,) in the accumulator's dtype.
+
+    Raises:
+        ValueError, TypeError: beginning with "sinks:".
+    """
     if sinks is None:
         return None
+    heads, xp = q.shape[1], namespace(family, getattr(q, "device", None))
+    accumulator = getattr(xp, ACCUMULATOR[dtype_name(q)])
     if family_of(sinks) is None:
         return xp.full((heads,), real("sinks", sinks), dtype=accumulator)
     check_framework("sinks", family, [sinks])
     check_same_device("sinks", family, q, [sinks])
-    if "float" not in dtype_name(sinks):
-        raise TypeError(f"sinks: got dtype {dtype_name(sinks)}, expected floats")
+    if dtype_name(sinks) not in ACCUMULATOR:
+        raise TypeError(f"sinks: got dtype {dtype_name(sinks)}, expected {', '.join(ACCUMULATOR)}")
     if sinks.ndim > 1 or (sinks.ndim == 1 and sinks.shape[0] != heads):
         raise ValueError(f"sinks: has shape {tuple(sinks.shape)}, expected one per query head, ({heads},), or a number")
     return xp.broadcast_to(xp.asarray(sinks, dtype=accumulator), (heads,))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ..._arrays import Array, dtype_name, family_of
+from ..._arrays import Array, as_array, dtype_name, family_of
 from ..algebra import Mask
 from ..ranges import MOST_RANGES, Ranges, from_bounds
 from ..site import Site
+from .positions import is_integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +76,13 @@ def blocks(map: Array, size: int | tuple[int, int]) -> Mask:
     Raises:
         TypeError: a map that is not boolean, a size that is no int. ValueError: a size below 1, or not two.
     """
-    map = np.asarray(map) if isinstance(map, list | tuple) else map
+    map = as_array(map)
     if family_of(map) is None or dtype_name(map) != "bool":
         got = type(map).__name__ if family_of(map) is None else f"dtype {dtype_name(map)}"
         raise TypeError(f"map: blocks() got {got}, expected a boolean array")
-    pair = (size, size) if isinstance(size, int) else size
+    pair: Any = (size, size) if is_integer(size) else size
     if not isinstance(pair, tuple | list):
         raise TypeError(f"size: blocks() got {type(size).__name__}, expected one or two ints")
-    if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
+    if len(pair) != 2 or not all(is_integer(side) and side >= 1 for side in pair):
         raise ValueError(f"size: blocks() got {size!r}, expected one or two ints of at least 1")
     return Blocks(map, (pair[0], pair[1]))

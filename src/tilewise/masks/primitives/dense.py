@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..._arrays import Array, dtype_name, family_of
+from ..._arrays import Array, as_array, dtype_name, family_of
 from ..algebra import Mask
 from ..site import Site
 
@@ -54,7 +54,7 @@ def dense(array: Array) -> Mask:
     Raises:
         TypeError: not a boolean array; a float array that is added to the scores is a bias.
     """
-    array = np.asarray(array) if isinstance(array, list | tuple | bool | np.bool_) else array
+    array = as_array(np.asarray(array) if isinstance(array, bool | np.bool_) else array)
     if family_of(array) is None:
         raise TypeError(
             f"mask: got {type(array).__name__}, expected a mask such as tilewise.causal() or a boolean array"

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..._arrays import Array
+from ..._arrays import Array, as_array
 from ..algebra import Mask, told_apart
 from ..ranges import Ranges, from_bounds
 from ..site import Site
@@ -71,7 +71,7 @@ def documents(q_ids: Array, k_ids: Array | None = None) -> Mask:
         TypeError: ids that are not integers. At the call, ValueError: a shape that does not fit.
     """
     k_ids = q_ids if k_ids is None else k_ids
-    q_ids, k_ids = (np.asarray(ids) if isinstance(ids, list | tuple) else ids for ids in (q_ids, k_ids))
+    q_ids, k_ids = as_array(q_ids), as_array(k_ids)
     for argument, ids in (("q_ids", q_ids), ("k_ids", k_ids)):
         if isinstance(ids, int):
             raise TypeError(f"{argument}: documents() got an int, expected an array of integers")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from ..._arrays import Array
+from ..._arrays import Array, as_array
 from ..algebra import Mask
 from ..ranges import Ranges, from_bounds
 from ..site import Site
@@ -62,7 +60,7 @@ def intervals(starts: Array, stops: Array) -> Mask:
     Raises:
         ValueError: shapes that differ. TypeError: not integers.
     """
-    starts, stops = (np.asarray(side) if isinstance(side, list | tuple) else side for side in (starts, stops))
+    starts, stops = as_array(starts), as_array(stops)
     check_integers("starts", "intervals()", starts)
     check_integers("stops", "intervals()", stops)
     shapes = [tuple(getattr(side, "shape", ())) for side in (starts, stops)]  # torch's compiler cannot follow np.shape

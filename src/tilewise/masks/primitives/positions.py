@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..._arrays import Array, dtype_name, family_of, to_numpy
+from ..._arrays import Array, as_array, dtype_name, family_of, to_numpy
 from ..site import Site
 
 Align = Literal["start", "end"]
@@ -72,7 +72,7 @@ def as_operand(value: Array | int | list[int] | None) -> Array | int | None:
     """Lists become arrays, NumPy's integer scalars ints; all else stays."""
     if isinstance(value, np.integer):
         return int(value)
-    return np.asarray(value) if isinstance(value, list | tuple) else value
+    return as_array(value)
 
 
 def check_per_batch(what: str, site: Site, value: Array | int | None) -> None:

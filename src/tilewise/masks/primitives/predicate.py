@@ -88,5 +88,5 @@ def _for_user(site: Site, place: Array) -> Array:
         return place
     if site.family == "torch":
         # torch indexes with 64-bit integers alone.
-        return sys.modules["torch"].as_tensor(np.asarray(place, dtype=np.int64))
+        return sys.modules["torch"].as_tensor(np.asarray(place, dtype=np.int64), device="cpu")
     return sys.modules["jax"].numpy.asarray(place)

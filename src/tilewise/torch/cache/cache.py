@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._api import attention
 from ...kernels.state import merge
 from ...masks.biases import Bias, relative
+from ...validate import check_sinks
 from .checks import check_count, check_room, check_tokens, counts_of, own
 from .segments import Distances, by_distance, segments
 from .slots import Slots
@@ -66,7 +67,11 @@ class KVCache:
     @property
     def lengths(self) -> Tensor:
         """Tokens appended to each batch row, dropped ones included, (B,) int64 on the CPU; (0,) before the first."""
-        return torch.zeros(0, dtype=torch.int64) if self._slots is None else torch.from_numpy(self._slots.length.copy())
+        return (
+            torch.zeros(0, dtype=torch.int64, device="cpu")
+            if self._slots is None
+            else torch.from_numpy(self._slots.length.copy())
+        )
 
     @property
     def capacity(self) -> int:
@@ -144,15 +149,16 @@ class KVCache:
         options: dict[str, Any] = {
             "scale": scale, "softcap": softcap, "kernel": kernel, "invariance": invariance, "return_lse": True,
         }  # fmt: skip
+        row = check_sinks(sinks, "torch", q)
         parts, results = segments(slots, q.shape[2], counts, self.window, causal), []
         for part in parts:
             k, v = (buffer[:, :, part.slots] for buffer in slots.buffers)
             table = relative(part.table(distances, q.shape[2], q.device)) if distances and k.shape[2] else None
-            sink = sinks if len(parts) == 1 else None
+            sink = row if len(parts) == 1 else None
             results += attention(q, k, v, mask=part.mask, bias=table, sinks=sink, **options)
         out, lse = merge(*results) if len(parts) > 1 else results
-        if len(parts) > 1 and sinks is not None:
-            out, lse = _with_sinks(out, lse, sinks)
+        if len(parts) > 1 and row is not None:
+            out, lse = _with_sinks(out, lse, row)
         out = out if self.layout == "bhsd" else out.transpose(1, 2)
         return (out, lse) if return_lse else out
 
@@ -175,7 +181,10 @@ class KVCache:
         """
         if self._slots is None or self._last is None:
             raise ValueError("index: the cache is empty, expected an append before")
-        index, batch = torch.as_tensor(index, dtype=torch.int64), len(self._slots.length)
+        index, batch = torch.as_tensor(index, device="cpu"), len(self._slots.length)
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise TypeError(f"index: got dtype {index.dtype}, expected integers")
+        index = index.long()
         if index.ndim != 1 or (index.numel() and not (int(index.min()) >= 0 and int(index.max()) < batch)):
             raise ValueError(f"index: got {index.tolist()}, expected a list of rows from 0 to {batch - 1}")
         self._slots.select(index)
@@ -250,9 +259,9 @@ class KVCache:
         return bool(((slots.base > 0) & (first < slots.kept + slots.base)).any())
 
 
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | float) -> tuple[Tensor, Tensor]:
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """The sink's exponent added to the denominators: no segment is sure to hold a key for every row."""
-    sinks = torch.as_tensor(sinks, dtype=lse.dtype, device=lse.device).reshape(-1, 1)
+    sinks = sinks.to(lse.dtype)[:, None]
     nothing = lse == -torch.inf
     total = torch.where(nothing, lse, torch.logaddexp(lse, sinks))
     share = torch.where(nothing, 0.0, torch.exp(lse - total))

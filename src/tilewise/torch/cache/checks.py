@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...problem import ACCUMULATOR
 from .slots import Slots
 
 
@@ -25,6 +26,7 @@ def check_tokens(k: Tensor, v: Tensor, slots: Slots | None) -> None:
     for name, new in (("k", k), ("v", v)):
         if new.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: requires a gradient; a cache is written in place, use torch.no_grad()")
+    check_dtype("k", k.dtype)
     if k.shape[:3] != v.shape[:3] or k.dtype != v.dtype or k.device != v.device:
         raise ValueError(
             f"v: has shape {tuple(v.shape)}, {v.dtype}, {v.device} as (B, H, n, D), expected it to match k: "
@@ -40,6 +42,12 @@ def check_tokens(k: Tensor, v: Tensor, slots: Slots | None) -> None:
                 f"{name}: has shape {tuple(new.shape)}, {new.dtype}, {new.device} as (B, H, n, D), expected "
                 f"({batch}, {heads}, n, {width}), {buffer.dtype}, {buffer.device} as appended before"
             )
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """Raise TypeError unless keys and values may have the dtype."""
+    if str(dtype).removeprefix("torch.") not in ACCUMULATOR or not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: got dtype {dtype}, expected {', '.join(ACCUMULATOR)}")
 
 
 def check_room(needed: int, capacity: int | None) -> None:

@@ -232,7 +232,7 @@ def _sequences(cu_seqlens: Any, q_len: int, k_len: int) -> Mask:
     """The mask of packed sequences; rows of none have ids that no other row has."""
     if q_len != k_len:
         raise ValueError(f"cu_seqlens: got {q_len} queries and {k_len} keys, expected as many; use documents() instead")
-    edges = torch.as_tensor(cu_seqlens)
+    edges = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.as_tensor(cu_seqlens, device="cpu")
     if edges.ndim != 1 or edges.shape[0] < 1 or edges.is_floating_point() or edges.dtype == torch.bool:
         raise ValueError(
             f"cu_seqlens: has shape {tuple(edges.shape)} and dtype {edges.dtype}, expected (N + 1,) integers"

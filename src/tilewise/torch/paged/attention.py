@@ -122,6 +122,11 @@ def _check_queries(q: Tensor, packed: bool, k_pages: Tensor) -> None:
         raise ValueError(f"q: has shape {tuple(q.shape)}, expected {expected}")
     if (q.dtype, q.device) != (k_pages.dtype, k_pages.device):
         raise TypeError(f"q: has {q.dtype} on {q.device}, expected {k_pages.dtype} on {k_pages.device} as k_pages has")
+    heads, width = k_pages.shape[2:]
+    if q.shape[-1] != width or (q.shape[-2] % heads if heads else q.shape[-2]):
+        raise ValueError(
+            f"q: has shape {tuple(q.shape)}, expected a multiple of {heads} heads of width {width} as k_pages has"
+        )
 
 
 def _even(x: Tensor) -> Sequences:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache.checks import check_count
+from ..cache.checks import check_count, check_dtype
 from .attention import paged_attention
 
 
@@ -49,6 +50,7 @@ class PagedKVCache:
             ("pages", pages),
         ):  # fmt: skip
             check_count(name, value, 1)
+        check_dtype("dtype", dtype)
         self.page_size, self._fixed = page_size, fixed
         with torch.inference_mode(False):
             self.k_pages, self.v_pages = (
@@ -68,7 +70,7 @@ class PagedKVCache:
 
     def length(self, sequence: int) -> int:
         """Tokens of a sequence."""
-        self._check([sequence])
+        self._check([sequence], "sequence")
         return self._lengths[sequence]
 
     def add(self, like: int | None = None, length: int | None = None) -> int:
@@ -85,7 +87,8 @@ class PagedKVCache:
         if like is not None:
             self._check([like], "like")
             tokens = self._lengths[like] if length is None else length
-            if not 0 <= tokens <= self._lengths[like]:
+            check_count("length", tokens, 0)
+            if tokens > self._lengths[like]:
                 raise ValueError(f"length: got {tokens}, expected 0 to {self._lengths[like]}")
             held = self._held[like][: -(-tokens // self.page_size)]
             self._users[held] += 1
@@ -97,14 +100,15 @@ class PagedKVCache:
 
     def free(self, sequence: int) -> None:
         """Forget a sequence; pages that no other one holds can be used again."""
-        self._check([sequence])
+        self._check([sequence], "sequence")
         self._release(self._held.pop(sequence))
         del self._lengths[sequence]
 
     def crop(self, sequence: int, length: int) -> None:
         """Take the last tokens of a sequence back, as when a guess was wrong (speculative decoding)."""
-        self._check([sequence])
-        if not 0 <= length <= self._lengths[sequence]:
+        self._check([sequence], "sequence")
+        check_count("length", length, 0)
+        if length > self._lengths[sequence]:
             raise ValueError(f"length: got {length}, expected 0 to {self._lengths[sequence]}")
         held = self._held[sequence]
         kept = -(-length // self.page_size)
@@ -134,7 +138,7 @@ class PagedKVCache:
             self.k_pages,
             self.v_pages,
             block_table=table,
-            lengths=torch.tensor(lengths, dtype=torch.int64),
+            lengths=torch.tensor(lengths, dtype=torch.int64, device="cpu"),
             **options,
         )
 
@@ -157,7 +161,7 @@ class PagedKVCache:
         self._make_room(sequences, counts)
         found = paged_attention(
             q, self.k_pages, self.v_pages, block_table=self.block_table(sequences),
-            lengths=torch.tensor(before, dtype=torch.int64), k=k, v=v, **options,
+            lengths=torch.tensor(before, dtype=torch.int64, device="cpu"), k=k, v=v, **options,
         )  # fmt: skip
         for sequence, length, count in zip(sequences, before, counts, strict=True):
             self._lengths[sequence] = length + count
@@ -166,10 +170,14 @@ class PagedKVCache:
     def _make_room(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
         """Give each sequence the pages for so many more tokens, none of which another one holds."""
         size, needed = self.page_size, 0
+        written = Counter[int]()
         for sequence, count in zip(sequences, counts, strict=True):
             held, length = self._held[sequence], self._lengths[sequence]
             needed += max(0, -(-(length + count) // size) - len(held))
-            needed += bool(count and length % size and self._users[held[length // size]] > 1)
+            if count and length % size:
+                written[held[length // size]] += 1
+        # Whoever is the last to hold a page writes to it without a copy.
+        needed += sum(min(writers, int(self._users[page]) - 1) for page, writers in written.items())
         if needed > len(self._spare):
             self._grow(needed - len(self._spare))
         for sequence, count in zip(sequences, counts, strict=True):
@@ -222,7 +230,7 @@ def _counts(k: Tensor, batch: int, options: dict[str, Any]) -> list[int]:
     cumulative = options.get("cu_seqlens_q") if cumulative is None else cumulative
     if cumulative is None:
         return [k.shape[1]] * batch
-    counts = torch.as_tensor(cumulative).diff().tolist()
+    counts = torch.as_tensor(cumulative, device="cpu").diff().tolist()
     if len(counts) != batch:
         raise ValueError(f"sequences: got {batch}, expected {len(counts)} as there are cumulative lengths for")
     return counts

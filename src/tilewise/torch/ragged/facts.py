@@ -6,13 +6,13 @@ What is refused here is served, or found to be wrong, sequence by sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..._arrays import namespace
+from ..._arrays import namespace, torch_of
 from ...kernels.native.buffers import broadcast_strides, memory
 from ...masks.algebra import And, Mask
 from ...masks.biases import Alibi, Bias, DenseBias, Relative, lower_bias
@@ -82,7 +82,7 @@ def sights_of(mask: Mask | None, lengths: Lengths, heads: int) -> Sights | None:
     runs = [part for part in parts if not isinstance(part, Dense)]
     if len(arrays) > 1 or not all(is_run(part) and _fits(part, lengths) for part in runs):
         return None
-    dense = torch.as_tensor(arrays[0].array) if arrays else None
+    dense = _tensor(arrays[0].array) if arrays else None
     if dense is not None and not _covers(dense.shape, lengths, heads):
         return None
     return Sights(_ranges(And(tuple(runs)), lengths) if runs else None, dense)
@@ -96,7 +96,7 @@ def tables_of(bias: Bias | None, lengths: Lengths, heads: int, max_q: int, accum
     q_longest, k_longest = lengths.longest
     for part in bias.parts() if bias is not None else ():
         if isinstance(part, DenseBias):
-            array = torch.as_tensor(part.array)
+            array = _tensor(part.array)
             if not _covers(array.shape, lengths, heads):
                 return None
             dense.append(array.reshape((1,) * (4 - array.ndim) + tuple(array.shape)) if array.ndim < 4 else array)
@@ -136,6 +136,11 @@ def dense_place(array: Tensor) -> tuple[int, ...]:
     return (found.address, *(0,) * (4 - len(strides)), *strides)
 
 
+def _tensor(array: Any) -> Tensor:
+    """An operand, a tensor or a NumPy array, as a tensor of the same memory."""
+    return array if isinstance(array, Tensor) else torch_of(array)
+
+
 def _sum(parts: list[Bias]) -> Bias:
     total = parts[0]
     for part in parts[1:]:
@@ -170,7 +175,7 @@ def _fits(mask: Mask, lengths: Lengths) -> bool:
             if abs(value) > _FAR:
                 return False
             continue
-        numbers = torch.as_tensor(value)
+        numbers = _tensor(value)
         if tuple(numbers.shape) not in ((), (1,), (lengths.batch,)) or numbers.device.type != "cpu":
             return False
         large = numbers.dtype == torch.int64 and bool(((numbers > _FAR) | (numbers < -_FAR)).any())

@@ -53,7 +53,7 @@ class Members:
     def cut(self, what: str, array: Array, axis: int, length: int) -> Array:
         """The array cut to a length along a (negative) axis, which may be 1 to stand for all."""
         size = array.shape[axis]
-        if size == 1 or size == length:
+        if size == length or (size == 1 and length):  # of no rows, what stands for all is no rows either
             return array
         if size < length:
             raise ValueError(f"{what} has shape {tuple(array.shape)}, which is too short for a sequence of {length}")

@@ -140,7 +140,7 @@ def _plain(x: Tensor) -> Rows:
         full = rows.unflatten(0, (batch, length))
         return full.transpose(1, 2) if heads else full.squeeze(2)
 
-    lengths = torch.full((batch,), length)
+    lengths = torch.full((batch,), length, device="cpu")
     return Rows(rows, lengths.cumsum(0) - lengths, lengths, alike)
 
 
@@ -171,5 +171,5 @@ def _strided(name: str, x: Tensor) -> Rows:
         pieces = rows.split(sizes)
         return torch.nested.as_nested_tensor([p.transpose(0, 1) if heads else p.squeeze(1) for p in pieces])
 
-    lengths = torch.tensor(sizes)
+    lengths = torch.tensor(sizes, device="cpu")
     return Rows(torch.cat(parts), lengths.cumsum(0) - lengths, lengths, alike)

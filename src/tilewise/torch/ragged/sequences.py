@@ -85,7 +85,10 @@ def _is_run(rows: np.ndarray) -> bool:
 
 def _integers(name: str, values: Any) -> list[int]:
     """A 1-D array, tensor or list of integers as a list."""
-    tensor = torch.as_tensor(values)
+    try:
+        tensor = torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: got {type(values).__name__}, expected integers (B + 1,) or (B,)") from None
     integral = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
     if not integral and tensor.numel():
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected integers")

@@ -129,6 +129,10 @@ def _at_least(name: str, given: Any, sequences: Sequences) -> int:
     longest = sequences.longest
     if given is None:
         return longest
-    if int(given) < longest:
-        raise ValueError(f"{name}: got {int(given)}, but a sequence has {longest} rows")
-    return int(given)
+    try:
+        most = int(given)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {type(given).__name__}, expected an int or None") from None
+    if most < longest:
+        raise ValueError(f"{name}: got {most}, but a sequence has {longest} rows")
+    return most

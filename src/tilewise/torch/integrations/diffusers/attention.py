@@ -49,7 +49,7 @@ def attend(
         mask = seen if mask is None else mask & seen
     else:
         bias = attn_mask
-    dropout = Dropout(dropout_p, torch.randint(2**63 - 1, ())) if dropout_p else None
+    dropout = Dropout(dropout_p, torch.randint(2**63 - 1, (), device="cpu")) if dropout_p else None
     return attention(
         query, key, value, mask=mask, bias=bias, scale=scale, dropout=dropout, layout=layout, return_lse=return_lse
     )

@@ -125,4 +125,4 @@ def _one_batch(query: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _draw(p: float) -> Dropout | None:
-    return Dropout(p, torch.randint(2**63 - 1, ())) if p else None
+    return Dropout(p, torch.randint(2**63 - 1, (), device="cpu")) if p else None
