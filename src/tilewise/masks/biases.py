@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .._arrays import Array, dtype_name, family_of, introduce
+from ..problem import ACCUMULATOR
 from .primitives.positions import Align, check_alignment
 from .site import Site
 
@@ -249,7 +250,7 @@ def _floats(argument: str, name: str, value: Any) -> Array:
     value = np.asarray(value) if isinstance(value, list | tuple) else value
     if family_of(value) is None:
         raise TypeError(f"{argument}: {name} got {type(value).__name__}, expected a float array")
-    if "float" not in dtype_name(value):
+    if dtype_name(value) not in ACCUMULATOR:
         hint = "; a boolean array goes to mask=" if dtype_name(value) == "bool" else ""
-        raise TypeError(f"{argument}: {name} got dtype {dtype_name(value)}, expected floats{hint}")
+        raise TypeError(f"{argument}: {name} got dtype {dtype_name(value)}, expected {', '.join(ACCUMULATOR)}{hint}")
     return value

@@ -28,7 +28,7 @@ def check_dropout(dropout: Dropout | None, family: Family) -> Dropout | None:
     if strides is None:
         if not isinstance(dropout.first, int) or dropout.first != 0:
             raise ValueError("dropout: got first without strides, expected both or neither")
-    elif len(strides) != 4 or not all(isinstance(n, int | np.integer) and -(2**63) <= n < 2**63 for n in strides):
+    elif not isinstance(strides, tuple | list) or len(strides) != 4 or not all(isinstance(n, int | np.integer) and -(2**63) <= n < 2**63 for n in strides):
         raise ValueError(f"dropout: got strides = {strides!r}, expected four integers of 64 bits")
     elif not any(strides):
         raise ValueError("dropout: got strides = (0, 0, 0, 0), expected pairs of different numbers")

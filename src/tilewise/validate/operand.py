@@ -24,6 +24,8 @@ def real(name: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a real number") from None
+    except OverflowError:
+        raise ValueError(f"{name}: got an integer beyond all floats, expected a finite number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name}: got {number}, expected a finite number")
     return number
@@ -34,7 +36,8 @@ def check_framework(name: str, family: Family, operands: list[Array]) -> None:
         kind = family_of(operand)
         if kind not in (family, "numpy"):
             raise TypeError(
-                f"{name}: holds a {kind} array, but q is a {family} array; expected a {family} or NumPy array"
+                f"{name}: holds a {kind} array, but q is a {family} array; expected "
+                + ("NumPy arrays" if family == "numpy" else f"{family} or NumPy arrays")
             )
 
 

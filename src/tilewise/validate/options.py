@@ -126,8 +126,8 @@ def _sinks(sinks: Any, family: Family, q: Array, heads: int, xp: Any, accumulato
         return xp.full((heads,), real("sinks", sinks), dtype=accumulator)
     check_framework("sinks", family, [sinks])
     check_same_device("sinks", family, q, [sinks])
-    if "float" not in dtype_name(sinks):
-        raise TypeError(f"sinks: got dtype {dtype_name(sinks)}, expected floats")
+    if dtype_name(sinks) not in ACCUMULATOR:
+        raise TypeError(f"sinks: got dtype {dtype_name(sinks)}, expected {', '.join(ACCUMULATOR)}")
     if sinks.ndim > 1 or (sinks.ndim == 1 and sinks.shape[0] != heads):
         raise ValueError(f"sinks: has shape {tuple(sinks.shape)}, expected one per query head, ({heads},), or a number")
     return xp.broadcast_to(xp.asarray(sinks, dtype=accumulator), (heads,))
