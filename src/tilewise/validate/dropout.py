@@ -28,7 +28,11 @@ def check_dropout(dropout: Dropout | None, family: Family) -> Dropout | None:
     if strides is None:
         if not isinstance(dropout.first, int) or dropout.first != 0:
             raise ValueError("dropout: got first without strides, expected both or neither")
-    elif not isinstance(strides, tuple | list) or len(strides) != 4 or not all(isinstance(n, int | np.integer) and -(2**63) <= n < 2**63 for n in strides):
+    elif (
+        not isinstance(strides, tuple | list)
+        or len(strides) != 4
+        or not all(isinstance(n, int | np.integer) and -(2**63) <= n < 2**63 for n in strides)
+    ):
         raise ValueError(f"dropout: got strides = {strides!r}, expected four integers of 64 bits")
     elif not any(strides):
         raise ValueError("dropout: got strides = (0, 0, 0, 0), expected pairs of different numbers")
@@ -50,7 +54,10 @@ def _words(name: str, seed: Any, family: Family) -> Any:
             f"dropout: got a {name} of type {type(seed).__name__}, expected an int or an integer array of q's framework"
         )
     if kind == "jax" and str(seed.dtype).startswith("key<"):
-        seed = sys.modules["jax"].random.key_data(seed)
+        random = sys.modules["jax"].random
+        words = random.key_data(seed)
+        # A key of more words draws two, as in `jax/keys.py`.
+        seed = words if seed.shape or words.size <= 2 else random.bits(seed, (2,), "uint32")
     if not dtype_name(seed).startswith(("int", "uint")) or math.prod(seed.shape) not in (1, 2):
         raise TypeError(
             f"dropout: got a {name} of dtype {dtype_name(seed)} and shape {tuple(seed.shape)}, expected 1 or 2 integers"
