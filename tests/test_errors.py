@@ -59,6 +59,14 @@ def test_shapes(family, argument, shapes, words):
     assert words in message
 
 
+def test_open_sizes_of_a_jax_export():
+    jax = pytest.importorskip("jax")
+    export = pytest.importorskip("jax.export")
+    q = jax.ShapeDtypeStruct((*export.symbolic_shape("b, 4, s"), 8), "float32")
+    with pytest.raises(ValueError, match=r"^q: has shape \(b, 4, s, 8\)"):
+        export.export(jax.jit(lambda q: tw.attention(q, q, q)))(q)
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [None, 3.0, "q", [[1.0]], object()])
 def test_what_is_no_array(name, value):
@@ -69,6 +77,14 @@ def test_what_is_no_array(name, value):
 def test_dtypes_that_are_no_floats(dtype):
     call = {name: array.astype(dtype) for name, array in arrays().items()}
     assert "expected float64" in refuses(TypeError, "q", call)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "bias", "sinks"])
+def test_masked_arrays_are_refused(name):
+    # Their own mask would be read by nobody.
+    call = {**arrays(), "mask": np.ones((5, 7), bool), "bias": FLOATS, "sinks": FLOATS[:4, 0]}
+    call[name] = np.ma.masked_array(call[name], mask=True)
+    assert "MaskedArray" in refuses(TypeError, name, call)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("k", "float64"), ("v", "float16")])
@@ -129,6 +145,7 @@ OPTIONS: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "bias", tw.causal("end")),
     (TypeError, "bias", np.ones((5, 7), np.longdouble)),
     (TypeError, "bias", 1.0),
+    (TypeError, "bias", FLOATS.astype(">f4")),
     (ValueError, "bias", tw.alibi(np.ones(3), "end")),
     (ValueError, "bias", tw.alibi(np.ones(4))),
     (ValueError, "bias", tw.relative(np.ones(12))),
@@ -136,9 +153,9 @@ OPTIONS: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "scale", np.ones(2)),
     (TypeError, "scale", True),
     (TypeError, "scale", 1j),
-    (TypeError, "scale", 10**400),
     (ValueError, "scale", float("nan")),
     (ValueError, "scale", float("inf")),
+    (ValueError, "scale", 10**400),
     (ValueError, "softcap", 0.0),
     (ValueError, "softcap", -1.0),
     (ValueError, "softcap", float("nan")),

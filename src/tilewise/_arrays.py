@@ -18,10 +18,12 @@ Family = Literal["numpy", "torch", "jax"]
 
 
 def family_of(value: Any) -> Family | None:
-    """The framework `value` is an array of, or None when it is no array of a framework that is loaded."""
+    """The framework `value` is an array of, or None when it is no array of a framework that is loaded, or hides a part
+    of itself (`numpy.ma`)."""
     # Written so that torch's compiler can follow it: no unions of types, no caches.
     if isinstance(value, (np.ndarray, np.generic)):
-        return "numpy"
+        # No kernel reads the mask of a masked array, so what it hides would be seen.
+        return None if isinstance(value, np.ma.MaskedArray) else "numpy"
     if value is None or isinstance(value, (int, float, str, list, tuple)):
         return None
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")

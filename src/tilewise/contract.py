@@ -39,7 +39,8 @@ class Dropout:
 
     Attributes:
         p: probability to drop, in [0, 1].
-        seed: 64-bit integer, or an integer array of one element (a tracer too), or of two uint32 words (low, high).
+        seed: 64-bit integer, or an integer array of one element (a tracer too), or of two uint32 words (low, high), or
+            a jax key: one of two words (threefry) is its own words, one of another generator draws two.
         stream: 64-bit integer that tells apart several uses of one seed (layers, say).
         first: number of the call's first pair, an integer or, as `seed`, an array; only with `strides`.
         strides: what the next batch row, head, query and key add to a pair's number; None for a call of its own.

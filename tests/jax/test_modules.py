@@ -165,6 +165,14 @@ def unit():
 
 
 class TestDropout:
+    def test_keys_of_any_generator_are_seeds(self):
+        q = jnp.ones((1, 2, 8, 4))
+        for kind in ("threefry2x32", "rbg", "unsafe_rbg"):
+            key = jax.random.key(5, impl=kind)
+            expected = tw.attention(q, q, q, dropout=tw.Dropout(0.4, seed_of(key)))
+            assert not np.array_equal(expected, tw.attention(q, q, q))
+            np.testing.assert_array_equal(tw.attention(q, q, q, dropout=tw.Dropout(0.4, key)), expected)
+
     def test_bits_are_those_of_numpy_and_torch(self, unit):
         key = jax.random.key(5)
         words = np.asarray(jax.random.key_data(key))

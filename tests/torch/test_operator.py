@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import operator as builtin_operator
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap  # noqa: E4
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import tilewise as tw  # noqa: E402
+from tilewise.masks.primitives.predicate import name_of, named  # noqa: E402
 from tilewise.torch import call, operator  # noqa: E402
 
 # The compiler tells of what it deprecates itself.
@@ -255,6 +259,33 @@ def test_a_compiled_program_sees_another_predicate():
     for period in (2, 3):
         mask = tw.predicate(lambda b, h, i, j, period=period: (i + j) % period == 0)
         assert_same(compiled(mask), tw.attention(q, k, v, mask=mask))
+
+
+def ahead(b, h, i, j):
+    return j >= i
+
+
+def test_a_copied_predicate_is_its_own_and_outlives_the_first():
+    q, k, v = tensors()
+    first = tw.predicate(ahead)
+    copies = [copy.copy(first), copy.deepcopy(first), pickle.loads(pickle.dumps(first))]
+    assert len({name_of(mask) for mask in (first, *copies)}) == 4
+    expected = tw.attention(q, k, v, mask=first)
+    del first
+    for mask in copies:
+        assert_same(tw.attention(q, k, v, mask=mask), expected)
+
+
+def test_a_predicate_from_another_process_is_no_mask_of_this_one(tmp_path):
+    # Each process counts its predicates from 0: one that kept its number would be taken for another's.
+    program = (
+        "import operator, pickle, sys, tilewise; pickle.dump(tilewise.predicate(operator.call), sys.stdout.buffer)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], check=True, timeout=300, capture_output=True)
+    here = [tw.predicate(lambda b, h, i, j: j < i) for _ in range(64)]
+    mask = pickle.loads(found.stdout)
+    assert mask.function is builtin_operator.call
+    assert named(name_of(mask)) is mask and all(named(name_of(other)) is other for other in here)
 
 
 class Model(torch.nn.Module):

@@ -35,6 +35,7 @@ def check_arrays(q: Array, k: Array, v: Array, layout: str) -> Arrays:
         check_strided(name, array)
     _check_dtypes(q, k, v)
     _check_devices(family, q, k, v)
+    _check_sizes(family, q, k, v)
     q, k, v = _bhsd("q", q, layout), _bhsd("k", k, layout), _bhsd("v", v, layout)
     return Arrays(family, q, k, v, _check_shapes(q, k, v))
 
@@ -77,6 +78,17 @@ def _check_devices(family: Family, q: Array, k: Array, v: Array) -> None:
     for name, array in (("k", k), ("v", v)):
         if array.device != q.device:
             raise ValueError(f"{name}: is on {array.device}, but q is on {q.device}; expected one device")
+
+
+def _check_sizes(family: Family, q: Array, k: Array, v: Array) -> None:
+    if family != "jax":
+        return  # NumPy's sizes are numbers; torch's open ones are served
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if not all(isinstance(size, int) for size in array.shape):
+            raise ValueError(
+                f"{name}: has shape ({', '.join(map(str, array.shape))}), whose sizes are left open, "
+                "expected known sizes: export a jax program for each shape"
+            )
 
 
 def _bhsd(name: str, array: Array, layout: str) -> Array:

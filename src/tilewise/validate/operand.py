@@ -25,8 +25,10 @@ def real(name: str, value: Any) -> float:
         raise TypeError(f"{name}: requires a gradient, and a number known at the call has none; detach it")
     try:
         number = float(value).__float__()  # unlike float(), fixes a number that torch's compiler would leave open
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a real number") from None
+    except OverflowError:
+        raise ValueError(f"{name}: got an integer beyond all floats, expected a finite number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name}: got {number}, expected a finite number")
     return number
@@ -48,7 +50,8 @@ def check_framework(name: str, family: Family, operands: list[Array]) -> None:
         kind = family_of(operand)
         if kind not in (family, "numpy"):
             raise TypeError(
-                f"{name}: holds a {kind} array, but q is a {family} array; expected a {family} or NumPy array"
+                f"{name}: holds a {kind} array, but q is a {family} array; expected "
+                + ("NumPy arrays" if family == "numpy" else f"{family} or NumPy arrays")
             )
 
 

@@ -42,6 +42,10 @@ class Predicate(Mask):
             )
         return site.array(answer).reshape(shape)
 
+    def __reduce__(self) -> tuple[type[Predicate], tuple[Callable[..., Any]]]:
+        """Made again from its function: a copy, or one read from a file, has a name of its own."""
+        return Predicate, (self.function,)
+
     def describe(self) -> str:
         return f"predicate({getattr(self.function, '__name__', '…')})"
 
