@@ -217,7 +217,8 @@ def _begin(
         shares = torch.empty_like(level)
         far = torch.zeros(1, dtype=torch.int32, device=lse.device)
         sinks = operands.sinks.contiguous() if operands.sinks is not None else None
-        blocks = blocks_of("d_q", plan, lse.device)
+        # The lists of d_q's tiles; where it has work at all it is in no hurry.
+        blocks = blocks_of("d_q", plan, lse.device)._replace(stages=1)
         for slab in facts.slabs("queries", blocks):
             masked, grid = slab.lists is not None, (slab.tiles * problem.batch * problem.q_heads,)
             launch(

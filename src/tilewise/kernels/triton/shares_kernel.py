@@ -35,6 +35,8 @@ def shares_kernel(
     if tl.max(far.to(tl.int32), axis=0) == 0:
         tl.store(level.share + own, tl.full([BLOCK_Q], 1.0, tl.float32), mask=inside)
     else:
+        q_tile = load_tile(q, b, h, first, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
+        d_out_tile = load_tile(d_out, b, h, first, call.shape.q_len, BLOCK_Q, call.shape.dv, call.shape.block_dv, False)
         row = row_of(lists, tile, tiles, b, h, call.shape.q_heads)
         mixed, full = counts_of(lists, row, call.shape.k_len, BLOCK_K, True)
         peak = tl.full([BLOCK_Q], -INF, tl.float32)
@@ -42,7 +44,9 @@ def shares_kernel(
         pull = tl.zeros([BLOCK_Q], tl.float32)
         for n in range(0, mixed + full):
             keys = nth_tile(lists, row, n, mixed, call.shape.k_len, BLOCK_K) * BLOCK_K
-            peak, total, pull = _absorb(peak, total, pull, q, k, v, d_out, first, keys, b, h, call, BLOCK_Q, BLOCK_K)
+            peak, total, pull = _absorb(
+                peak, total, pull, q_tile, d_out_tile, k, v, first, keys, b, h, call, BLOCK_Q, BLOCK_K
+            )
         if sinks is not None:
             sink = in_log2(tl.load(sinks + h).to(tl.float32))
             top = tl.maximum(peak, sink)
@@ -59,16 +63,14 @@ def shares_kernel(
 
 @triton.jit
 def _absorb(
-    peak, total, pull, q, k, v, d_out, first, first_key, b, h, call, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    peak, total, pull, q_tile, d_out_tile, k, v, first, first_key, b, h, call,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Each row's largest score, its sum of weights and that of the weights times their gradients, after more keys."""
     i, j = (first + tl.arange(0, BLOCK_Q))[:, None], (first_key + tl.arange(0, BLOCK_K))[None, :]
     kv_head = h // call.shape.group
-    q_tile = load_tile(q, b, h, first, call.shape.q_len, BLOCK_Q, call.shape.d, call.shape.block_d, False)
     k_tile = load_tile(k, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, False)
     s, seen, _ = score(product(q_tile, tl.trans(k_tile)), call, b, h, i, j, True)
-    # Only now, and again for each tile: registers hold what was loaded until it is multiplied.
-    d_out_tile = load_tile(d_out, b, h, first, call.shape.q_len, BLOCK_Q, call.shape.dv, call.shape.block_dv, False)
     v_tile = load_tile(v, b, kv_head, first_key, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, False)
     top = tl.maximum(peak, tl.max(s, axis=1))
     base = tl.where(top == -INF, 0.0, top)
