@@ -42,6 +42,8 @@ SPILLS = {
     ("sm_90", 256, "bfloat16", "d_kv_kernel", "+dropout+causal+atomics"): 8,
     ("sm_90", 512, "float32", "careful_d_kv_kernel", "+causal"): 168,
     ("sm_100", 128, "bfloat16", "d_kv_kernel", "+softcap+dense+sinks+dropout+table"): 24,
+    ("sm_100", 128, "bfloat16", "d_q_kernel", "+causal"): 8,
+    ("sm_100", 256, "bfloat16", "d_q_kernel", "+causal"): 8,
     ("sm_100", 256, "bfloat16", "d_table_kernel", "+table+causal"): 56,
     ("sm_100", 512, "bfloat16", "d_kv_kernel", "+table+causal"): 8,
     ("sm_100", 512, "bfloat16", "careful_d_kv_kernel", "+softcap+dense+sinks+dropout+table"): 208,
