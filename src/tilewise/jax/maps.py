@@ -22,6 +22,7 @@ from jax.extend.core import Primitive
 
 from ..errors import KernelRefused
 from ..kernels.portable import jax_scan
+from ..kernels.portable.jax_far import levels
 from ..kernels.portable.jax_scan import Facts, Smooth
 from . import ffi
 from .case import LSE, OUT, Axes, Case, Flags
@@ -105,25 +106,36 @@ def _backward(case: Case, cpu: bool, chosen: Flags, *operands: Array) -> list[Ar
         found = ffi.backward(case.problem, chosen, *case.parts(primal), out, lse, d_out, d_lse)
         return [gradient.astype(x.dtype) for gradient, x in zip(found, like, strict=True)]
 
-    def along(*given: Array) -> tuple[Array, Array]:
-        return _along(case, case.tangents(chosen, given), rest)
+    *primal, out, lse = rest
+    smooth, facts = case.parts(primal)
+    dtype = case.problem.accumulator
+    d_out, d_lse, out = d_out.astype(dtype), d_lse.astype(dtype), out.astype(dtype)
+    pull, level = d_lse - (d_out * out).sum(-1), lse
+    rows = levels(case.problem, case.tiles, smooth, facts, lse, d_out)
+    if rows is not None:
+        # The derivative stays that of the formula, from which what was found again differs in rounding alone.
+        more = jax.lax.stop_gradient(jnp.where(rows.far, d_lse - rows.pull - pull, 0))
+        pull, level, d_out = (pull + more) * rows.share, rows.level, d_out * rows.share[..., None]
 
-    return list(jax.linear_transpose(along, *like)((d_out.astype(case.problem.accumulator), d_lse)))
+    def along(*given: Array) -> tuple[Array, Array]:
+        return _sums_along(case, case.tangents(chosen, given), smooth, facts, level)
+
+    return list(jax.linear_transpose(along, *like)((d_out, pull)))
 
 
 def _along(case: Case, moving: Smooth, operands: Any) -> tuple[Array, Array]:
     """Tangents of out and lse in the accumulator's dtype, by the portable kernel."""
     *primal, out, lse = operands
     smooth, facts = case.parts(primal)
-    shares = jax_scan.shares(case.problem, case.tiles, smooth, facts, lse)
-    d_out, d_lse = _plainly_along(case, moving, smooth, facts, out, lse)
-    return (d_out, d_lse) if shares is None else (d_out * shares[..., None], d_lse * shares)
+    rows = levels(case.problem, case.tiles, smooth, facts, lse)
+    weighted, d_lse = _sums_along(case, moving, smooth, facts, lse if rows is None else rows.level)
+    if rows is not None:
+        weighted, d_lse = weighted * rows.share[..., None], d_lse * rows.share
+    return weighted - out * d_lse[..., None], d_lse
 
 
-def _plainly_along(
-    case: Case, moving: Smooth, smooth: Smooth, facts: Facts, out: Array, lse: Array
-) -> tuple[Array, Array]:
-    function = partial(jax_scan.tangent, case.problem, case.tiles, smooth, facts, out, lse)
+def _sums_along(case: Case, moving: Smooth, smooth: Smooth, facts: Facts, level: Array) -> tuple[Array, Array]:
+    function = partial(jax_scan.sums_along, case.problem, case.tiles, smooth, facts, level)
     if jax.__version_info__ >= _SCANS_TRANSPOSE:
         return function(moving)
     # Older ones transpose only scans that their own differentiation has marked as linear; the derivative of a linear

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf, log
 from typing import Any
 
 from .._arrays import Array, Family, dtype_name, family_of
@@ -21,8 +22,14 @@ FAR = 177.0
 
 
 def may_be_far(problem: AttentionProblem) -> bool:
-    """Whether biases may carry lse far from 0, and it can be mended: of a part of the keys it cannot."""
-    return (bool(problem.bias.dense) or problem.bias.table) and not problem.part
+    """Whether a row's lse can be far from 0, and it can be mended: of a part of the keys it cannot.
+
+    A soft cap bounds the scores, and so lse, unless biases or sinks are added.
+    """
+    if problem.part:
+        return False
+    bound = inf if problem.softcap is None else problem.softcap + log(max(1, problem.k_len))
+    return bool(problem.bias.dense) or problem.bias.table or problem.sinks or bound > FAR
 
 
 @dataclass(frozen=True, slots=True, eq=False)

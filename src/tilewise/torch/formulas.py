@@ -57,10 +57,14 @@ def gradient_formula(
         return _sum(Program("gradients", flags, _bands(call)), rest, [array for _, array in inputs])
 
     chosen = frozenset(names[n] for n in wanted)
-    shares = _shares(call, given, rest, lse)
-    if shares is not None:
-        d_out, d_lse = d_out * ungrouped(shares)[..., None], d_lse * ungrouped(shares)
-    sums = gradient_sums(call, given, chosen, row_terms(call, out, lse, d_out, d_lse), total)
+    terms = row_terms(call, out, lse, d_out, d_lse)
+    levels = _levels(call, given, rest, lse, terms.d_out)
+    if levels is not None:
+        # The derivative stays that of the formula, from which what was found again differs in rounding alone.
+        more = torch.where(levels.far, call.rows(d_lse) - levels.pull - terms.pull, 0.0).detach()
+        d_out = terms.d_out.to(call.verbs.dtype) * levels.share[..., None]
+        terms = terms._replace(level=levels.level, d_out=d_out, pull=(terms.pull + more) * levels.share)
+    sums = gradient_sums(call, given, chosen, terms, total)
     found, taken = [], dict.fromkeys(chosen, 0)
     for n, name in enumerate(names):
         if name in sums:
@@ -78,6 +82,9 @@ def tangent_formula(
     dtype = call.verbs.dtype
     empty = lse_is_empty(call, lse)
     held = torch.where(empty, 0.0, call.rows(lse))
+    levels = _levels(call, given, rest, lse, call.rows(out))
+    if levels is not None:
+        held = levels.level
     count = len(call.primals)
     moving = {
         n: tangent.to(dtype) if call.primals[n][0] is Axes.KEYS else call.rows(tangent.to(dtype))
@@ -93,28 +100,44 @@ def tangent_formula(
     if given.sinks is not None and moved is not None:
         sinks, moved = (x.to(dtype).reshape(*call.q.shape[1:3], 1) for x in (given.sinks, moved))
         weights = weights + torch.where(empty, 0.0, torch.exp(sinks - held)) * moved
-    shares = _shares(call, given, rest, lse)
-    if shares is not None:
-        values, weights = values * shares[..., None], weights * shares
+    if levels is not None:
+        values, weights = values * levels.share[..., None], weights * levels.share
     d_out = values - call.rows(out).to(dtype) * weights[..., None]
     return ungrouped(d_out).to(out.dtype), ungrouped(weights)
 
 
-def _shares(call: Call, operands: Operands, rest: Rest, lse: Tensor) -> Tensor | None:
-    """What the formulas, linear in each row's probabilities, are to be multiplied by, grouped; None for 1.
+class _Levels(NamedTuple):
+    """Of each row, grouped: its probabilities are share * exp(score - level).
 
-    Where biases carry lse far from 0, these have another sum than 1 (`row_terms.py`). It is 1 but for rounding, so it
-    has no derivative. Whether there are such rows is not asked: it would be a choice by data, which no compiler takes.
+    Attributes:
+        level: lse, 0 of rows that see nothing, and of far rows the largest score. share: 1, of far rows what makes
+            their probabilities' sum 1. far: booleans, which these are (see `row_terms.py`).
+        pull: of far rows the sum of the probabilities times their gradients.
+    """
+
+    level: Tensor
+    share: Tensor
+    far: Tensor
+    pull: Tensor
+
+
+def _levels(call: Call, operands: Operands, rest: Rest, lse: Tensor, d_out: Tensor) -> _Levels | None:
+    """The levels of all rows, None where no row can be far.
+
+    Their derivatives are those of level lse and share 1, which they are but for rounding. Whether there are such rows
+    is asked inside the operator: a choice by data is none that a compiler could take.
     """
     if not may_be_far(call.problem):
         return None
-    level = torch.where(lse_is_empty(call, lse), 0.0, call.rows(lse)).detach()
-    inputs = [array.detach() for _, array in call.primals]
-    _, total = _sum(Program("sums", (), _bands(call)), rest, [*inputs, level])
+    level = torch.where(lse_is_empty(call, lse), 0.0, call.rows(lse))
+    held = level.detach()
+    sinks = torch.full_like(held, float("-inf"))
     if operands.sinks is not None:
-        total = total + torch.exp(operands.sinks.detach().reshape(*call.q.shape[1:3], 1) - level)
-    far = (level.abs() > FAR) & level.isfinite()
-    return torch.where(far, 1 / total, 1.0)
+        sinks = operands.sinks.detach().to(held.dtype).reshape(*call.q.shape[1:3], 1).expand(held.shape)
+    inputs = [array.detach() for _, array in call.primals]
+    found, share, pull = _sum(Program("levels", (), _bands(call)), rest, [*inputs, held, sinks, d_out.detach()])
+    far = (held.abs() > FAR) & held.isfinite()
+    return _Levels(level + torch.where(far, found - held, 0.0), share, far, pull)
 
 
 def _sum(program: Program, rest: Rest, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ..contract import Dropout
 from ..kernels.portable.axes import Axes, Tile
+from ..kernels.portable.call import Call
 from ..kernels.portable.local import Local
+from ..kernels.portable.row_terms import far_rows
 from ..kernels.portable.tiled_sum import tiled_sum
 from ..kernels.portable.tiles import default_tiles
 from ..kernels.portable.verbs import Verbs, verbs_for
@@ -38,7 +40,9 @@ class Program:
     """A function of tiles of q, k, v, the biases and a few rows, and how often it was differentiated.
 
     Attributes:
-        name: the method of `Local` it begins with, "sums" or "gradients".
+        name: the method of `Local` it begins with, "sums" or "gradients"; or "levels", which is no such sum, has no
+            derivative and looks for rows whose lse is far from 0 (`far_rows`): of the operands, lse, the rows' sinks
+            and d_out it makes the level, the reciprocal of the sum and the weighed gradient of each row.
         wanted: which gradients of q, k, v and the biases "gradients" makes.
         bands: for each bias, whether it is a table over j - i; else it is dense.
         steps: ("pull" or "push", numbers of the inputs with respect to which), in order.
@@ -78,6 +82,8 @@ class Program:
         outputs: tuple[Axes, ...]
         if self.name == "sums":
             inputs, outputs = (*primals, Axes.ROWS), (Axes.ROWS, Axes.ROWS)
+        elif self.name == "levels":
+            inputs, outputs = (*primals, Axes.ROWS, Axes.ROWS, Axes.ROWS), (Axes.ROWS,) * 3
         else:
             inputs = (*primals, Axes.ROWS, Axes.ROWS, Axes.ROWS)
             outputs = tuple(axes for axes, want in zip(primals, self.wanted, strict=True) if want)
@@ -91,6 +97,8 @@ class Program:
         q, _, v = inputs[:3]
         if self.name == "sums":
             outputs = [(*q[:-1], v[-1]), tuple(q[:-1])]
+        elif self.name == "levels":
+            outputs = [tuple(q[:-1])] * 3
         else:
             outputs = [shape for shape, want in zip(inputs, self.wanted, strict=False) if want]
         for kind, active in self.steps:
@@ -129,6 +137,8 @@ class Program:
             arrays = [x.detach() for x in inputs]
             biases = tuple(zip(self.biases, arrays[3:], strict=False))
             walk = Walk(problem, mask, dropout, verbs, default_tiles(problem), biases)
+            if self.name == "levels":
+                return _levels(Call(problem, verbs, arrays[0], arrays[1], arrays[2], biases, walk), *arrays[-3:])
             given = tuple(zip(layouts, arrays, strict=True))
             return tiled_sum(walk, self._local(verbs, problem), given, tuple(zip(outputs, shapes, strict=True)))
 
@@ -140,6 +150,13 @@ class Program:
             local = partial(_derived, local, pull_back if kind == "pull" else push_forward, active, count)
             count = len(replace(self, steps=self.steps[: n + 1]).layouts()[0])
         return local
+
+
+def _levels(call: Call, level: Tensor, sinks: Tensor, d_out: Tensor) -> list[Tensor]:
+    found = far_rows(call, level, sinks, d_out)
+    if found is None:
+        return [level.clone(), torch.ones_like(level), torch.zeros_like(level)]
+    return [found.level, 1 / found.total, torch.where(found.far, found.weighed / found.total, 0.0)]
 
 
 def _differentiable() -> AbstractContextManager[Any]:

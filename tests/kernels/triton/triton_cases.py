@@ -140,6 +140,13 @@ def _plant_one_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     k[1, 1, 2], v[1, 1, 3], q[1, 3, 0] = float("nan"), float("inf"), float("nan")
 
 
+def _plant_large(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Queries and keys whose scores carry lse far from 0, each key twice, so that rows do not see one key alone."""
+    q.mul_(100)
+    k.mul_(100)
+    k[:, :, 1::2] = k[:, :, : k.shape[2] - 1 : 2]
+
+
 def _some(b: Any, h: Any, i: Any, j: Any) -> Any:
     return (i * 7 + j * 3 + h + b) % 5 < 2
 
@@ -164,6 +171,9 @@ CASES = (
     Case("bias for all heads", lambda s: {"bias": _random((s.sq, s.sk), s.device)}, batch=2, lengths=FEW),
     Case("bias with -inf", _minus_inf),
     Case("far rows", _far),
+    Case("large queries and keys", plant=_plant_large),
+    Case("large, sinks and dropout", lambda s: CAUSAL | {"dropout": tw.Dropout(0.3, 9),
+         "sinks": torch.tensor([-2e3, 1e4], device=s.device)}, lengths=FEW, plant=_plant_large),
     Case("three biases and a table", _three_biases),
     Case("alibi", lambda s: CAUSAL | {"bias": tw.alibi(_random((s.h,), s.device).abs(), "end")}, batch=2, lengths=FEW),
     Case("one table, predicate", _one_table),
@@ -210,6 +220,7 @@ CASES = (
     Case("atomics, all options", lambda s: _three_biases(s) | {"softcap": 2.0, "dropout": tw.Dropout(0.3, 7),
          "sinks": 0.5, "layout": "bshd"}, way="atomics"),
     Case("atomics, far rows", _far, way="atomics"),
+    Case("atomics, large queries and keys", lambda s: CAUSAL, plant=_plant_large, way="atomics"),
     Case("atomics, rubbish", _thirds, plant=_plant_documents, way="atomics"),
     Case("atomics, late rubbish", lambda s: {"mask": tw.causal("start")}, plant=_plant_late, lengths=(0.6, 1.0),
          way="atomics"),

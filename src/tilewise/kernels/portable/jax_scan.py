@@ -1,6 +1,7 @@
 """The portable kernel's body for jax: tiles of scores under two nested scans, over blocks of queries and of keys.
 
-`attend` is the online softmax. `tangent` is its derivative, linear in the tangents and itself a sum over tiles:
+`attend` is the online softmax. Its derivative is linear in the tangents and itself made of sums over tiles, which are
+those of `sums_along`:
 
     p = exp(s - lse)          d_lse = sum_j p ds          d_out = sum_j p (ds v + dv) - out d_lse
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from ...contract import Dropout, Operands, Plan, Tiles
 from ...masks.lower import LoweredMask
 from ...problem import AttentionProblem
-from ..state import FAR, State, may_be_far
+from ..state import State
 from .jax_products import pair_products, weighted_rows
 from .jax_tiles import Grid, Tile
 
@@ -68,116 +69,104 @@ def attend(problem: AttentionProblem, tiles: Tiles, smooth: Smooth, facts: Facts
     if not problem.scores:
         return _nothing(problem)
     grid = Grid.of(problem, tiles)
-    sinks = _if_given(partial(_per_row, grid), smooth.sinks)
+    sinks = if_given(partial(per_row, grid), smooth.sinks)
+
+    def weigh(weights: Array, tile: Tile, at: Smooth, seen: Array | None, _: None) -> Array:
+        return weighted_rows(dropped(weights, tile, facts), at.v, seen)
 
     def end(state: State, _: None) -> tuple[Array, Array]:
         return state.finish(jnp, sinks)
 
-    out, lse = _each_block(problem, grid, smooth, facts, end, None)
-    return _join(grid, out), _join(grid, lse[..., None])[..., 0]
+    out, lse = each_block(problem, grid, smooth, facts, (weigh, problem.value_dim), end, None)
+    return join(grid, out), join(grid, lse[..., None])[..., 0]
 
 
-def shares(problem: AttentionProblem, tiles: Tiles, smooth: Smooth, facts: Facts, lse: Array) -> Array | None:
-    """What `tangent` of each row is to be multiplied by, (B, Hq, Sq) in the accumulator's dtype; None for 1.
-
-    Where biases carry lse far from 0, the probabilities that `tangent` makes of it have another sum than 1
-    (`row_terms.py`). Nothing is differentiated here: the sum is 1 but for rounding.
-    """
-    if not may_be_far(problem) or not problem.scores:
-        return None
-    smooth, lse = jax.lax.stop_gradient((smooth, lse))
-    grid = Grid.of(problem, tiles)
-    far = (abs(lse) > FAR) & jnp.isfinite(lse)
-    sinks = _if_given(partial(_per_row, grid), smooth.sinks)
-
-    def end(state: State, level: Array) -> Array:
-        total = state.total * jnp.exp(state.peak - level)
-        return total if sinks is None else total + jnp.exp(sinks - level)
-
-    def found() -> Array:
-        sums = _each_block(problem, grid, smooth, facts, end, _query_blocks(grid, lse[..., None])[..., 0])
-        return jnp.where(far, 1 / _join(grid, sums[..., None])[..., 0], 1)
-
-    ones = _zeros((_accumulating(problem, smooth), lse))(lse.shape) + 1
-    return jax.lax.cond(_for_any(far.any()), found, lambda: ones)
-
-
-def _each_block(
-    problem: AttentionProblem, grid: Grid, smooth: Smooth, facts: Facts, end: Callable, rows: Array | None
+def each_block(
+    problem: AttentionProblem,
+    grid: Grid,
+    smooth: Smooth,
+    facts: Facts,
+    weighing: tuple[Callable, int],
+    end: Callable,
+    rows: Array | None,
 ) -> Any:
-    """`end(state, rows)` of each block of queries after all keys that it sees."""
-    smooth = _accumulating(problem, smooth)
-    zeros, keys = _zeros(smooth), _key_blocks(grid, smooth)
+    """`end(state, own rows)` of each block of queries after all keys that it sees.
+
+    Args:
+        weighing: (weights, tile, operands, seen, own rows) -> what the state is to sum up, and its last axis' size.
+        rows: blocks of what else there is of the rows.
+    """
+    smooth = accumulating(problem, smooth)
+    zeros, keys = zeros_of((smooth, rows)), _key_blocks(grid, smooth)
+    weigh, width = weighing
 
     def block(i: Array, q: Array, own: Array | None) -> Any:
         def absorb(carry: tuple, tile: Tile, at: Smooth, seen: Array | None, _: None) -> tuple:
-            scores = _scores(grid, at, seen)
-            scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
-            state = State(*carry).absorb(
-                jnp, scores, lambda weights: weighted_rows(_dropped(weights, tile, facts), at.v, seen)
-            )
+            scores = visible(_scores(grid, at, seen), seen, -jnp.inf)
+            state = State(*carry).absorb(jnp, scores, lambda weights: weigh(weights, tile, at, seen, own))
             return state.peak, state.total, state.weighted
 
-        empty = State.empty(zeros, (problem.batch, problem.kv_heads, grid.rows), problem.value_dim)
+        empty = State.empty(zeros, (problem.batch, problem.kv_heads, grid.rows), width)
         carry = (empty.peak, empty.total, empty.weighted)
         carry = _scan(_step(grid, facts, smooth, i, q, absorb), carry, (keys, None))[0]
         return end(State(*carry), own)
 
-    xs = jnp.asarray(grid.queries.starts), _query_blocks(grid, smooth.q), rows
+    xs = jnp.asarray(grid.queries.starts), query_blocks(grid, smooth.q), rows
     return _scan(lambda _, xs: (None, block(*xs)), None, xs)[1]
 
 
-def tangent(
-    problem: AttentionProblem, tiles: Tiles, smooth: Smooth, facts: Facts, out: Array, lse: Array, moving: Smooth
+def sums_along(
+    problem: AttentionProblem, tiles: Tiles, smooth: Smooth, facts: Facts, lse: Array, moving: Smooth
 ) -> tuple[Array, Array]:
-    """Tangents of `attend`'s results `out` and `lse`, in their shapes and the accumulator's dtype, along `moving`."""
+    """The two sums of the module's text along `moving`: the second is the tangent of lse, the first less the second
+    times out that of out; in their shapes and the accumulator's dtype."""
     if not problem.scores:
         return _nothing(problem)[0], jnp.zeros_like(lse)
-    grid, smooth, moving = Grid.of(problem, tiles), _accumulating(problem, smooth), _accumulating(problem, moving)
-    zeros = _zeros((smooth, moving))
+    grid, smooth, moving = Grid.of(problem, tiles), accumulating(problem, smooth), accumulating(problem, moving)
+    zeros = zeros_of((smooth, moving))
 
     # Tangents of dense biases enter as blocks, for there the transpose writes each block once. Slicing them like the
     # biases themselves would have the transpose add a whole (Sq, Sk) gradient for every tile.
     full = [d is not None and 1 not in d.shape[2:] for d in moving.dense]
     bias_rows = tuple(grid.queries.split(d, 2) if whole else None for d, whole in zip(moving.dense, full, strict=True))
-    key_blocks = (_key_blocks(grid, smooth), *(_if_given(grid.keys.split, x, 2) for x in (moving.k, moving.v)))
+    key_blocks = (_key_blocks(grid, smooth), *(if_given(grid.keys.split, x, 2) for x in (moving.k, moving.v)))
 
-    def block(i: Array, q: Array, out: Array, lse: Array, d_q: Array | None, bias_rows: tuple) -> tuple[Array, Array]:
+    def block(i: Array, q: Array, lse: Array, d_q: Array | None, bias_rows: tuple) -> tuple[Array, Array]:
         unseen = lse == -jnp.inf
         base = jnp.where(unseen, 0.0, lse)
 
         def absorb(carry: tuple, tile: Tile, at: Smooth, seen: Array | None, blocks: tuple) -> tuple:
             (d_weighted, d_lse), (d_k, d_v, bias_tiles) = carry, blocks
             d_dense = tuple(
-                b if b is not None else _if_given(tile.cut, d) for b, d in zip(bias_tiles, moving.dense, strict=True)
+                b if b is not None else if_given(tile.cut, d) for b, d in zip(bias_tiles, moving.dense, strict=True)
             )
-            along = Smooth(d_q, d_k, dense=d_dense, table=_if_given(tile.band, moving.table))
+            along = Smooth(d_q, d_k, dense=d_dense, table=if_given(tile.band, moving.table))
             scores, d_scores = _scores_along(grid, at, along, seen)
-            p = _visible(jnp.exp(_visible(scores, seen, -jnp.inf) - base[..., None]), seen)
+            p = visible(jnp.exp(visible(scores, seen, -jnp.inf) - base[..., None]), seen)
             if d_scores is not None:
-                pull = _visible(p * d_scores, seen)
+                pull = visible(p * d_scores, seen)
                 d_lse = d_lse + pull.sum(-1)
-                d_weighted = d_weighted + weighted_rows(_dropped(pull, tile, facts), at.v, seen)
+                d_weighted = d_weighted + weighted_rows(dropped(pull, tile, facts), at.v, seen)
             if d_v is not None:
-                d_weighted = d_weighted + weighted_rows(_dropped(p, tile, facts), d_v, seen)
+                d_weighted = d_weighted + weighted_rows(dropped(p, tile, facts), d_v, seen)
             return d_weighted, d_lse
 
-        columns = tuple(_if_given(grid.keys.split, rows, 3) for rows in bias_rows)
+        columns = tuple(if_given(grid.keys.split, rows, 3) for rows in bias_rows)
         step = jax.checkpoint(_step(grid, facts, smooth, i, q, absorb), prevent_cse=False)
         shape = (problem.batch, problem.kv_heads, grid.rows)
         carry = (zeros((*shape, problem.value_dim)), zeros(shape))
         (keys, d_k, d_v) = key_blocks
         (d_weighted, d_lse), _ = _scan(step, carry, (keys, (d_k, d_v, columns)))
         if moving.sinks is not None:
-            sink, d_sink = _per_row(grid, smooth.sinks), _per_row(grid, moving.sinks)
+            sink, d_sink = per_row(grid, smooth.sinks), per_row(grid, moving.sinks)
             d_lse = d_lse + jnp.where(unseen, 0.0, jnp.exp(sink - base) * d_sink)
-        return d_weighted - out * d_lse[..., None], d_lse
+        return d_weighted, d_lse
 
     body = jax.checkpoint(lambda xs: block(*xs), prevent_cse=False)
-    rows = (*(_query_blocks(grid, x) for x in (smooth.q, out)), _query_blocks(grid, lse[..., None])[..., 0])
-    xs = (jnp.asarray(grid.queries.starts), *rows, _if_given(partial(_query_blocks, grid), moving.q), bias_rows)
-    _, (d_out, d_lse) = _scan(lambda _, xs: (None, body(xs)), None, xs)
-    return _join(grid, d_out), _join(grid, d_lse[..., None])[..., 0]
+    rows = query_blocks(grid, smooth.q), query_blocks(grid, lse[..., None])[..., 0]
+    xs = (jnp.asarray(grid.queries.starts), *rows, if_given(partial(query_blocks, grid), moving.q), bias_rows)
+    _, (d_weighted, d_lse) = _scan(lambda _, xs: (None, body(xs)), None, xs)
+    return join(grid, d_weighted), join(grid, d_lse[..., None])[..., 0]
 
 
 def _scan(step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
@@ -197,7 +186,7 @@ def _step(grid: Grid, facts: Facts, smooth: Smooth, i: Array, q: Array, absorb: 
         tile = Tile(grid, i, j, fresh, facts.corner)
 
         def visit(carry: tuple) -> tuple:
-            at = Smooth(q, k, v, tuple(map(tile.cut, smooth.dense)), _if_given(tile.band, smooth.table))
+            at = Smooth(q, k, v, tuple(map(tile.cut, smooth.dense)), if_given(tile.band, smooth.table))
             seen = tile.seen(mask, at.dense, at.table)
             if seen is None or (mask.dense is None and mask.lazy is None):
                 return absorb(carry, tile, at, seen, extra)
@@ -211,11 +200,11 @@ def _step(grid: Grid, facts: Facts, smooth: Smooth, i: Array, q: Array, absorb: 
 
 def _where(worth: Array, visit: Callable[[tuple], tuple], carry: tuple) -> tuple:
     """`visit(carry)`, or `carry` where that is known to be the same."""
-    return jax.lax.cond(_for_any(worth), visit, lambda carry: carry, carry)
+    return jax.lax.cond(for_any(worth), visit, lambda carry: carry, carry)
 
 
 @jax.custom_batching.custom_vmap
-def _for_any(worth: Array) -> Array:
+def for_any(worth: Array) -> Array:
     """A condition that stays one under `vmap`: all mapped examples take the branch that one of them needs.
 
     Left to jax, the condition would be mapped, both branches computed, and the linear ones no longer transposed.
@@ -223,7 +212,7 @@ def _for_any(worth: Array) -> Array:
     return worth
 
 
-@_for_any.def_vmap
+@for_any.def_vmap
 def _(size: int, mapped: list[bool], worth: Array) -> tuple[Array, bool]:
     return worth.any(0) if mapped[0] else worth, False
 
@@ -255,28 +244,28 @@ def _scores_along(grid: Grid, at: Smooth, along: Smooth, seen: Array | None) -> 
     return jax.jvp(scores, [values[n] for n in movers], [tangents[n] for n in movers])
 
 
-def _dropped(weights: Array, tile: Tile, facts: Facts) -> Array:
+def dropped(weights: Array, tile: Tile, facts: Facts) -> Array:
     """Weights after dropout, kept ones divided by 1 - p."""
     if facts.dropout is None:
         return weights
     return jnp.where(tile.kept(facts.dropout, facts.mask.site.heads), weights * facts.dropout.inverse_keep, 0)
 
 
-def _visible(x: Array, seen: Array | None, otherwise: float = 0.0) -> Array:
+def visible(x: Array, seen: Array | None, otherwise: float = 0.0) -> Array:
     return x if seen is None else jnp.where(seen, x, otherwise)
 
 
-def _if_given(function: Callable, x: Array | None, *more: Any) -> Any:
+def if_given(function: Callable, x: Array | None, *more: Any) -> Any:
     return None if x is None else function(x, *more)
 
 
-def _query_blocks(grid: Grid, x: Array) -> Array:
+def query_blocks(grid: Grid, x: Array) -> Array:
     """(B, Hq, Sq, D) as blocks (count, B, Hkv, R, D)."""
     blocks = grid.queries.split(x, 2)
     return blocks.reshape(blocks.shape[0], x.shape[0], grid.problem.kv_heads, grid.rows, x.shape[3])
 
 
-def _join(grid: Grid, blocks: Array) -> Array:
+def join(grid: Grid, blocks: Array) -> Array:
     """Blocks of rows (count, B, Hkv, R, D) as (B, Hq, Sq, D)."""
     count, batch, _, _, dim = blocks.shape
     return grid.queries.join(blocks.reshape(count, batch, grid.problem.q_heads, grid.queries.size, dim), 2)
@@ -288,25 +277,25 @@ def _key_blocks(grid: Grid, smooth: Smooth) -> tuple[Array, ...]:
     return jnp.asarray(grid.keys.starts), fresh, grid.keys.split(smooth.k, 2), grid.keys.split(smooth.v, 2)
 
 
-def _per_row(grid: Grid, sinks: Array) -> Array:
+def per_row(grid: Grid, sinks: Array) -> Array:
     """(Hq,) as (1, Hkv, R), in the accumulator's dtype."""
     problem = grid.problem
     heads = sinks.astype(problem.accumulator).reshape(1, problem.kv_heads, problem.group, 1)
     return jnp.broadcast_to(heads, (*heads.shape[:3], grid.queries.size)).reshape(1, problem.kv_heads, grid.rows)
 
 
-def _accumulating(problem: AttentionProblem, x: Smooth) -> Smooth:
+def accumulating(problem: AttentionProblem, x: Smooth) -> Smooth:
     """In the accumulator's dtype, all that many tiles share: gradients are summed in that dtype and rounded once."""
 
     def wide(array: Array | None) -> Any:
-        return _if_given(lambda array: array.astype(problem.accumulator), array)
+        return if_given(lambda array: array.astype(problem.accumulator), array)
 
     # A full dense bias belongs to one tile in each of its elements, and is too large to be converted whole.
     dense = tuple(wide(d) if d is not None and 1 in d.shape[2:] else d for d in x.dense)
     return Smooth(wide(x.q), wide(x.k), wide(x.v), dense, wide(x.table), wide(x.sinks))
 
 
-def _zeros(arrays: Any) -> Callable[[tuple[int, ...]], Array]:
+def zeros_of(arrays: Any) -> Callable[[tuple[int, ...]], Array]:
     """A maker of zeros that vary over the same mesh axes as `arrays`, as `shard_map` wants of a scan's carry."""
     leaves = jax.tree.leaves(arrays)
     zero = sum(jnp.zeros_like(x, shape=(), dtype=leaves[0].dtype) for x in leaves)

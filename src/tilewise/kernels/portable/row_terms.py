@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from ..._arrays import Array
 from ...contract import Operands
-from ..state import FAR
-from .axes import Axes, Block
+from ..state import FAR, may_be_far
+from .axes import Axes
 from .call import Call
 from .forward import attend
 from .tiled_sum import tiled_sum
@@ -44,38 +44,58 @@ def lse_is_empty(call: Call, lse: Array) -> Array:
     return call.rows(lse) == _MINUS_INF
 
 
-def mended(call: Call, operands: Operands, terms: RowTerms, d_lse: Array | None) -> RowTerms:
-    """The terms with those of far rows found again, whose lse has lost the last places of the logarithm of their sum.
+class FarRows(NamedTuple):
+    """What lse has lost of far rows, found again; each (B, Hkv, G, Sq).
 
-    float32's 10^9 and its neighbour are 64 apart. A far row's level is its largest score, and its gradients, which are
-    linear in d_out and pull as they are in its probabilities, are divided by the sum of these.
+    Attributes:
+        far: booleans, which rows these are.
+        level: their largest score, lse of the others. total: their sum of exp(score - level), 1 of the others.
+        weighed: their sum of exp(score - level) times its gradient, without meaning of the others.
     """
-    verbs, xp = call.verbs, call.verbs.xp
-    far = (abs(terms.level) > FAR) & (abs(terms.level) < float("inf"))
-    if call.problem.part or not bool(far.any()):
-        return terms
-    sinks = None
+
+    far: Array
+    level: Array
+    total: Array
+    weighed: Array
+
+
+def mended(call: Call, operands: Operands, terms: RowTerms, d_lse: Array | None) -> RowTerms:
+    """The terms with those of far rows found again: their gradients, which are linear in d_out and pull as they are in
+    their probabilities, are divided by the sum of these."""
+    verbs, xp, sinks = call.verbs, call.verbs.xp, None
     if operands.sinks is not None:
-        sinks = verbs.cast(operands.sinks).reshape(*call.q.shape[1:3], 1)
-    level = terms.level + 0.0
-    for block in call.walk.blocks():
-        rows = block.batch, block.heads, slice(None), block.rows
-        if bool(far[rows].any()):
-            level[rows] = xp.where(far[rows], _largest(call, block, sinks), level[rows])
-    inputs = *call.primals, (Axes.ROWS, level), (Axes.ROWS, terms.d_out)
-    local, shape = call.local().row_sums, tuple(level.shape)
-    total, pull = tiled_sum(call.walk, local, inputs, [(Axes.ROWS, shape)] * 2)
-    if sinks is not None:
-        total = total + xp.exp(sinks - level)
-    total = xp.where(far, total, 1.0)
-    pull = -pull / total
+        sinks = xp.broadcast_to(verbs.cast(operands.sinks).reshape(*call.q.shape[1:3], 1), tuple(terms.level.shape))
+    found = far_rows(call, terms.level, sinks, terms.d_out)
+    if found is None:
+        return terms
+    pull = -found.weighed / found.total
     if d_lse is not None:
         pull = pull + call.rows(d_lse)
-    d_out = verbs.cast(terms.d_out) / total[..., None]
-    return RowTerms(level, terms.empty, d_out, xp.where(far, pull / total, terms.pull))
+    d_out = verbs.cast(terms.d_out) / found.total[..., None]
+    return RowTerms(found.level, terms.empty, d_out, xp.where(found.far, pull / found.total, terms.pull))
 
 
-def _largest(call: Call, block: Block, sinks: Array | None) -> Array:
-    """The largest score of each row of a block, that of its sink among them."""
-    peak = attend(call, block).peak
-    return peak if sinks is None else call.verbs.xp.maximum(peak, sinks[block.heads])
+def far_rows(call: Call, level: Array, sinks: Array | None, d_out: Array) -> FarRows | None:
+    """Far rows by two passes over their keys, None where there are none; no derivative.
+
+    float32's 10^9 and its neighbour are 64 apart: there lse holds no logarithm of a sum.
+
+    Args:
+        level, sinks: (B, Hkv, G, Sq) in the accumulator's dtype, lse and the rows' sinks. d_out: (B, Hkv, G, Sq, Dv).
+    """
+    verbs, xp = call.verbs, call.verbs.xp
+    far = (abs(level) > FAR) & (abs(level) < float("inf"))
+    if not may_be_far(call.problem) or (verbs.known and not bool(far.any())):
+        return None
+    level = level + 0.0
+    for block in call.walk.blocks():
+        rows = block.batch, block.heads, slice(None), block.rows
+        if not verbs.known or bool(far[rows].any()):
+            peak = attend(call, block).peak
+            peak = peak if sinks is None else xp.maximum(peak, sinks[rows])
+            level[rows] = xp.where(far[rows], peak, level[rows])
+    inputs = *call.primals, (Axes.ROWS, level), (Axes.ROWS, d_out)
+    total, weighed = tiled_sum(call.walk, call.local().row_sums, inputs, [(Axes.ROWS, tuple(level.shape))] * 2)
+    if sinks is not None:
+        total = total + xp.exp(sinks - level)
+    return FarRows(far, level, xp.where(far, total, 1.0), weighed)

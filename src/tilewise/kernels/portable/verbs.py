@@ -117,8 +117,13 @@ class TorchVerbs:
 Verbs = NumpyVerbs | TorchVerbs
 
 
+def _recorded(array: Array) -> bool:
+    """Whether a CUDA graph is being recorded, when no value can be looked at."""
+    return array.is_cuda and sys.modules["torch"].cuda.is_current_stream_capturing()
+
+
 def verbs_for(array: Array, accumulator: str) -> Verbs:
     """The verbs of the framework of `array`."""
     if family_of(array) == "torch":
-        return TorchVerbs(accumulator, array.device, known=not is_abstract(array))
+        return TorchVerbs(accumulator, array.device, known=not (is_abstract(array) or _recorded(array)))
     return NumpyVerbs(accumulator)

@@ -7,17 +7,19 @@ both, whose gradients to q are added in an order that changes from run to run; i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 from ...contract import Gradients, Operands, Plan
-from ..state import may_be_far
+from ..state import FAR, may_be_far
 from .arguments import call_of, heads_together, unsound_of
 from .bias_kernels import d_dense_kernel, d_table_kernel
 from .careful_kernels import careful_d_kv_kernel, careful_d_q_kernel, unsound_d_q_kernel
 from .d_kv_kernel import d_kv_kernel
 from .d_q_kernel import d_q_kernel
-from .device.records import Call, Rows, View, rows, view
+from .device.arithmetic import LOG2E, MOST
+from .device.records import Call, Levels, Rows, View, levels, rows, view
 from .facts import Facts, facts_of
 from .forward import like_layout
 from .launch import blocks_of, launch, on_device_of
@@ -70,15 +72,18 @@ class _Step:
     """One backward pass: what its kernels share.
 
     Attributes:
-        tiles: views of q, k, v and d_out, then level and delta of each row (see `rows_kernel`), in the kernels' order.
-        delta: (B, Hq, Sq) float32.
+        tiles: views of q, k, v and d_out, then levels and delta of each row (see `rows_kernel` and `shares_kernel`), in
+            the kernels' order.
+        level, shares, delta: (B, Hq, Sq) float32; shares None where no row can be far.
     """
 
     plan: Plan
     operands: Operands
     call: Call
     facts: Facts
-    tiles: tuple[View | Rows, ...]
+    tiles: tuple[View | Rows | Levels, ...]
+    level: torch.Tensor
+    shares: torch.Tensor | None
     delta: torch.Tensor
 
     def d_q(self) -> torch.Tensor:
@@ -118,10 +123,10 @@ class _Step:
             walk = slab.lists, slab.first, slab.tiles, together
             unsound = unsound_of(self.plan, grid, k.device)
             made = view(d_k), view(d_v), unsound
-            for want_k, want_v in passes:
+            for (want_k, want_v), far in product(passes, (False, True) if self.shares is not None else (False,)):
                 launch(
                     d_kv_kernel, grid, *self.tiles, sums if want_k else None, *made, call, *walk,
-                    WANT_K=want_k, WANT_V=want_v, blocks=blocks,
+                    WANT_K=want_k, WANT_V=want_v, FAR=far, blocks=blocks,
                 )  # fmt: skip
             if unsound is not None:
                 launch(careful_d_kv_kernel, grid, *self.tiles, *made, call, *walk, blocks=careful(blocks))
@@ -171,6 +176,10 @@ class _Step:
     def d_sinks(self, sinks: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """(Hq,): a sink's probability has no value, so its gradient is only what normalisation takes away."""
         share = torch.where(lse == float("-inf"), 0.0, torch.exp(sinks[None, :, None] - lse))
+        if self.shares is not None:
+            # A far row's level is no rounded lse; sinks that overflow in units of log 2 are far above all others.
+            of_far = torch.exp2((sinks[None, :, None] * LOG2E.value).clamp(-MOST.value, MOST.value) - self.level)
+            share = torch.where((lse.abs() > FAR) & lse.isfinite(), of_far * self.shares, share)
         return -(share * self.delta).sum((0, 2)).to(sinks.dtype)
 
 
@@ -188,49 +197,41 @@ def _begin(
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
 ) -> _Step:
+    problem = plan.problem
     call, facts = call_of(plan, operands), facts_of(operands.mask, operands.q.device)
-    if may_be_far(plan.problem):
-        d_out, d_lse = _shared_out(plan, operands, call, facts, lse, d_out, d_lse)
     delta, level = (
         torch.empty_like(lse, memory_format=torch.contiguous_format),
         torch.empty_like(lse, memory_format=torch.contiguous_format),
     )
     batch, heads, q_len = lse.shape
     steps = -(-q_len // _ROWS_AT_ONCE)
+    row_d_lse = rows(d_lse) if d_lse is not None else None
     launch(
         rows_kernel, (steps * batch * heads,),
-        view(out), view(d_out), rows(lse), rows(d_lse) if d_lse is not None else None, rows(delta), rows(level),
+        view(out), view(d_out), rows(lse), row_d_lse, rows(delta), rows(level),
         steps, heads, q_len,
         WIDTH=call.shape.dv.value, BLOCK=call.shape.block_dv.value, ROWS=_ROWS_AT_ONCE,
     )  # fmt: skip
-    tiles = (view(operands.q), view(operands.k), view(operands.v), view(d_out), rows(level), rows(delta))
-    return _Step(plan, operands, call, facts, tiles, delta)
-
-
-def _shared_out(
-    plan: Plan,
-    operands: Operands,
-    call: Call,
-    facts: Facts,
-    lse: torch.Tensor,
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """d_out and d_lse times each row's share: all gradients are linear in them, as they are in its probabilities."""
-    problem = plan.problem
-    shares = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    sinks = operands.sinks.contiguous() if operands.sinks is not None else None
-    blocks = blocks_of("d_q", plan, lse.device)
-    for slab in facts.slabs("queries", blocks):
-        masked, grid = slab.lists is not None, (slab.tiles * problem.batch * problem.q_heads,)
-        launch(
-            shares_kernel, grid,
-            view(operands.q), view(operands.k), rows(lse), rows(shares), call._replace(mask=slab.mask), sinks,
-            slab.lists, slab.first, slab.tiles, heads_together(problem, problem.q_heads, masked),
-            LAST_FIRST=masked, blocks=blocks,
-        )  # fmt: skip
-    d_out = torch.mul(d_out, shares[..., None], out=torch.empty_like(d_out))
-    return d_out, d_lse * shares if d_lse is not None else None
+    shares = far = None
+    if may_be_far(problem):
+        shares = torch.empty_like(level)
+        far = torch.zeros(1, dtype=torch.int32, device=lse.device)
+        sinks = operands.sinks.contiguous() if operands.sinks is not None else None
+        # The lists of d_q's tiles; where it has work at all it is in no hurry.
+        blocks = blocks_of("d_q", plan, lse.device)._replace(stages=1)
+        for slab in facts.slabs("queries", blocks):
+            masked, grid = slab.lists is not None, (slab.tiles * problem.batch * problem.q_heads,)
+            launch(
+                shares_kernel, grid,
+                view(operands.q), view(operands.k), view(operands.v), view(d_out), rows(lse), row_d_lse,
+                levels(level, shares, far), rows(delta), call._replace(mask=slab.mask), sinks,
+                slab.lists, slab.first, slab.tiles, heads_together(problem, problem.q_heads, masked),
+                LAST_FIRST=masked, blocks=blocks,
+            )  # fmt: skip
+    tiles = (
+        view(operands.q), view(operands.k), view(operands.v), view(d_out), levels(level, shares, far), rows(delta)
+    )  # fmt: skip
+    return _Step(plan, operands, call, facts, tiles, level, shares, delta)
 
 
 def _zeros(operands: Operands, wanted: frozenset[str]) -> Gradients:

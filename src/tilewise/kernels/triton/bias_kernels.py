@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .device.arithmetic import INF, load_tile, product
 from .device.mask import visible
-from .device.slopes import load_row, probabilities, slopes
+from .device.slopes import load_row, probabilities, slopes, times_share
 
 # Numbers that the compiler need not know, and would compile anew for each kind of.
 COUNTS = ["first", "q_tiles", "all_q_tiles", "k_tiles", "batch"]
@@ -104,5 +104,5 @@ def _add_tile(
         v_tile = load_tile(v, b, kv_head, keys, call.shape.k_len, BLOCK_K, call.shape.dv, call.shape.block_dv, False)
         row_delta = load_row(delta, b, h, row, call.shape.q_len, 0.0)[:, None]
         d_scores, _ = slopes(p, product(d_out_tile, tl.trans(v_tile)), row_delta, keep, seen, bend, call, True)
-        acc += d_scores
+        acc += times_share(d_scores, level, b, h, row, call.shape.q_len)
     return acc

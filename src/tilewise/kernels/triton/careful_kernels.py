@@ -14,7 +14,7 @@ from .d_kv_kernel import absorb_queries
 from .d_q_kernel import absorb_keys
 from .device.arithmetic import INF, load_tile, store_tile
 from .device.careful import CAREFUL_ROWS, all_finite
-from .device.slopes import load_row
+from .device.slopes import load_row, times_share
 from .device.walk import GRID, counts_of, nth_tile, place, row_of
 from .forward_kernel import absorb, finish
 
@@ -73,6 +73,7 @@ def careful_d_q_kernel(
                         acc, q_rows, d_out_rows, row_level, row_delta, k, v, keys + step, first, b, h, call,
                         True, True, CAREFUL_ROWS, CAREFUL_ROWS,
                     )  # fmt: skip
+            acc = times_share(acc, level, b, h, position, call.shape.q_len)
             store_tile(
                 d_q, b, h, first, call.shape.q_len, acc * call.scale, CAREFUL_ROWS, call.shape.d, call.shape.block_d
             )
@@ -105,7 +106,7 @@ def careful_d_kv_kernel(
                     for step in range(0, BLOCK_Q, CAREFUL_ROWS):
                         acc_k, acc_v = absorb_queries(
                             acc_k, acc_v, k_rows, v_rows, q, d_out, level, delta, None, True, queries + step, first,
-                            b, h, call, True, True, True, True, CAREFUL_ROWS, CAREFUL_ROWS,
+                            b, h, call, True, True, level.far is not None, True, True, CAREFUL_ROWS, CAREFUL_ROWS,
                         )  # fmt: skip
             store_tile(
                 d_k, b, kv_head, first, call.shape.k_len, acc_k * call.scale,
@@ -143,5 +144,5 @@ def unsound_d_q_kernel(
                     )
                     absorb_queries(
                         nothing, nothing, k_rows, v_rows, q, d_out, level, delta, d_q, True, queries, key, b, h, call,
-                        False, False, True, True, BLOCK_Q, CAREFUL_ROWS,
+                        False, False, level.far is not None, True, True, BLOCK_Q, CAREFUL_ROWS,
                     )  # fmt: skip

@@ -12,19 +12,24 @@ import triton.language as tl
 
 from .device.arithmetic import INF, dot, load_tile, product, store_tile
 from .device.careful import add_seen, all_finite, note_unsound
-from .device.slopes import after_dropout, load_row, probabilities, slopes
+from .device.slopes import after_dropout, load_row, probabilities, share_of, slopes
 from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
 
 
 @triton.jit(do_not_specialize=GRID)
 def d_kv_kernel(
     q, k, v, d_out, level, delta, d_q, d_k, d_v, unsound, call, lists, first_tile, tiles, together,
-    WANT_K: tl.constexpr, WANT_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WANT_K: tl.constexpr, WANT_V: tl.constexpr, FAR: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d_k and d_v of one tile of keys of one kv head; unsound as in the forward kernel.
 
     d_q: None, or float32 zeros (B, Hq, Sq, D), to which what the tile contributes is added, without the scale.
+    FAR: whether it is for calls with far rows; of two launches, one does nothing. Shares beside all else would take
+    registers of those without.
     """
+    if level.far is not None:  # noqa: SIM102 - the compiler's choice, and then the program's
+        if (tl.load(level.far) != 0) != FAR:
+            return
     tile, b, kv_head = place(tiles, together, call.shape.q_heads // call.shape.group, False)
     first = (first_tile + tile) * BLOCK_K
     k_tile = load_tile(k, b, kv_head, first, call.shape.k_len, BLOCK_K, call.shape.d, call.shape.block_d, False)
@@ -43,13 +48,13 @@ def d_kv_kernel(
             queries = mixed_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
             acc_k, acc_v = absorb_queries(
                 acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, d_q, sound, queries, first, b, h, call,
-                WANT_K, WANT_V, True, False, BLOCK_Q, BLOCK_K,
+                WANT_K, WANT_V, FAR, True, False, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
         for n in range(0, full):
             queries = full_tile(lists, row, n, call.shape.q_len, BLOCK_Q) * BLOCK_Q
             acc_k, acc_v = absorb_queries(
                 acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, d_q, sound, queries, first, b, h, call,
-                WANT_K, WANT_V, False, False, BLOCK_Q, BLOCK_K,
+                WANT_K, WANT_V, FAR, False, False, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
     if WANT_K:
         note_unsound(unsound, acc_k)
@@ -64,7 +69,7 @@ def d_kv_kernel(
 @triton.jit
 def absorb_queries(
     acc_k, acc_v, k_tile, v_tile, q, d_out, level, delta, d_q, sound, first_query, first, b, h, call,
-    WANT_K: tl.constexpr, WANT_V: tl.constexpr, MIXED: tl.constexpr, CAREFUL: tl.constexpr,
+    WANT_K: tl.constexpr, WANT_V: tl.constexpr, FAR: tl.constexpr, MIXED: tl.constexpr, CAREFUL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc_k (BLOCK_K, D) and acc_v (BLOCK_K, Dv) plus what one tile of queries contributes.
@@ -81,6 +86,8 @@ def absorb_queries(
     )
     row_level = load_row(level, b, h, row, call.shape.q_len, INF)[None, :]
     p, keep, seen, bend = probabilities(product(k_tile, tl.trans(q_tile)), call, row_level, b, h, i, j, MIXED)
+    if FAR:
+        p *= share_of(level, b, h, row, call.shape.q_len)[None, :]
     if WANT_V:
         weights = after_dropout(p, keep, call)
         if CAREFUL:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .device.arithmetic import INF, dot, load_tile, product, store_tile
 from .device.careful import add_seen, note_unsound
-from .device.slopes import load_row, probabilities, slopes
+from .device.slopes import load_row, probabilities, slopes, times_share
 from .device.walk import GRID, counts_of, full_tile, mixed_tile, place, row_of
 
 
@@ -37,6 +37,7 @@ def d_q_kernel(
         acc = absorb_keys(
             acc, q_tile, d_out_tile, row_level, row_delta, k, v, keys, first, b, h, call, False, False, BLOCK_Q, BLOCK_K
         )
+    acc = times_share(acc, level, b, h, position, call.shape.q_len)
     note_unsound(unsound, acc)
     store_tile(d_q, b, h, first, call.shape.q_len, acc * call.scale, BLOCK_Q, call.shape.d, call.shape.block_d)
 

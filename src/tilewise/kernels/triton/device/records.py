@@ -31,6 +31,21 @@ class Rows(NamedTuple):
     row: Stride
 
 
+class Levels(NamedTuple):
+    """`Rows` with level and, as far apart, shares: probabilities are share * 2^(score - level), in units of log 2.
+
+    share: (B, Hq, Sq) float32; far: one int32, not 0 where some share is not 1. Both are None where no row's lse can be
+    far from 0 (see `shares_kernel`).
+    """
+
+    ptr: Any
+    b: Stride
+    h: Stride
+    row: Stride
+    share: Any
+    far: Any
+
+
 class Bits(NamedTuple):
     """A view of booleans, 0 or 1 in bytes, whose element [0, 0] is query `query` and key `key`."""
 
@@ -133,6 +148,11 @@ def view(array: torch.Tensor) -> View:
 def rows(array: torch.Tensor) -> Rows:
     """A 3-D tensor as an argument."""
     return Rows(array, *_strides(array))
+
+
+def levels(level: torch.Tensor, share: torch.Tensor | None, far: torch.Tensor | None) -> Levels:
+    """Levels and shares, contiguous both, as an argument."""
+    return Levels(level, *_strides(level), share, far)
 
 
 def _strides(array: torch.Tensor) -> list[int]:

@@ -30,10 +30,31 @@ def probabilities(products, call, level, b, h, i, j, MIXED: tl.constexpr):
     p = tl.exp2(s - level)
     if MIXED or len(call.dense) > 0 or call.table is not None:
         p = tl.where(seen, p, 0.0)  # the level may be NaN
+    return p, keeps(seen, call, b, h, i, j), seen, bend
+
+
+@triton.jit
+def keeps(seen, call, b, h, i, j):
+    """Booleans, which pairs dropout keeps; `seen` where there is none."""
     keep = seen
     if call.dropout is not None:
         keep = kept(call.dropout, b, h, i, j)
-    return p, keep, seen, bend
+    return keep
+
+
+@triton.jit
+def share_of(level, b, h, row, size):
+    """The shares of some rows, 1 of those that do not exist."""
+    place = b.to(tl.int64) * level.b + h.to(tl.int64) * level.h + row.to(tl.int64) * level.row
+    return tl.load(level.share + place, mask=row < size, other=1.0)
+
+
+@triton.jit
+def times_share(x, level, b, h, row, size):
+    """x (rows, n), which is linear in the rows' probabilities, times their shares."""
+    if level.share is not None:
+        x = x * share_of(level, b, h, row, size)[:, None]
+    return x
 
 
 @triton.jit
