@@ -61,13 +61,9 @@ static void close_tile(const tw_problem *problem, const tw_gradients *gradients,
 template <class M> static void close_sinks(const tw_problem *problem, const tw_gradients *gradients, void *record) {
     using A = sum_of<M>;
     const Tile<M> &tile = *static_cast<const Tile<M> *>(record);
-    A *to = static_cast<A *>(gradients->sinks), terms[most_lanes];
-    for (int l = 0; l < tile.width; ++l) terms[l] = sink_in_units<A>(*problem, tile.h[l]);
-    for (int l = 0; l < tile.width; l += lanes<A>) {
-        const vec<A> probability = exp2<A>(load(terms + l) - load(tile.shift + l) - load(tile.rest + l));
-        store(terms + l, probability * load(tile.limit + l) * load(tile.sum + l));
-    }
-    for (int l = 0; l < tile.rows; ++l) to[tile.h[l]] += terms[l];
+    A *to = static_cast<A *>(gradients->sinks);
+    for (int l = 0; l < tile.rows; ++l)
+        to[tile.h[l]] += sink_share<A>(*problem, tile, l) * tile.limit[l] * tile.sum[l];
 }
 
 // Where a segment is longer than this, a tile asks on its way through it too whether the call was given up.

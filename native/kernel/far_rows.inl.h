@@ -3,8 +3,6 @@
 // a whole. And where one probability is nearly 1, its gradient is a difference of what is nearly alike, times keys that may
 // be as large as the scores. So their largest score and sums are found again, in the backward pass's own arithmetic.
 
-// In the units of scores.
-constexpr int far_lse = 256;
 template <class A> TW_INLINE bool is_far(A lse) { return (lse > A(far_lse) || lse < -A(far_lse)) && lse - lse == A(0); }
 
 // Whether a tile, whose lse stands in `shift`, holds any.
@@ -24,17 +22,17 @@ template <class M> static void begin_finding(FarRows<sum_of<M>> &found, Tile<M> 
     }
 }
 
-// Between the passes: a far row's reference is its largest score, that of its sink among them. sink: in units of scores, or
-// -inf.
+// Between the passes: a far row's reference is its largest score, that of its sink among them.
 template <class M>
-static void end_peaks(const tw_problem &p, const FarRows<sum_of<M>> &found, Tile<M> &tile, sum_of<M> *sink) {
+static void end_peaks(const tw_problem &p, const FarRows<sum_of<M>> &found, Tile<M> &tile) {
     using A = sum_of<M>;
     for (int l = 0; l < tile.width; ++l) {
-        sink[l] = p.sinks ? sink_in_units<A>(p, tile.h[l]) : -A(__builtin_inf());
-        const A top = found.peak[l] > sink[l] ? found.peak[l] : sink[l];
+        const A sink = p.sinks ? sink_in_units<A>(p, tile.h[l]) : -A(__builtin_inf());
+        const A top = found.peak[l] > sink ? found.peak[l] : sink;
         tile.shift[l] = is_far(found.lse[l]) ? top : found.lse[l];
-        const bool coarse = top >= coarse_shift<A> || top <= -coarse_shift<A>;
-        if (is_far(found.lse[l]) && found.peak[l] >= sink[l] && !coarse) tile.rest[l] = found.rest[l];
+        // Some scores are rounded as the reference is: less_far_reference.
+        const bool rounded = is_coarse(top) || ((p.bias_count || p.table.data) && !is_far(top));
+        if (is_far(found.lse[l]) && found.peak[l] >= sink && !rounded) tile.rest[l] = found.rest[l];
     }
 }
 
@@ -68,12 +66,11 @@ static void weigh_far_rows(const tw_problem *problem, const tw_gradients *gradie
     FarRows<A> found;
     begin_finding(found, tile);
     pass_over<T, PEAKS>(s, problem, gradients, b, kv_head, tile, keys, found, scratch);
-    A sink[most_lanes];
-    end_peaks(p, found, tile, sink);
+    end_peaks(p, found, tile);
     pass_over<T, SUMS>(s, problem, gradients, b, kv_head, tile, keys, found, scratch);
     for (int l = 0; l < tile.rows; ++l) {
         if (!is_far(found.lse[l])) continue;
-        tile.limit[l] = 1 / (found.sum[l] + power_of_two_of(sink[l] - tile.shift[l] - tile.rest[l]));
+        tile.limit[l] = 1 / (found.sum[l] + (p.sinks ? sink_share<A>(p, tile, l) : A(0)));
         const A d_lse =
             gradients->d_lse ? static_cast<const A *>(gradients->d_lse)[lse_at(p, b, tile.h[l], tile.i[l])] : A(0);
         tile.sum[l] = d_lse - found.pull[l] * tile.limit[l];

@@ -90,7 +90,7 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
     const tw_problem &problem = *s.problem;
     const bool masked = PATH == MASKED || (PATH == GENERAL && words);
     const bool capped = PATH == GENERAL && problem.softcap > 0;
-    const Softcap<A> cap = softcap_of(problem, s.factor);
+    const Softcap<A> cap = softcap_of<A>(problem);
     const A inverse_keep = A(problem.dropout.inverse_keep);
     const vec<A> by = splat(capped ? A(1) : s.factor);
 
@@ -116,8 +116,8 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
             }
             x[n][z] = PASS == SUMS || (PATH == GENERAL && tile.far)
                           ? less_far_reference<A>(x[n][z], by, bias, tile, z * W)
-                          : less_reference<A>(x[n][z], by, bias, load(tile.shift + z * W));
-            vec<A> p = exp2<A>(x[n][z]);
+                          : less_lse<A>(x[n][z], by, bias, load(tile.shift + z * W));
+            vec<A> p = exp2<A>(bias ? x[n][z] * log2_e<A> : x[n][z]);
             if (PATH == GENERAL && tile.far) p *= load(tile.limit + z * W);
             if (masked) p = select<A>(words[n] >> (z * W), p, vec<A>{});
             store(whole + place, p);
@@ -237,14 +237,13 @@ template <class A> static void weigh_far_rows(Motion<A> &s, MovingTile<A> &tile)
     begin_finding(found, tile);
     s.found = &found;
     move_tiles<A, PEAKS>(s, alone, 1);
-    A sink[most_lanes];
-    end_peaks(p, found, tile, sink);
+    end_peaks(p, found, tile);
     move_tiles<A, SUMS>(s, alone, 1);
     for (int l = 0; l < tile.width; ++l) {
         const A moved = tile.sum[l]; // the sum of p ds
         tile.sum[l] = 0;
         if (!is_far(found.lse[l])) continue;
-        const A of_sink = power_of_two_of(sink[l] - tile.shift[l] - tile.rest[l]);
+        const A of_sink = p.sinks ? sink_share<A>(p, tile, l) : A(0);
         tile.limit[l] = 1 / (found.sum[l] + of_sink);
         const A sinks_part = t.sinks ? of_sink * static_cast<const A *>(t.sinks)[tile.h[l]] : A(0);
         tile.known[l] = (moved + sinks_part) * tile.limit[l];
@@ -283,8 +282,7 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
         whole[l] = 1;
         d_lse[l] = empty ? A(0) : tile.sum[l];
         if (t.sinks && !empty) {
-            const A sink = sink_in_units<A>(p, h);
-            d_lse[l] += power_of_two_of(sink - tile.shift[l]) * static_cast<const A *>(t.sinks)[h];
+            d_lse[l] += sink_share<A>(p, tile, l) * static_cast<const A *>(t.sinks)[h];
         }
         const bool far = tile.far_lanes >> l & 1;
         d_lse[l] = far ? tile.known[l] : d_lse[l];
