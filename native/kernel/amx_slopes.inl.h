@@ -32,7 +32,8 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
     const bool capped = PATH == GENERAL && problem.softcap > 0, gathered = s.gradients->gather_count > 0;
     const bool biased = PATH == GENERAL && s.biased;
     const Softcap<float> cap = softcap_of<float>(problem);
-    const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)), to_log2 = _mm512_set1_ps(log2_e<float>);
+    const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)),
+                 to_log2 = _mm512_set1_ps(log2_e<float>);
     const vf by = splat(capped ? 1.f : s.factor);
     const int64_t own = s.work.slot * slot_units + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;

@@ -62,8 +62,7 @@ template <class M> static void close_sinks(const tw_problem *problem, const tw_g
     using A = sum_of<M>;
     const Tile<M> &tile = *static_cast<const Tile<M> *>(record);
     A *to = static_cast<A *>(gradients->sinks);
-    for (int l = 0; l < tile.rows; ++l)
-        to[tile.h[l]] += sink_share<A>(*problem, tile, l) * tile.limit[l] * tile.sum[l];
+    for (int l = 0; l < tile.rows; ++l) to[tile.h[l]] += sink_share<A>(*problem, tile, l) * tile.limit[l] * tile.sum[l];
 }
 
 // Where a segment is longer than this, a tile asks on its way through it too whether the call was given up.

@@ -23,8 +23,7 @@ template <class M> static void begin_finding(FarRows<sum_of<M>> &found, Tile<M> 
 }
 
 // Between the passes: a far row's reference is its largest score, that of its sink among them.
-template <class M>
-static void end_peaks(const tw_problem &p, const FarRows<sum_of<M>> &found, Tile<M> &tile) {
+template <class M> static void end_peaks(const tw_problem &p, const FarRows<sum_of<M>> &found, Tile<M> &tile) {
     using A = sum_of<M>;
     for (int l = 0; l < tile.width; ++l) {
         const A sink = p.sinks ? sink_in_units<A>(p, tile.h[l]) : -A(__builtin_inf());

@@ -54,7 +54,8 @@ template <class M, int NZ> TW_INLINE void flush(Sweep<M> &s, Tile<M> &tile, int6
 
 // Raises the reference of every lane whose group maximum `top` is beyond its limit, and rescales what it has summed.
 // Values weighed with the old reference have to be added before.
-template <class M, int NZ> TW_RARE void raise_reference(const tw_problem &p, Tile<M> &tile, const sum_of<M> *top, int64_t value_dim) {
+template <class M, int NZ>
+TW_RARE void raise_reference(const tw_problem &p, Tile<M> &tile, const sum_of<M> *top, int64_t value_dim) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>, width = NZ * W;
     vec<A> factor[NZ];

@@ -11,10 +11,10 @@
 // attention does not round them: not at all where scores and biases are whole numbers.
 
 template <class A> struct Scaling {
-    A sign;         // of queries: 1, -1, or 0 where the scale is 0 (or so small that f would be)
-    A factor;       // f > 0; anything where queries are multiplied by 0
-    A exponent;     // the exponent of 2 that a unit is
-    double natural; // one unit in natural ones: ln 2, but for the rounding of f; or 1
+    A sign;           // of queries: 1, -1, or 0 where the scale is 0 (or so small that f would be)
+    A factor;         // f > 0; anything where queries are multiplied by 0
+    A exponent;       // the exponent of 2 that a unit is
+    double natural;   // one unit in natural ones: ln 2, but for the rounding of f; or 1
     double one, rest; // one natural one in units, and what the rounding of that has taken off it
 };
 template <class A> TW_INLINE Scaling<A> scaling_of(const tw_problem &p) {
@@ -47,7 +47,8 @@ template <class A> TW_INLINE ivec<A> coarse_lanes(vec<A> shift) {
 // The score of head h's sink, less a row's reference: rounded once, as other scores are.
 template <class A> TW_INLINE A sink_less(const tw_problem &p, int64_t h, A reference) {
     const Scaling<A> units = scaling_of<A>(p);
-    const double sink = double(bounded<A>(static_cast<const A *>(p.sinks)[h])), rest = sink - sink == 0 ? sink * units.rest : 0;
+    const double sink = double(bounded<A>(static_cast<const A *>(p.sinks)[h])),
+                 rest = sink - sink == 0 ? sink * units.rest : 0;
     const auto less = [&](double shift) { return A(__builtin_fma(sink, units.one, -shift) + rest); };
     return is_coarse(reference) ? less(0) - reference : less(double(reference));
 }

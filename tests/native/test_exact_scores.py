@@ -1,6 +1,11 @@
-"""Scores of whole numbers up to 4,000, which plain attention computes exactly, are exact here too."""
+"""Scores of whole numbers up to 4,000, which plain attention computes exactly, are exact here too.
+
+So they are with biases, small beside them or as large, and beside sinks.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +32,16 @@ OPTIONS = {
 }
 
 
+# What is added to scores of 3,600, as a function of them: (B, Hq, Sq, Sk) of whole numbers, but for the last.
+BIASES = {
+    "small": lambda scores, rng: rng.integers(-3, 4, scores.shape),
+    "as large": lambda scores, rng: rng.integers(-3, 4, scores.shape) - scores,
+    "half as large": lambda scores, rng: rng.integers(-3, 4, scores.shape) - scores // 2,
+    "of whole rows": lambda scores, rng: rng.standard_normal((*scores.shape[:-1], 1)) * 1e4 + rng.integers(-3, 4, 130),
+}
+SINKS = {"sinks": np.array([3600.0, 3603.0, -3600.0, 0.0])}
+
+
 def _whole_numbers(rows: int, dim: int, dtype: str) -> dict[str, np.ndarray]:
     """Scores of 60 * 60 = 3,600 and a little for the keys of a query's own kind, a little for the others."""
     rng = np.random.default_rng(dim)
@@ -45,7 +60,30 @@ def _whole_numbers(rows: int, dim: int, dtype: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("dim", [8, 64, 128])
 @pytest.mark.parametrize("rows", [1, 3, 70])
 def test_scores_of_thousands_are_exact(page, rows, dim, options, dtype) -> None:
-    whole = _whole_numbers(rows, dim, dtype)
+    _check(rows, dtype, _whole_numbers(rows, dim, dtype), options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("options", [{}, SINKS], ids=["alone", "sinks"])
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_so_they_are_with_biases(page, rows, bias, options, dtype) -> None:
+    whole = _whole_numbers(rows, 8, dtype)
+    scores = whole["q"] @ whole["k"].repeat(2, 1).swapaxes(-1, -2)
+    added = bias(scores, np.random.default_rng(rows)).astype(dtype)
+    _check(rows, dtype, whole, {**options, "bias": added})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_so_they_are_beside_sinks(page, rows, dtype) -> None:
+    _check(rows, dtype, _whole_numbers(rows, 8, dtype), SINKS)
+
+
+def _check(rows: int, dtype: str, whole: dict[str, np.ndarray], options: dict[str, Any]) -> None:
+    """out, lse, all gradients and tangents against the oracle."""
+    if "sinks" in options:
+        options = {**options, "sinks": options["sinks"].astype(dtype)}
     plan, operands = planned(**whole, **{"scale": 1.0, **options}, kernel="native", tiles=None)
     rng = np.random.default_rng(rows)
     oracle = reference.attention(plan.problem, operands)
@@ -63,7 +101,8 @@ def test_scores_of_thousands_are_exact(page, rows, dim, options, dtype) -> None:
             assert_accurate(f"gradient {n}", got, truth, measure, dtype=dtype)
 
     along = [rng.standard_normal(x.shape).astype(dtype) for x in (operands.q, operands.k, operands.v)]
-    moving = Tangents(*along, tuple(np.zeros_like(x) for x in operands.dense), None, None)
+    still = None if operands.sinks is None else np.zeros_like(operands.sinks)
+    moving = Tangents(*along, tuple(np.zeros_like(x) for x in operands.dense), None, still)
     moved = tangent(plan, operands, out, lse, moving)
     for name, got, truth in zip(("d_out", "d_lse"), moved, reference.tangents(oracle, moving), strict=True):
         assert_accurate(name, got, truth, dtype=dtype)
