@@ -31,14 +31,16 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
     const float *bias = s.bias + at * tile_lanes;
     const bool capped = PATH == GENERAL && problem.softcap > 0, gathered = s.gradients->gather_count > 0;
     const bool biased = PATH == GENERAL && s.biased;
-    const Softcap<float> cap = softcap_of<float>(problem);
-    const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)),
-                 to_log2 = _mm512_set1_ps(log2_e<float>);
-    const vf by = splat(capped ? 1.f : s.factor);
+    const Softcap<float> cap = softcap_of(problem, s.factor);
+    const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)), factor = _mm512_set1_ps(s.factor);
     const int64_t own = s.work.slot * slot_units + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
-    __m512 pull[2], share[2];
+    const __m512 to_log2 = _mm512_set1_ps(log2_e<float>);
+    __m512 shift[2], pull[2], share[2];
+    __mmask16 coarse[2];
     TW_UNROLL(int z = 0; z < 2; ++z) {
+        shift[z] = (__m512)load(tile.shift + z * tile_side);
+        coarse[z] = __mmask16(lane_bits(coarse_lanes<float>((vf)shift[z])));
         share[z] = (__m512)load(tile.limit + z * tile_side);
         pull[z] = (__m512)load(tile.sum + z * tile_side);
     }
@@ -50,19 +52,27 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
                 const __mmask16 seen = PATH == PLAIN ? __mmask16(0xFFFF) : __mmask16(words[n + i] >> z * tile_side);
                 const __mmask16 kept =
                     PATH == GENERAL && keep ? __mmask16(keep[n + i] >> z * tile_side) : __mmask16(0xFFFF);
-                vf x = load(group.scores + place), cap_slope;
-                if (capped) x = cap_product<float>(x, cap, cap_slope);
-                const float *own_bias = biased ? bias + place : nullptr;
-                if constexpr (PASS == PEAKS) {
-                    const vf score = less_reference<float>(x, by, own_bias, vf{});
-                    note_peak<float>(*s.found, z * tile_side, seen, score,
-                                     less_reference<float>(x, by, own_bias, score));
+                __m512 x = (__m512)load(group.scores + place), cap_slope = _mm512_set1_ps(1);
+                if (capped) {
+                    vf slope_of_cap;
+                    x = (__m512)cap_product<float>((vf)x, cap, slope_of_cap);
+                    cap_slope = (__m512)slope_of_cap;
+                    if (biased) x = _mm512_fmadd_ps((__m512)load(bias + place), to_log2, x);
+                    x = _mm512_sub_ps(x, shift[z]);
+                } else if (biased) {
+                    x = _mm512_fmadd_ps((__m512)load(bias + place), to_log2, _mm512_mul_ps(x, factor));
+                    x = _mm512_sub_ps(x, shift[z]);
+                } else if (PATH == GENERAL && coarse[z]) { // of the peak, a rounded product: exactly 0
+                    x = _mm512_mask_sub_ps(_mm512_fmsub_ps(x, factor, shift[z]), coarse[z], _mm512_mul_ps(x, factor),
+                                           shift[z]);
+                } else {
+                    x = _mm512_fmsub_ps(x, factor, shift[z]);
+                }
+                if constexpr (PASS == PEAKS) { // the shift is 0
+                    note_peak<float>(*s.found, z * tile_side, seen, (vf)x, vf{});
                     continue;
                 }
-                x = PASS == SUMS || (PATH == GENERAL && tile.far)
-                        ? less_far_reference<float>(x, by, own_bias, tile, z * tile_side)
-                        : less_lse<float>(x, by, own_bias, load(tile.shift + z * tile_side));
-                __m512 weight = exp2_where(seen, biased ? _mm512_mul_ps((__m512)x, to_log2) : (__m512)x);
+                __m512 weight = exp2_where(seen, x);
                 if (PATH == GENERAL && tile.far) weight = _mm512_mul_ps(weight, share[z]);
                 __m512 used = weight, slope = (__m512)load(group.slopes + place);
                 if (PATH == GENERAL && keep) {
@@ -77,7 +87,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
                 }
                 slope = _mm512_maskz_mul_ps(seen, weight, _mm512_add_ps(slope, pull[z]));
                 if (gathered) store(s.ds + at * tile_lanes + place, (vf)slope);
-                if (capped) slope = _mm512_maskz_mul_ps(seen, slope, (__m512)cap_slope);
+                if (capped) slope = _mm512_maskz_mul_ps(seen, slope, cap_slope);
                 weights[i][z] = (vf)used;
                 slopes[i][z] = (vf)slope;
             }

@@ -66,18 +66,18 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
             __m512 weight[2];
             TW_UNROLL(int i = 0; i < 2; ++i) {
                 const int place = (n + i) * tile_lanes + z * tile_side;
-                __m512 less = shift[z]; // of a bias, first, in natural units (units.inl.h)
-                if (PATH == GENERAL && bias) less = _mm512_sub_ps(less, (__m512)load(bias + place));
+                __m512 less = shift[z]; // of a bias, first: what is large in both goes away exactly
+                if (PATH == GENERAL && bias) less = _mm512_fnmadd_ps((__m512)load(bias + place), to_log2, less);
                 __m512 x = _mm512_fmsub_ps((__m512)load(group.scores + place), factor, less);
                 if (PATH == GENERAL && coarse[z]) { // rounded as in raise_to_group
-                    const __m512 own = bias ? (__m512)load(bias + place) : _mm512_setzero_ps();
+                    const __m512 own = bias ? _mm512_mul_ps((__m512)load(bias + place), to_log2) : _mm512_setzero_ps();
                     const __m512 whole = _mm512_fmadd_ps((__m512)load(group.scores + place), factor, own);
                     x = _mm512_mask_sub_ps(x, coarse[z], whole, shift[z]);
                 }
                 if (PATH == MASKED || (PATH == GENERAL && words))
                     x = _mm512_mask_mov_ps(-infinity, __mmask16(words[n + i] >> z * tile_side), x);
                 within[z] = _mm512_mask_cmp_ps_mask(within[z], x, room[z], _CMP_NGT_UQ);
-                weight[i] = exp2_where(0xFFFF, PATH == GENERAL && bias ? _mm512_mul_ps(x, to_log2) : x);
+                weight[i] = exp2_where(0xFFFF, x);
                 sums[z][i] = _mm512_add_ps(sums[z][i], weight[i]);
                 if constexpr (PATH == GENERAL) {
                     if (keep) weight[i] = _mm512_maskz_mov_ps(__mmask16(keep[n + i] >> z * tile_side), weight[i]);
@@ -128,19 +128,20 @@ TW_RARE void raise_to_group(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &gro
     end_run(s, tile, group.key, group.key); // values weighed with the old references come first
     finish_work(s.background);
     const __m512 infinity = _mm512_set1_ps(__builtin_inff()), factor = _mm512_set1_ps(factor_of<PATH>(s));
+    const __m512 to_log2 = _mm512_set1_ps(log2_e<float>);
     alignas(64) float tops[tile_lanes];
     for (int z = 0; z < tile_lanes; z += tile_side) {
         __m512 top = -infinity; // of the others, too: beyond no limit
         for (int n = 0; n < group.count; ++n) {
             const int place = n * tile_lanes + z;
-            const __m512 own = bias ? (__m512)load(bias + place) : _mm512_setzero_ps();
+            const __m512 own = bias ? _mm512_mul_ps((__m512)load(bias + place), to_log2) : _mm512_setzero_ps();
             const __m512 x = _mm512_fmadd_ps((__m512)load(group.scores + place), factor, own);
             const uint64_t seen = beyond & (group.words ? group.words[n] : ~uint64_t(0));
             top = _mm512_mask_max_ps(top, __mmask16(seen >> z), x, top); // NaN is passed over: the sum is NaN too
         }
         _mm512_store_ps(tops + z, top);
     }
-    raise_reference<Tiles, 2>(*s.problem, tile, tops, s.value_dim);
+    raise_reference<Tiles, 2>(tile, tops, s.value_dim);
 }
 
 // Reference, probabilities and sums of a group whose scores are made. bias, keep: of the group's first key, or NULL; for
@@ -148,7 +149,7 @@ TW_RARE void raise_to_group(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &gro
 template <ScorePath PATH>
 static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const float *bias, const uint64_t *keep) {
     if (PATH == GENERAL && s.problem->softcap > 0) {
-        const Softcap<float> cap = softcap_of<float>(*s.problem);
+        const Softcap<float> cap = softcap_of(*s.problem, s.factor);
         for (int at = 0; at < group.count * tile_lanes; at += tile_side)
             store(group.scores + at, cap_product<float>(load(group.scores + at), cap));
     }

@@ -139,3 +139,20 @@ template <class A> TW_INLINE vec<A> tanh_of_log2(vec<A> x) {
     vec<A> less_one = scale * (f * h) + (scale - A(1));
     return less_one / (less_one + A(2));
 }
+
+// The softcap c in log2 units, c log2(e) tanh(s / c), of a score s. Products times `twice` are 2 s log2(e) / c.
+template <class A> struct Softcap {
+    A cap, twice;
+};
+template <class A> TW_INLINE Softcap<A> softcap_of(const tw_problem &p, A factor) {
+    return {A(p.softcap * log2_e<double>), A(2 * double(factor) / p.softcap)};
+}
+template <class A> TW_INLINE vec<A> cap_product(vec<A> x, const Softcap<A> &c) {
+    return c.cap * tanh_of_log2<A>(x * c.twice);
+}
+// The same and its slope, the derivative by the score.
+template <class A> TW_INLINE vec<A> cap_product(vec<A> x, const Softcap<A> &c, vec<A> &slope) {
+    const vec<A> t = tanh_of_log2<A>(x * c.twice), capped = c.cap * t;
+    slope = A(1) - t * t;
+    return capped;
+}

@@ -3,6 +3,8 @@
 // a whole. And where one probability is nearly 1, its gradient is a difference of what is nearly alike, times keys that may
 // be as large as the scores. So their largest score and sums are found again, in the backward pass's own arithmetic.
 
+// In the units of scores.
+constexpr int far_lse = 256;
 template <class A> TW_INLINE bool is_far(A lse) { return (lse > A(far_lse) || lse < -A(far_lse)) && lse - lse == A(0); }
 
 // Whether a tile, whose lse stands in `shift`, holds any.
@@ -29,9 +31,7 @@ template <class M> static void end_peaks(const tw_problem &p, const FarRows<sum_
         const A sink = p.sinks ? sink_in_units<A>(p, tile.h[l]) : -A(__builtin_inf());
         const A top = found.peak[l] > sink ? found.peak[l] : sink;
         tile.shift[l] = is_far(found.lse[l]) ? top : found.lse[l];
-        // Some scores are rounded as the reference is: less_far_reference.
-        const bool rounded = is_coarse(top) || ((p.bias_count || p.table.data) && !is_far(top));
-        if (is_far(found.lse[l]) && found.peak[l] >= sink && !rounded) tile.rest[l] = found.rest[l];
+        if (is_far(found.lse[l]) && found.peak[l] >= sink && !is_coarse(top)) tile.rest[l] = found.rest[l];
     }
 }
 

@@ -10,13 +10,12 @@ template <class A> struct BlockScores {
     const A *bias;
     // Of W keys, rounded.
     __attribute__((always_inline)) vec<A> whole(int j) const {
-        return fused<A>(load(products + j), splat(factor), bias ? load(bias + j) : vec<A>{});
+        return fused<A>(load(products + j), splat(factor), bias ? load(bias + j) * log2_e<A> : vec<A>{});
     }
-    // The exponents that are left of them when the row's reference is taken off (units.inl.h).
+    // The same less the row's reference, rounded once (units.inl.h).
     __attribute__((always_inline)) vec<A> less(int j, A shift, bool coarse) const {
-        const vec<A> first = bias ? load(bias + j) - shift : splat(-shift);
-        const vec<A> y = coarse ? whole(j) - shift : fused<A>(load(products + j), splat(factor), first);
-        return bias ? y * log2_e<A> : y;
+        if (coarse) return whole(j) - shift;
+        return less_reference<A>(load(products + j), splat(factor), bias ? bias + j : nullptr, splat(shift));
     }
 };
 
@@ -27,7 +26,7 @@ static BlockScores<sum_of<M>> adjust_scores(const tw_problem &p, int64_t b, Row<
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
     if (p.softcap > 0) {
-        const Softcap<A> cap = softcap_of<A>(p);
+        const Softcap<A> cap = softcap_of(p, factor);
         for (int j = 0; j < block_keys; j += W) store(row.scores + j, cap_product<A>(load(row.scores + j), cap));
         factor = 1;
     }
@@ -65,20 +64,19 @@ static void weigh(const tw_problem &p, int64_t b, Row<M> &row, int64_t key, Bloc
     for (int j = W; j < block_keys; j += W)
         tops = larger<A>(tops, scores.bias ? scores.whole(j) : load(row.scores + j));
     if (!scores.bias) tops *= scores.factor;
-    const A exponent = scaling_of<A>(p).exponent;
     A top = tops[0];
     if (lane_bits(tops > row.limit))
         for (int l = 1; l < W; ++l) top = tops[l] > top ? tops[l] : top;
     if (top > row.limit) {
         if (row.limit > -A(__builtin_inf())) {
-            const A factor = power_of_two_of((row.shift - top) * exponent);
+            const A factor = power_of_two_of(row.shift - top);
             row.sum *= factor;
             for (int64_t d = 0; d < out_numbers<M>(p); d += W) store(row.out + d, load(row.out + d) * factor);
         }
         row.shift = top;
-        row.limit = top + slack<A> / exponent;
+        row.limit = top + slack<A>;
     }
-    const bool coarse = is_coarse(row.shift);
+    const bool coarse = coarse_lanes<A>(splat(row.shift))[0];
     for (int j = 0; j < block_keys; j += W) {
         const vec<A> weight = exp2<A>(scores.less(j, row.shift, coarse));
         row.sum += weight;

@@ -27,19 +27,19 @@ template <class A>
 static __attribute__((noinline)) Endings<A> endings_of(const tw_problem &p, const int64_t *h, vec<A> shift, vec<A> sum,
                                                        ivec<A> seen) {
     vec<A> factor = splat<A>(1);
-    const Scaling<A> units = scaling_of<A>(p);
     if (p.sinks) {
         vec<A> sink, less;
         for (int l = 0; l < lanes<A>; ++l) sink[l] = sink_in_units<A>(p, h[l]);
         const vec<A> top = sink > shift ? sink : shift;
         for (int l = 0; l < lanes<A>; ++l) less[l] = sink_less<A>(p, h[l], top[l]);
-        factor = exp2<A>((shift - top) * units.exponent);
-        sum = sum * factor + exp2<A>(less * units.exponent);
+        factor = exp2<A>(shift - top);
+        sum = sum * factor + exp2<A>(less);
         shift = top;
     }
     const A keep = p.dropout.enabled ? A(p.dropout.inverse_keep) : A(1);
+    const double natural = scaling_of<A>(p).natural;
     vec<A> lse = logarithm<A>(sum);
-    for (int l = 0; l < lanes<A>; ++l) lse[l] = A(double(shift[l]) * units.natural + double(lse[l]));
+    for (int l = 0; l < lanes<A>; ++l) lse[l] = A(double(shift[l]) * natural + double(lse[l]));
     return {seen ? factor * keep / sum : vec<A>{},
             seen ? lse : splat<A>(-A(__builtin_inf()))}; // sums of the unseen are 0
 }

@@ -219,7 +219,7 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
             sweep_all<T>(s, tiles, together, key, end);
             for (int64_t t = 0; t < together; ++t) {
                 if (needs_care(*tiles[t], p.value_dim)) sweep_with_care<T>(s, *tiles[t], key, end);
-                if (key > item->key_begin) join(p, *earlier[t], *tiles[t]);
+                if (key > item->key_begin) join(*earlier[t], *tiles[t], p.value_dim);
             }
             if (end == item->key_end) break;
         }

@@ -10,10 +10,9 @@ template <class A> struct Joint {
     A shift, earlier, later;
 };
 
-template <class A> TW_INLINE Joint<A> joint_of(const tw_problem &p, A earlier, A later) {
+template <class A> TW_INLINE Joint<A> joint_of(A earlier, A later) {
     const A shift = later > earlier ? later : earlier;
-    const A exponent = scaling_of<A>(p).exponent;
-    return {shift, power_of_two_of((earlier - shift) * exponent), power_of_two_of((later - shift) * exponent)};
+    return {shift, power_of_two_of(earlier - shift), power_of_two_of(later - shift)};
 }
 
 template <class A> TW_INLINE A joined(const Joint<A> &joint, A earlier, A later) {
@@ -38,7 +37,7 @@ template <class M> static void keep_state(Tile<M> &tile, Earlier<sum_of<M>> &ear
 
 // The tile's state becomes that over the earlier keys and its own. Where one of the two has seen nothing, the other stays
 // as it is, to the sign of a zero.
-template <class M> static void join(const tw_problem &p, const Earlier<sum_of<M>> &earlier, Tile<M> &tile) {
+template <class M> static void join(const Earlier<sum_of<M>> &earlier, Tile<M> &tile, int64_t value_dim) {
     using A = sum_of<M>;
     const int width = tile.width;
     A first[most_lanes], second[most_lanes];
@@ -49,13 +48,13 @@ template <class M> static void join(const tw_problem &p, const Earlier<sum_of<M>
         if (kind[l] == 1)
             tile.shift[l] = earlier.shift[l], tile.limit[l] = earlier.limit[l], tile.sum[l] = earlier.sum[l];
         if (kind[l] != 2) continue;
-        const Joint<A> joint = joint_of(p, earlier.shift[l], tile.shift[l]);
+        const Joint<A> joint = joint_of(earlier.shift[l], tile.shift[l]);
         first[l] = joint.earlier, second[l] = joint.later;
         tile.sum[l] = joined(joint, earlier.sum[l], tile.sum[l]);
         tile.limit[l] = earlier.limit[l] > tile.limit[l] ? earlier.limit[l] : tile.limit[l];
         tile.shift[l] = joint.shift;
     }
-    for (int64_t d = 0; d < p.value_dim; ++d)
+    for (int64_t d = 0; d < value_dim; ++d)
         for (int l = 0; l < width; ++l) {
             A &own = tile.out[d * width + l];
             const A before = earlier.out[d * width + l];
@@ -78,7 +77,7 @@ static void merge(const tw_problem *problem, const tw_item *item, void *partials
                 __builtin_memcpy(whole, own, size_t(state) * sizeof(A));
                 continue;
             }
-            const Joint<A> joint = joint_of(p, facts[0], own[p.value_dim]);
+            const Joint<A> joint = joint_of(facts[0], own[p.value_dim]);
             for (int64_t d = 0; d < p.value_dim; ++d) whole[d] = joined(joint, whole[d], own[d]);
             facts[1] = joined(joint, facts[1], own[p.value_dim + 1]);
             facts[0] = joint.shift;

@@ -20,9 +20,6 @@ template <class M> struct SlopeWork {
     static constexpr int slot = 0;
 };
 
-// Rows are far whose lse is more than this from 0, in the units of scores (far_rows.inl.h).
-constexpr int far_lse = 256;
-
 // What passes over a block are for: the gradients, or, of far rows (far_rows.inl.h), first the largest score and then the
 // sums of p and of p times its gradient.
 enum Pass { PEAKS, SUMS, RESULTS };
@@ -80,31 +77,16 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
 template <> struct SlopeWork<Tiles>;
 #endif
 
-// A score less its reference (units.inl.h). bias: or NULL.
-template <class A> TW_INLINE vec<A> less_reference(vec<A> x, vec<A> by, const A *bias, vec<A> shift) {
-    return fused<A>(x, by, bias ? load(bias) - shift : -shift);
-}
-
-// A score less lse. Of a bias it is the score that is rounded, as plain attention's are: of whole numbers that cancel it is
-// exact, and lse is no whole number.
-template <class A> TW_INLINE vec<A> less_lse(vec<A> x, vec<A> by, const A *bias, vec<A> lse) {
-    return bias ? less_reference<A>(x, by, bias, vec<A>{}) - lse : less_reference<A>(x, by, bias, lse);
-}
-
-// The same of the lanes from `lane` of a tile with far rows, whose references are scores: exactly 0 for the largest.
+// A score less the reference of the lanes from `lane` of a tile with far rows: exactly 0 for the largest score of such a row.
 template <class A, class Lanes>
 TW_INLINE vec<A> less_far_reference(vec<A> x, vec<A> by, const A *bias, const Lanes &tile, int lane) {
-    const vec<A> shift = load(tile.shift + lane);
-    vec<A> y = less_reference<A>(x, by, bias, shift) - load(tile.rest + lane);
-    const ivec<A> near = (shift <= A(far_lse)) & (shift >= -A(far_lse));
-    y = coarse_lanes<A>(shift) ? less_reference<A>(x, by, bias, vec<A>{}) - shift : y;
-    return bias ? (near ? less_lse<A>(x, by, bias, shift) : y) : y;
+    const vec<A> shift = load(tile.shift + lane), y = less_reference<A>(x, by, bias, shift) - load(tile.rest + lane);
+    return coarse_lanes<A>(shift) ? whole_score<A>(x, by, bias) - shift : y;
 }
 
 // The probability of a lane's sink, of far rows to be multiplied by `limit` as the others are.
 template <class A, class Lanes> TW_INLINE A sink_share(const tw_problem &p, const Lanes &tile, int lane) {
-    const A less = sink_less<A>(p, tile.h[lane], tile.shift[lane]) - tile.rest[lane];
-    return power_of_two_of(less * scaling_of<A>(p).exponent);
+    return power_of_two_of(sink_less<A>(p, tile.h[lane], tile.shift[lane]) - tile.rest[lane]);
 }
 
 template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, int n) {
@@ -152,7 +134,7 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
     }
     alignas(64) A whole[NK * width]; // probabilities before dropout, until they are multiplied below
     const bool capped = PATH == GENERAL && problem.softcap > 0;
-    const Softcap<A> cap = softcap_of<A>(problem);
+    const Softcap<A> cap = softcap_of(problem, s.factor);
     const A inverse_keep = A(problem.dropout.inverse_keep);
     const vec<A> by = splat(capped ? A(1) : s.factor);
     TW_UNROLL(int n = 0; n < NK; ++n)
@@ -167,15 +149,15 @@ TW_INLINE void slope_group(const Slopes<M> &s, const Tile<M> &tile, const unit_o
             }
             const A *bias = PATH == GENERAL && s.biased ? s.bias + at * width + place : nullptr;
             if constexpr (PASS == PEAKS) {
-                const vec<A> score = less_reference<A>(x[n][z], by, bias, vec<A>{});
+                const vec<A> score = whole_score<A>(x[n][z], by, bias);
                 note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), score,
                              less_reference<A>(x[n][z], by, bias, score));
                 continue;
             }
             x[n][z] = PASS == SUMS || (PATH == GENERAL && tile.far)
                           ? less_far_reference<A>(x[n][z], by, bias, tile, z * W)
-                          : less_lse<A>(x[n][z], by, bias, load(tile.shift + z * W));
-            vec<A> weight = exp2<A>(bias ? x[n][z] * log2_e<A> : x[n][z], faintest<A>);
+                          : less_reference<A>(x[n][z], by, bias, load(tile.shift + z * W));
+            vec<A> weight = exp2<A>(x[n][z], faintest<A>);
             if (PATH == GENERAL && tile.far) weight *= load(tile.limit + z * W);
             if (masked) weight = select<A>(words[n] >> (z * W), weight, vec<A>{});
             store(whole + place, weight);

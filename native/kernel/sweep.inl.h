@@ -54,21 +54,19 @@ template <class M, int NZ> TW_INLINE void flush(Sweep<M> &s, Tile<M> &tile, int6
 
 // Raises the reference of every lane whose group maximum `top` is beyond its limit, and rescales what it has summed.
 // Values weighed with the old reference have to be added before.
-template <class M, int NZ>
-TW_RARE void raise_reference(const tw_problem &p, Tile<M> &tile, const sum_of<M> *top, int64_t value_dim) {
+template <class M, int NZ> TW_RARE void raise_reference(Tile<M> &tile, const sum_of<M> *top, int64_t value_dim) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>, width = NZ * W;
     vec<A> factor[NZ];
-    const A exponent = scaling_of<A>(p).exponent;
     bool rescale = false;
     for (int z = 0; z < NZ; ++z) {
         const vec<A> limit = load(tile.limit + z * W), shift = load(tile.shift + z * W), new_shift = load(top + z * W);
         const ivec<A> raised = new_shift > limit, first = limit == -A(__builtin_inf());
         // A lane that has summed nothing yet has nothing to rescale.
-        factor[z] = (raised & ~first) ? exp2<A>((shift - new_shift) * exponent) : splat<A>(1);
+        factor[z] = (raised & ~first) ? exp2<A>(shift - new_shift) : splat<A>(1);
         rescale |= lane_bits(raised & ~first) != 0;
         store(tile.shift + z * W, raised ? new_shift : shift);
-        store(tile.limit + z * W, raised ? new_shift + slack<A> / exponent : limit);
+        store(tile.limit + z * W, raised ? new_shift + slack<A> : limit);
         store(tile.sum + z * W, load(tile.sum + z * W) * factor[z]);
         tile.coarse |= lane_bits(raised & coarse_lanes<A>(new_shift)) != 0;
     }
@@ -112,7 +110,7 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
     A factor = s.factor; // by which x still has to be multiplied
     if constexpr (PATH == GENERAL) {
         if (s.problem->softcap > 0) {
-            const Softcap<A> cap = softcap_of<A>(*s.problem);
+            const Softcap<A> cap = softcap_of(*s.problem, factor);
             TW_UNROLL(int n = 0; n < NK; ++n)
                 TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = cap_product<A>(x[n][z], cap);
             factor = 1;
@@ -126,7 +124,7 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
     // A score, rounded as references are, and -inf where it is not seen.
     const auto score = [&](int n, int z) {
         if (!biased) return fused<A>(x[n][z], by, vec<A>{});
-        const vec<A> whole = fused<A>(x[n][z], by, load(bias + n * width + z * W));
+        const vec<A> whole = fused<A>(x[n][z], by, load(bias + n * width + z * W) * to_log2);
         return masked ? select<A>(words[n] >> (z * W), whole, splat<A>(-infinity)) : whole;
     };
 
@@ -147,7 +145,7 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
         A tops[width];
         TW_UNROLL(int z = 0; z < NZ; ++z) store(tops + z * W, top[z]);
         flush<M, NZ>(s, tile, key, key);
-        raise_reference<M, NZ>(*s.problem, tile, tops, s.value_dim);
+        raise_reference<M, NZ>(tile, tops, s.value_dim);
         if (PATH != GENERAL && tile.coarse) return score_group_generally<M, NZ>(s, tile, key, words, bias, keep);
     }
 
@@ -155,11 +153,8 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
         const vec<A> shift = load(tile.shift + z * W);
         vec<A> sum = load(tile.sum + z * W);
         TW_UNROLL(int n = 0; n < NK; ++n) {
-            // Of a bias the reference is taken first, in natural units (units.inl.h).
-            const vec<A> less = biased ? load(bias + n * width + z * W) - shift : -shift;
-            vec<A> y = fused<A>(x[n][z], by, less);
+            vec<A> y = less_reference<A>(x[n][z], by, biased ? bias + n * width + z * W : nullptr, shift);
             if (PATH == GENERAL && tile.coarse) y = coarse_lanes<A>(shift) ? score(n, z) - shift : y;
-            if (biased) y *= to_log2;
             if (masked && biased) y = select<A>(words[n] >> (z * W), y, splat<A>(-infinity));
             vec<A> p = exp2<A>(y);
             sum += p;

@@ -90,7 +90,7 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
     const tw_problem &problem = *s.problem;
     const bool masked = PATH == MASKED || (PATH == GENERAL && words);
     const bool capped = PATH == GENERAL && problem.softcap > 0;
-    const Softcap<A> cap = softcap_of<A>(problem);
+    const Softcap<A> cap = softcap_of(problem, s.factor);
     const A inverse_keep = A(problem.dropout.inverse_keep);
     const vec<A> by = splat(capped ? A(1) : s.factor);
 
@@ -109,15 +109,15 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
             }
             const A *bias = PATH == GENERAL && s.biased ? s.bias + at * width + place : nullptr;
             if constexpr (PASS == PEAKS) {
-                const vec<A> score = less_reference<A>(x[n][z], by, bias, vec<A>{});
+                const vec<A> score = whole_score<A>(x[n][z], by, bias);
                 note_peak<A>(*s.found, z * W, masked ? words[n] >> (z * W) : ~uint64_t(0), score,
                              less_reference<A>(x[n][z], by, bias, score));
                 continue;
             }
             x[n][z] = PASS == SUMS || (PATH == GENERAL && tile.far)
                           ? less_far_reference<A>(x[n][z], by, bias, tile, z * W)
-                          : less_lse<A>(x[n][z], by, bias, load(tile.shift + z * W));
-            vec<A> p = exp2<A>(bias ? x[n][z] * log2_e<A> : x[n][z]);
+                          : less_reference<A>(x[n][z], by, bias, load(tile.shift + z * W));
+            vec<A> p = exp2<A>(x[n][z]);
             if (PATH == GENERAL && tile.far) p *= load(tile.limit + z * W);
             if (masked) p = select<A>(words[n] >> (z * W), p, vec<A>{});
             store(whole + place, p);

@@ -1,5 +1,5 @@
-// Biases of a block of keys, added up and laid out as the scores are: bias[key][lane]. They are in natural units, as the scores
-// beside them are (units.inl.h).
+// Biases of a block of keys, added up and laid out as the scores are: bias[key][lane]. They are multiplied by log2(e) where
+// they are added to scores, in one rounding with it.
 
 TW_INLINE float half_to_float(uint16_t h) {
     // The exponent is rebased by a multiplication, which also makes denormals right.
