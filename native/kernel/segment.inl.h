@@ -23,7 +23,8 @@ template <class T, class M> static size_t segment_numbers(const tw_problem &p, i
     const int64_t head = padded<A>(p.head_dim), value = padded<A>(p.value_dim);
     int64_t numbers = whole * (head + value) + tiles_together<M> * units_of<M>(tile_rows<A>) * (head + value);
     if (copies<T, M>(p, INT64_MAX))
-        numbers += whole * (copied_stride<M>(padded_units<M>(p.head_dim)) + copied_stride<M>(padded_units<M>(p.value_dim)));
+        numbers +=
+            whole * (copied_stride<M>(padded_units<M>(p.head_dim)) + copied_stride<M>(padded_units<M>(p.value_dim)));
     if (M::numbers > 1) numbers += whole / M::numbers * head;
     numbers += 2 * score_places<M> + (2 * tiles_together<M> + 1) * (score_places<M> / M::numbers);
     numbers += TW_GROUP_KEYS * tile_rows<A>;
