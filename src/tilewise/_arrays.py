@@ -148,8 +148,8 @@ def as_array(value: Any) -> Any:
     While torch's compiler follows the call they become tensors, NumPy's arrays too: it does not know what dtype those
     have.
     """
-    if not isinstance(value, (list, tuple, np.ndarray)):
-        return value
+    if not isinstance(value, (list, tuple, np.ndarray)) or isinstance(value, np.ma.MaskedArray):
+        return value  # a masked array, which nobody takes, must not become one that shows what it hides
     array = np.asarray(value)
     return torch_of(array) if traced_by_torch() else array
 
