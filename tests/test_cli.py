@@ -239,6 +239,17 @@ def test_an_unknown_page_is_reported_and_not_raised():
     assert "nonsense" in ran.stdout and "unset TILEWISE_ISA" in ran.stdout
 
 
+def test_variables_that_are_not_understood_are_said():
+    wrong = {"TILEWISE_NUM_THREADS": "two", "TILEWISE_DETERMINISTIC": "false"}
+    ran = run_apart("from tilewise.cli import main; import sys; sys.argv = ['tilewise', 'doctor']; main()", **wrong)
+    assert ran.returncode == 0, ran.stderr
+    for variable, value in wrong.items():
+        assert f"RuntimeWarning: {variable}: got {value!r}, expected" in ran.stderr
+        assert f"{variable}  " in ran.stdout and f"={value}" not in ran.stdout
+    for right in ({"TILEWISE_NUM_THREADS": "3", "TILEWISE_DETERMINISTIC": "0"}, dict.fromkeys(wrong, "")):
+        assert run_apart("import tilewise", **right).stderr == ""
+
+
 @pytest.mark.parametrize("package", ["typer", "rich"])
 def test_without_its_packages_the_command_line_names_the_extra(package: str):
     ran = run_apart(f"import sys; sys.modules['{package}'] = None; from tilewise.cli import main; main()")
