@@ -123,6 +123,10 @@ def test_mask_takes_two_lengths_and_writes_a_picture(tmp_path: Path):
         (["explain", "--kv-heads", "3"], "k: has 3 heads"),
         (["explain", "--softcap", "-1"], "softcap:"),
         (["explain", "--framework", "numpy", "--device", "cuda"], "device:"),
+        (["explain", "--framework", "torch", "--device", "tpu"], "device: got 'tpu', expected one of cpu, cuda"),
+        (["explain", "--framework", "jax", "--device", "gpu"], "device: got 'gpu', expected one of cpu, cuda, tpu"),
+        (["explain", "--framework", "torch", "--device", "cuda:0"], "device: got 'cuda:0'"),
+        (["explain", "--device", "cpu:1"], "device: got 'cpu:1'"),
         (["explain", "--kernel", "nonsense"], "kernel: got 'nonsense'"),
         (["explain", "--kernel", "reference"], "allow_quadratic:"),
         (["explain", "--ranks", "4", "--machine", "abacus"], "machine: got 'abacus'"),
@@ -233,6 +237,17 @@ def test_an_unknown_page_is_reported_and_not_raised():
     )
     assert ran.returncode == 0, ran.stderr
     assert "nonsense" in ran.stdout and "unset TILEWISE_ISA" in ran.stdout
+
+
+def test_variables_that_are_not_understood_are_said():
+    wrong = {"TILEWISE_NUM_THREADS": "two", "TILEWISE_DETERMINISTIC": "false"}
+    ran = run_apart("from tilewise.cli import main; import sys; sys.argv = ['tilewise', 'doctor']; main()", **wrong)
+    assert ran.returncode == 0, ran.stderr
+    for variable, value in wrong.items():
+        assert f"RuntimeWarning: {variable}: got {value!r}, expected" in ran.stderr
+        assert f"{variable}  " in ran.stdout and f"={value}" not in ran.stdout
+    for right in ({"TILEWISE_NUM_THREADS": "3", "TILEWISE_DETERMINISTIC": "0"}, dict.fromkeys(wrong, "")):
+        assert run_apart("import tilewise", **right).stderr == ""
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])

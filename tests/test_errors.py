@@ -125,12 +125,16 @@ def test_devices_that_differ():
 
 
 FLOATS = np.ones((5, 7), np.float32)
+RAGGED: list[Any] = [[True, False], [True]]
 OPTIONS: list[tuple[type[Exception], str, Any]] = [
     (ValueError, "mask", np.ones((5, 8), bool)),
     (ValueError, "mask", np.ones((3, 1, 5, 7), bool)),
     (ValueError, "mask", np.ones((1, 1, 1, 5, 7), bool)),
     (TypeError, "mask", FLOATS),
     (TypeError, "mask", FLOATS.astype(int)),
+    (ValueError, "mask", RAGGED),
+    (ValueError, "bias", [[1.0, 2.0], [3.0]]),
+    (ValueError, "sinks", [[1.0, 2.0], [3.0]]),
     (TypeError, "mask", "causal"),
     (TypeError, "mask", tw.causal),
     (ValueError, "mask", tw.causal()),
@@ -203,6 +207,14 @@ MADE: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "offset", lambda: tw.t5(np.ones((8, 4)), offset=None)),  # type: ignore[arg-type]
     (TypeError, "offset", lambda: tw.t5(np.ones((8, 4)), offset=0.5)),  # type: ignore[arg-type]
     (TypeError, "slopes", lambda: tw.alibi(np.ones(4, np.longdouble))),
+    (ValueError, "mask", lambda: tw.dense(RAGGED)),
+    (ValueError, "map", lambda: tw.blocks(RAGGED, 16)),
+    (ValueError, "k_ids", lambda: tw.documents([0, 0], RAGGED)),
+    (ValueError, "stops", lambda: tw.intervals([0, 0], RAGGED)),
+    (ValueError, "k", lambda: tw.lengths(k=RAGGED)),  # type: ignore[arg-type]
+    (ValueError, "offset", lambda: tw.causal(offset=RAGGED)),  # type: ignore[arg-type]
+    (ValueError, "n", lambda: tw.prefix(RAGGED)),  # type: ignore[arg-type]
+    (ValueError, "table", lambda: tw.relative(RAGGED)),
 ]
 
 
@@ -211,6 +223,19 @@ def test_masks_and_biases_are_checked_when_made(number):
     kind, argument, make = MADE[number]
     with pytest.raises(kind, match=rf"^{argument}: "):
         make()
+
+
+@pytest.mark.parametrize("family", ["numpy", "torch", "jax"])
+def test_sinks_in_a_list_and_without_weight(family):
+    call = arrays(family)
+    out = np.asarray(tw.attention(**call))
+    np.testing.assert_array_equal(tw.attention(**call, sinks=-float("inf")), out)
+    np.testing.assert_array_equal(tw.attention(**call, sinks=[-float("inf")] * 4), out)
+    sinks = [0.0, 1.0, 2.0, 3.0]
+    in_a_list = np.asarray(tw.attention(**call, sinks=sinks))
+    np.testing.assert_array_equal(tw.attention(**call, sinks=np.array(sinks)), in_a_list)
+    assert not np.array_equal(in_a_list, out)
+    refuses(ValueError, "sinks", {**call, "sinks": float("inf")})
 
 
 def test_torch_numbers_of_eight_bits_and_seeds_elsewhere():

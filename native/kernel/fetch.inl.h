@@ -175,11 +175,9 @@ template <class M> TW_INLINE bool lacks(const Sweep<M> &s, int64_t key) {
     return s.fetch && s.held[(key - s.chunk) / block_keys] != key;
 }
 
-// Whether rows of keys or values lie so far apart (heads stand between them) that a chunk of them falls on few sets of the
-// first-level cache, and on as many pages as it has rows.
-template <class T> TW_INLINE bool scattered(const tw_tensor &x, int64_t n) {
-    return x.stride_s * int64_t(sizeof(T)) >= 1024;
-}
+// Whether rows of keys or values lie so far apart (they are long, or heads stand between them) that a chunk of them falls on
+// few sets of the first-level cache.
+template <class T> TW_INLINE bool scattered(const tw_tensor &x) { return x.stride_s * int64_t(sizeof(T)) >= 1024; }
 
 // Units from one row of a copy to the next. Values are read by columns: rows that lie a large power of two apart fall on few
 // sets of the first-level cache, so such rows stand a line further apart.
@@ -192,7 +190,7 @@ template <class M> TW_INLINE int64_t copied_stride(int64_t units) {
 // or they are scattered and enough tiles use the copy. It changes no bit.
 template <class T, class M> TW_INLINE bool copies(const tw_problem &p, int64_t tiles) {
     if (sizeof(T) != sizeof(unit_of<M>) || p.pages.table) return true;
-    return tiles >= 4 && (scattered<T>(p.k, p.head_dim) || scattered<T>(p.v, p.value_dim));
+    return tiles >= 4 && (scattered<T>(p.k) || scattered<T>(p.v));
 }
 
 // Units of a chunk's copy.

@@ -22,7 +22,9 @@ template <class T, class M> static size_t segment_numbers(const tw_problem &p, i
     const int64_t whole = (keys + block_keys - 1) / block_keys * block_keys;
     const int64_t head = padded<A>(p.head_dim), value = padded<A>(p.value_dim);
     int64_t numbers = whole * (head + value) + tiles_together<M> * units_of<M>(tile_rows<A>) * (head + value);
-    if (copies<T, M>(p, INT64_MAX)) numbers += whole * (padded_units<M>(p.head_dim) + padded_units<M>(p.value_dim));
+    if (copies<T, M>(p, INT64_MAX))
+        numbers +=
+            whole * (copied_stride<M>(padded_units<M>(p.head_dim)) + copied_stride<M>(padded_units<M>(p.value_dim)));
     if (M::numbers > 1) numbers += whole / M::numbers * head;
     numbers += 2 * score_places<M> + (2 * tiles_together<M> + 1) * (score_places<M> / M::numbers);
     numbers += TW_GROUP_KEYS * tile_rows<A>;
@@ -66,8 +68,8 @@ static void enter_segment(Slopes<M> &s, const tw_problem *problem, const tw_grad
     s.d_v = take(whole * s.value_width);
     s.copied = copies<T, M>(p, tiles);
     if (s.copied) {
-        s.k_stride = padded_units<M>(p.head_dim);
-        s.v_stride = padded_units<M>(p.value_dim);
+        s.k_stride = copied_stride<M>(padded_units<M>(p.head_dim));
+        s.v_stride = copied_stride<M>(padded_units<M>(p.value_dim));
         s.k = s.copy_k = take_units(whole * s.k_stride);
         s.v = s.copy_v = take_units(whole * s.v_stride);
     } else if constexpr (sizeof(T) == sizeof(U)) {

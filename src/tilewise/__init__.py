@@ -2,6 +2,7 @@
 
 from ._api import attention, explain
 from .contract import Dropout, Plan
+from .environment import warn as _warn_of_environment
 from .errors import KernelRefused, PeerLost, QuadraticMemory, TilewiseError
 from .kernels.state import merge
 from .masks.algebra import Mask
@@ -42,3 +43,5 @@ __all__ = [
     "t5",
     "window",
 ]
+
+_warn_of_environment()

@@ -142,15 +142,23 @@ def torch_of(array: np.ndarray) -> Any:
     return torch.as_tensor(array if fit else np.array(array, array.dtype.newbyteorder("=")), device="cpu")
 
 
-def as_array(value: Any) -> Any:
-    """Lists and tuples as a NumPy array; all else, arrays among it, as it is.
+def as_array(name: str, value: Any) -> Any:
+    """The argument of that name: lists and tuples as a NumPy array; all else, arrays among it, as it is.
 
     While torch's compiler follows the call they become tensors, NumPy's arrays too: it does not know what dtype those
     have.
+
+    Raises:
+        ValueError: lists that make no array, their lengths being unequal.
     """
-    if not isinstance(value, (list, tuple, np.ndarray)):
+    # A masked array stays one, to be refused: as a plain one it would show what it hides.
+    if not isinstance(value, (list, tuple, np.ndarray)) or isinstance(value, np.ma.MaskedArray):
         return value
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        got = type(value).__name__
+        raise ValueError(f"{name}: got a {got} that makes no array, expected rows of equal lengths") from None
     return torch_of(array) if traced_by_torch() else array
 
 

@@ -172,6 +172,9 @@ class TestDropout:
             expected = tw.attention(q, q, q, dropout=tw.Dropout(0.4, seed_of(key)))
             assert not np.array_equal(expected, tw.attention(q, q, q))
             np.testing.assert_array_equal(tw.attention(q, q, q, dropout=tw.Dropout(0.4, key)), expected)
+            raw = jax.random.key_data(key)
+            np.testing.assert_array_equal(tw.attention(q, q, q, dropout=tw.Dropout(0.4, raw)), expected)
+            np.testing.assert_array_equal(seed_of(raw), seed_of(key))
 
     def test_bits_are_those_of_numpy_and_torch(self, unit):
         key = jax.random.key(5)

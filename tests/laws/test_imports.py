@@ -14,7 +14,7 @@ import tilewise
 
 SOURCE = Path(tilewise.__file__).parent
 FILES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
-NOUNS = {"_arrays", "errors", "problem", "contract", "masks", "version"}
+NOUNS = {"_arrays", "environment", "errors", "problem", "contract", "masks", "version"}
 
 # Where a third-party module may be imported at the top of a file; anywhere else it must wait until it is needed.
 HOMES = {

@@ -1,5 +1,6 @@
 """Rotary embedding against transformers' own functions, and what must hold of any rotation."""
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -85,6 +86,25 @@ def test_scalings(kind, scaling, parameters):
     torch.testing.assert_close(cos[1], (7 * expected).cos() * magnitude)
 
 
+@pytest.mark.parametrize(
+    ("error", "message", "make"),
+    [
+        (ValueError, "^factor", lambda: LinearScaling(0.0)),
+        (ValueError, "^factor", lambda: NtkScaling(-2.0)),
+        (TypeError, "^factor", lambda: NtkScaling("2")),
+        (ValueError, "^original_length", lambda: YarnScaling(4.0, 0)),
+        (ValueError, "^beta_slow", lambda: YarnScaling(4.0, 128, beta_slow=0.0)),
+        (ValueError, "^beta_fast", lambda: YarnScaling(4.0, 128, beta_fast=0.5)),
+        (ValueError, "^attention_factor", lambda: YarnScaling(4.0, 128, attention_factor=0.0)),
+        (ValueError, "^high_freq_factor", lambda: Llama3Scaling(8.0, 4.0, 4.0)),
+        (ValueError, "^theta", lambda: rotary_frequencies(16, theta=1.0, scaling=YarnScaling(4.0, 128))),
+    ],
+)
+def test_scalings_are_checked_when_made(error, message, make):
+    with pytest.raises(error, match=message):
+        make()
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_a_rotation(interleaved):
     x, y = some(1, 1, 1, 10), some(1, 1, 1, 10, seed=1)
@@ -112,6 +132,16 @@ def test_inverse(options):
     turned = rotary(x, 11, **options)
     assert not torch.equal(turned, x)
     torch.testing.assert_close(rotary(turned, 11, inverse=True, **options), x)
+
+
+def test_lists_and_arrays():
+    x, positions = some(2, 3, 5, 8), [4, 0, 9, 1, 2]
+    expected = rotary(x, torch.tensor(positions))
+    assert torch.equal(rotary(x, positions), expected)
+    assert torch.equal(rotary(x, np.array(positions)), expected)
+    cos, sin = rotary_tables(positions, 8, dtype=torch.float64)
+    assert torch.equal(rotary(x, cos=cos.numpy(), sin=sin.numpy()), expected)
+    assert torch.equal(rotary(x, np.int64(3)), rotary(x, 3))
 
 
 def test_packed():
@@ -159,6 +189,12 @@ def test_compiles_whole():
         (TypeError, "^x", {"x": torch.ones(2, 3, 5, 8, dtype=torch.int64)}),
         (TypeError, "^scaling", {"scaling": 2.0}),
         (ValueError, "^theta", {"theta": 0.0}),
+        (TypeError, "^theta", {"theta": "10000"}),
+        (TypeError, "^dims", {"dims": 4.0}),
+        (TypeError, "^positions", {"positions": "all"}),
+        (TypeError, "^positions", {"positions": [True] * 5}),
+        (ValueError, "^positions", {"positions": [[0, 1], [2]]}),
+        (TypeError, "^sin", {"cos": torch.ones(5, 4), "sin": "none"}),
     ],
 )
 def test_errors(error, message, change):

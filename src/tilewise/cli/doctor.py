@@ -20,6 +20,8 @@ def doctor() -> None:
         "frameworks": frameworks,
         "optional packages": findings.extras(),
     }
+    if variables := findings.environment():
+        sections = {"environment": variables, **sections}
     absent = 0
     for title, found in sections.items():
         heading(f"\n{title}")

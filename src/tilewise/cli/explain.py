@@ -25,6 +25,7 @@ from ..validate import prepare
 from .expression import parse
 from .output import heading, reported, rows
 
+_DEVICES = {"numpy": ("cpu",), "torch": ("cpu", "cuda", "mps", "xpu"), "jax": ("cpu", "cuda", "tpu")}
 _SHAPE = Shape(1, 8, 8, 2048, 2048, 64, 64)
 PLAIN = Preset("plain", "no model in particular", _SHAPE, _SHAPE)
 
@@ -79,11 +80,9 @@ def explain(
     with reported():
         model = preset(preset_name) if preset_name else PLAIN
         shape = replace(model.at(seq, batch), **{name: size for name, size in sizes.items() if size is not None})
-        if framework == "numpy" and device != "cpu":
-            raise ValueError(f"device: got {device!r}, but numpy arrays are on the cpu")
+        kind, gpu = _device(device, framework)
         given: dict[str, Any] = {"softcap": softcap, "mask": parse(mask) if mask is not None else None}
         problem, lowered = _problem(model, shape, {name: value for name, value in given.items() if value is not None})
-        kind, _, gpu = device.partition(":")
         problem = replace(
             problem,
             dtype=dtype,
@@ -102,6 +101,17 @@ def explain(
     if choice is not None:
         heading(f"\nover {ranks} ranks")
         rows(rows_of_choice(choice))
+
+
+def _device(text: str, framework: str) -> tuple[str, str]:
+    """The kind of device and a GPU's name, "" where none is given: what the arrays of a framework can be on."""
+    kind, colon, gpu = text.partition(":")
+    if kind not in _DEVICES[framework]:
+        expected = ", ".join(_DEVICES[framework])
+        raise ValueError(f"device: got {text!r}, expected one of {expected}, where {framework} arrays can be")
+    if colon and (kind != "cuda" or not gpu or gpu.isdecimal()):
+        raise ValueError(f"device: got {text!r}, expected {kind!r}, or a GPU by its name, as in 'cuda:H200'")
+    return kind, gpu
 
 
 def _machine(problem: AttentionProblem, name: str | None, rates: dict[str, float | None]) -> Machine:

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..environment import faults
 from ..kernels import cards
 from ..version import __version__
 
@@ -45,6 +46,11 @@ def machine() -> list[Finding]:
         Finding("python", True, f"{platform.python_version()}, {sys.executable}"),
         Finding("system", True, f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors"),
     ]
+
+
+def environment() -> list[Finding]:
+    """The variables that are set to what is not understood."""
+    return [Finding(variable, False, fault, "unset it, or correct it") for variable, fault in faults().items()]
 
 
 def kernels() -> list[Finding]:
@@ -87,7 +93,8 @@ def native() -> list[Finding]:
             found.append(Finding(f"page {page}", False, built["refused_pages"][page], cure))
         else:
             found.append(Finding(f"page {page}", False, "this processor lacks its instructions", "a newer processor"))
-    settings = _setting("TILEWISE_NUM_THREADS") or _setting("OMP_NUM_THREADS")
+    own = "" if "TILEWISE_NUM_THREADS" in faults() else _setting("TILEWISE_NUM_THREADS")
+    settings = own or _setting("OMP_NUM_THREADS")
     found.append(
         Finding("threads", True, f"{module.num_threads()}{settings or ', one per processor allowed to this process'}")
     )

@@ -31,6 +31,7 @@ def seed_of(key: Array | int) -> Array | int:
     words = jax.random.key_data(key) if typed else key
     if words.size <= 2:
         return words
-    if words.ndim != 1:
+    if words.ndim != 1 or not (typed or words.size == 4):
         raise ValueError(f"key: has shape {words.shape}, expected one key")
-    return jax.random.bits(key if typed else jax.random.wrap_key_data(words), (2,), jnp.uint32)
+    # Four raw words are a key of XLA's own generator, whatever the default is now; "unsafe_rbg" draws the same bits.
+    return jax.random.bits(key if typed else jax.random.wrap_key_data(words, impl="rbg"), (2,), jnp.uint32)

@@ -261,7 +261,7 @@ def _distances(site: Site, xp: Any) -> Array:
 
 
 def _floats(argument: str, name: str, value: Any) -> Array:
-    value = as_array(value)
+    value = as_array(argument, value)
     if family_of(value) is None:
         raise TypeError(f"{argument}: {name} got {type(value).__name__}, expected a float array")
     if dtype_name(value) not in ACCUMULATOR:

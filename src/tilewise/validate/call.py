@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from .._arrays import Array, Family, device_kind, device_model, dtype_name, is_abstract
 from ..contract import Dropout, Operands
+from ..environment import deterministic
 from ..masks.algebra import Mask
 from ..masks.biases import Bias
 from ..masks.lower import LoweredMask, lower
@@ -19,9 +19,8 @@ from ..problem import AttentionProblem, BiasFacts, Gradient, Invariance
 from .arrays import check_arrays
 from .options import Checked, check_invariance, check_options
 
-# Whether equal inputs must give equal bits. TILEWISE_DETERMINISTIC=0 admits kernels of others whose order of summation
-# depends on the number of threads or on chance.
-DETERMINISTIC = os.environ.get("TILEWISE_DETERMINISTIC", "1") != "0"
+# Whether equal inputs must give equal bits, read once: plans are remembered.
+DETERMINISTIC = deterministic()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -53,11 +53,14 @@ def _words(name: str, seed: Any, family: Family) -> Any:
         raise TypeError(
             f"dropout: got a {name} of type {type(seed).__name__}, expected an int or an integer array of q's framework"
         )
-    if kind == "jax" and str(seed.dtype).startswith("key<"):
+    if kind == "jax":
+        # A key of four words draws two, typed or raw, as in `jax/keys.py`.
         random = sys.modules["jax"].random
-        words = random.key_data(seed)
-        # A key of more words draws two, as in `jax/keys.py`.
-        seed = words if seed.shape or words.size <= 2 else random.bits(seed, (2,), "uint32")
+        if str(seed.dtype) == "uint32" and seed.shape == (4,):
+            seed = random.wrap_key_data(seed, impl="rbg")
+        if str(seed.dtype).startswith("key<"):
+            words = random.key_data(seed)
+            seed = words if seed.shape or words.size <= 2 else random.bits(seed, (2,), "uint32")
     if not dtype_name(seed).startswith(("int", "uint")) or math.prod(seed.shape) not in (1, 2):
         raise TypeError(
             f"dropout: got a {name} of dtype {dtype_name(seed)} and shape {tuple(seed.shape)}, expected 1 or 2 integers"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
-from .._arrays import Array, Family, device_kind, dtype_name, family_of, namespace
+from .._arrays import Array, Family, as_array, device_kind, dtype_name, family_of, namespace
 from ..contract import Dropout
 from ..masks.algebra import Mask
 from ..masks.biases import Bias, LoweredBias, as_bias, lower_bias
@@ -138,8 +139,11 @@ def check_sinks(sinks: Any, family: Family, q: Array) -> Array | None:
         return None
     heads, xp = q.shape[1], namespace(family, getattr(q, "device", None))
     accumulator = getattr(xp, ACCUMULATOR[dtype_name(q)])
+    sinks = as_array("sinks", sinks)
     if family_of(sinks) is None:
-        return xp.full((heads,), real("sinks", sinks), dtype=accumulator)
+        # As in an array: -inf adds exp(-inf) = 0 to a denominator, as if there were no sink.
+        number = sinks if isinstance(sinks, float) and sinks == -math.inf else real("sinks", sinks)
+        return xp.full((heads,), number, dtype=accumulator)
     check_framework("sinks", family, [sinks])
     check_same_device("sinks", family, q, [sinks])
     if dtype_name(sinks) not in ACCUMULATOR:

@@ -60,7 +60,8 @@ def test_the_seed_is_never_read_on_the_host(launched: list[str], queries: int) -
             out, lse = forward.forward(plan, call.operands)
             backward.backward(plan, call.operands, out, lse, torch.empty_like(out), None)
     first = ["decode_kernel", "merge_kernel"] if queries == 1 else ["forward_kernel"]
-    assert launched == [*first, "rows_kernel", "d_kv_kernel", "d_q_kernel"]
+    # d_k and d_v are found by one of two launches: the device alone knows whether rows are far.
+    assert launched == [*first, "rows_kernel", "shares_kernel", "d_kv_kernel", "d_kv_kernel", "d_q_kernel"]
 
 
 def test_the_guard_sees_a_value_that_comes_back() -> None:

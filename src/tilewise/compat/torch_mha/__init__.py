@@ -1,4 +1,4 @@
-"""torch's multi-head attention functions, under their own names, on tilewise's kernels.
+"""torch's multi-head attention functions on tilewise's kernels, named as there but for the first underscore.
 
 Origin: `torch._transform_bias_rescale_qkv` and `torch._native_multi_head_attention` (aten's CUDA source, torch 2.9 to
 2.13), and `torch.nn.functional.multi_head_attention_forward` (torch 2.13). Layouts: (B, T, D) for the first two,

@@ -36,7 +36,8 @@ def backward(plan: Plan, operands: Operands, out: Array, lse: Array, d_out: Arra
     p, wanted = plan.problem, plan.problem.gradients
     alive: Alive = []
     found = Gradients(
-        q=_filled(p, operands.q, p.q_heads, p.q_len, p.head_dim, p.result) if "q" in wanted else None,
+        # Every row of q has its gradient written; to keys and values the core adds.
+        q=empty_like_layout(p, operands.q, p.q_heads, p.q_len, p.head_dim, p.result) if "q" in wanted else None,
         k=_filled(p, operands.k, p.kv_heads, p.k_len, p.head_dim, p.accumulator) if "k" in wanted else None,
         v=_filled(p, operands.v, p.kv_heads, p.k_len, p.value_dim, p.accumulator) if "v" in wanted else None,
     )
@@ -111,7 +112,10 @@ class _Sum:
 def _filled(p: AttentionProblem, like: Array, heads: int, length: int, width: int, dtype: str) -> Array:
     """Zeros in the problem's layout: what no pair reaches stays so."""
     array = empty_like_layout(p, like, heads, length, width, dtype)
-    array[...] = 0
+    if family_of(array) == "torch":
+        array.zero_()  # in one stroke, where an assignment copies a number many times
+    else:
+        array[...] = 0
     return array
 
 

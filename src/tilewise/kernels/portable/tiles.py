@@ -16,6 +16,8 @@ _SLAB_SCORES = 1 << 20
 _VARIED_SCORES = 1 << 16
 # Arrays of a tile's scores alive at once in the backward pass: scores, probabilities, their gradients, temporaries.
 _LIVE = 6
+# Bytes of each score beside those while dropout draws: a dozen arrays of 64-bit words in Philox's arithmetic.
+_DRAWN = 12 * 8
 
 
 def default_tiles(problem: AttentionProblem) -> Tiles:
@@ -43,4 +45,5 @@ def workspace(problem: AttentionProblem, tiles: Tiles) -> int:
     scores = batch * heads * problem.group * queries * keys
     edges = batch * heads * (problem.group * queries + keys) * width
     sums = problem.batch * (problem.q_heads * problem.q_len + problem.kv_heads * problem.k_len) * width
-    return ITEM_BYTES[problem.accumulator] * (_LIVE * scores + 3 * edges + (sums if problem.gradients else 0))
+    drawn = _DRAWN * scores if problem.dropout else 0
+    return drawn + ITEM_BYTES[problem.accumulator] * (_LIVE * scores + 3 * edges + (sums if problem.gradients else 0))

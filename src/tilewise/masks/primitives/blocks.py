@@ -76,7 +76,7 @@ def blocks(map: Array, size: int | tuple[int, int]) -> Mask:
     Raises:
         TypeError: a map that is not boolean, a size that is no int. ValueError: a size below 1, or not two.
     """
-    map = as_array(map)
+    map = as_array("map", map)
     if family_of(map) is None or dtype_name(map) != "bool":
         got = type(map).__name__ if family_of(map) is None else f"dtype {dtype_name(map)}"
         raise TypeError(f"map: blocks() got {got}, expected a boolean array")

@@ -55,6 +55,6 @@ def causal(align: Align | None = None, *, offset: Array | int | None = None) -> 
         ValueError: unknown `align`, or both "end" and an offset. At the call: no alignment where Sq != Sk.
         TypeError: `offset` is not of integers.
     """
-    offset = as_operand(offset)
+    offset = as_operand("offset", offset)
     check_alignment("causal", align, offset)
     return Causal(align, offset)

@@ -52,9 +52,10 @@ def dense(array: Array) -> Mask:
         array: booleans that broadcast to (B, Hq, Sq, Sk) by NumPy's rule, so 2-D is (Sq, Sk).
 
     Raises:
-        TypeError: not a boolean array; a float array that is added to the scores is a bias.
+        TypeError: not a boolean array; a float array that is added to the scores is a bias. ValueError: lists of
+            unequal lengths.
     """
-    array = as_array(np.asarray(array) if isinstance(array, bool | np.bool_) else array)
+    array = as_array("mask", np.asarray(array) if isinstance(array, bool | np.bool_) else array)
     if family_of(array) is None:
         raise TypeError(
             f"mask: got {type(array).__name__}, expected a mask such as tilewise.causal() or a boolean array"

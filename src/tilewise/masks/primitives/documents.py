@@ -68,10 +68,11 @@ def documents(q_ids: Array, k_ids: Array | None = None) -> Mask:
         q_ids: (Sq,) or (B, Sq), integers. k_ids: (Sk,) or (B, Sk); None is `q_ids`, for self-attention.
 
     Raises:
-        TypeError: ids that are not integers. At the call, ValueError: a shape that does not fit.
+        TypeError: ids that are not integers. ValueError: lists of unequal lengths; at the call, a shape that does not
+            fit.
     """
     k_ids = q_ids if k_ids is None else k_ids
-    q_ids, k_ids = as_array(q_ids), as_array(k_ids)
+    q_ids, k_ids = as_array("q_ids", q_ids), as_array("k_ids", k_ids)
     for argument, ids in (("q_ids", q_ids), ("k_ids", k_ids)):
         if isinstance(ids, int):
             raise TypeError(f"{argument}: documents() got an int, expected an array of integers")

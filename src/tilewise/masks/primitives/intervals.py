@@ -58,9 +58,9 @@ def intervals(starts: Array, stops: Array) -> Mask:
             Intervals of a row may overlap, stand in any order, be empty, or reach beyond the keys.
 
     Raises:
-        ValueError: shapes that differ. TypeError: not integers.
+        ValueError: shapes that differ, lists of unequal lengths. TypeError: not integers.
     """
-    starts, stops = as_array(starts), as_array(stops)
+    starts, stops = as_array("starts", starts), as_array("stops", stops)
     check_integers("starts", "intervals()", starts)
     check_integers("stops", "intervals()", stops)
     shapes = [tuple(getattr(side, "shape", ())) for side in (starts, stops)]  # torch's compiler cannot follow np.shape

@@ -55,7 +55,7 @@ def lengths(*, q: Array | int | None = None, k: Array | int | None = None) -> Ma
     """
     if q is None and k is None:
         raise ValueError("q: lengths() got neither q nor k, expected at least one")
-    q, k = as_operand(q), as_operand(k)
+    q, k = as_operand("q", q), as_operand("k", k)
     for argument, value in (("q", q), ("k", k)):
         if value is not None:
             check_integers(argument, "lengths()", value)

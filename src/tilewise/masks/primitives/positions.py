@@ -68,11 +68,11 @@ def at_batch(value: Array | int, b: Array) -> Array | int:
     return value if isinstance(value, int) or value.shape[0] == 1 else value.reshape(-1)[b]
 
 
-def as_operand(value: Array | int | list[int] | None) -> Array | int | None:
-    """Lists become arrays, NumPy's integer scalars ints; all else stays."""
+def as_operand(name: str, value: Array | int | list[int] | None) -> Array | int | None:
+    """The argument of that name: lists become arrays, NumPy's integer scalars ints; all else stays."""
     if isinstance(value, np.integer):
         return int(value)
-    return as_array(value)
+    return as_array(name, value)
 
 
 def check_per_batch(what: str, site: Site, value: Array | int | None) -> None:

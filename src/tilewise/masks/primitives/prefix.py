@@ -45,7 +45,7 @@ def prefix(n: Array | int) -> Mask:
     Raises:
         ValueError: a negative int. TypeError: not integers.
     """
-    n = as_operand(n)
+    n = as_operand("n", n)
     check_integers("n", "prefix()", n)
     if isinstance(n, int) and n < 0:
         raise ValueError(f"n: prefix() got {n}, expected 0 or more keys")

@@ -80,6 +80,6 @@ def window(
             raise TypeError(f"{argument}: window() got {type(width).__name__}, expected an int or None")
         if width < 0:
             raise ValueError(f"{argument}: window() got {width}, expected 0 or more keys, or None for unbounded")
-    offset = as_operand(offset)
+    offset = as_operand("offset", offset)
     check_alignment("window", align, offset)
-    return Window(as_operand(left), as_operand(right), align, offset)
+    return Window(as_operand("left", left), as_operand("right", right), align, offset)

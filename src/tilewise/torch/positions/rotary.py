@@ -5,9 +5,15 @@ Made of torch operations, so every derivative, transform and compiler of torch w
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..._arrays import as_array, torch_of
+from ...masks.primitives.positions import is_integer
+from ...validate.operand import real
 from .scaling import LinearScaling, Llama3Scaling, NtkScaling, Scaling, YarnScaling
 
 __all__ = [
@@ -42,10 +48,14 @@ def rotary_frequencies(
         dtype, device: of the result; float32 or float64.
 
     Raises:
-        ValueError: an odd or negative `dims`, or a `theta` that is not positive. TypeError: no scaling of these.
+        ValueError: an odd or negative `dims`, or a `theta` that is not positive. TypeError: no scaling of these, or no
+            numbers.
     """
+    if not is_integer(dims):
+        raise TypeError(f"dims: got {type(dims).__name__}, expected an int")
     if dims < 0 or dims % 2:
         raise ValueError(f"dims: got {dims}, expected an even number of features")
+    theta = real("theta", theta)
     if not theta > 0:
         raise ValueError(f"theta: got {theta}, expected a positive number")
     exponents = torch.arange(0, dims, 2, dtype=torch.int64, device=device).to(dtype) / max(dims, 1)
@@ -56,7 +66,7 @@ def rotary_frequencies(
 
 
 def rotary_tables(
-    positions: Tensor,
+    positions: Tensor | np.ndarray | list[int],
     dims: int,
     *,
     theta: float = 10000.0,
@@ -66,13 +76,14 @@ def rotary_tables(
     """(cos, sin), each (S, dims/2) or (B, S, dims/2): made once, they serve all layers of a model.
 
     Args:
-        positions: integers or floats (S,) or (B, S).
+        positions: integers or floats (S,) or (B, S), a tensor, array or list.
         dims, theta, scaling: as for `rotary_frequencies`; a scaling's magnitude is multiplied in.
         dtype: of the result. Angles are computed in float32, in float64 for float64, and rounded last.
 
     Raises:
-        ValueError: as `rotary_frequencies`.
+        ValueError, TypeError: as `rotary_frequencies`; positions that are no array of real numbers.
     """
+    positions = _tensor("positions", positions)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     frequencies = rotary_frequencies(dims, theta=theta, scaling=scaling, dtype=exact, device=positions.device)
     # Never in a half type, which would lose whole turns.
@@ -85,7 +96,7 @@ def rotary_tables(
 
 def rotary(
     x: Tensor,
-    positions: Tensor | int | None = None,
+    positions: Tensor | np.ndarray | list[int] | float | None = None,
     *,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
@@ -100,7 +111,8 @@ def rotary(
 
     Args:
         x: (B, H, S, D), float64, float32, float16 or bfloat16.
-        positions: integers (S,) or (B, S), (T,) for layout "thd"; an int is the position of the first; None is 0.
+        positions: integers (S,) or (B, S), (T,) for layout "thd", in a tensor, array or list; a number is the position
+            of the first; None is 0.
         cos, sin: tables in place of positions, theta and scaling: (S, dims/2) or (B, S, dims/2), as `rotary_tables`
             makes them, or of the full width dims, where both features of a pair have the same value.
         interleaved: pairs are features (2i, 2i + 1), as in GPT-J and RoFormer; else (i, i + dims/2), as in Llama and
@@ -119,6 +131,8 @@ def rotary(
     _check(x, layout)
     width = x.shape[-1]
     dims = width if dims is None else dims
+    if not is_integer(dims):
+        raise TypeError(f"dims: got {type(dims).__name__}, expected an int or None")
     if not 0 <= dims <= width or dims % 2:
         raise ValueError(f"dims: got {dims}, expected an even number up to x's {width} features")
     if (cos is None) != (sin is None):
@@ -141,7 +155,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 def _tables(
     x: Tensor,
-    positions: Tensor | int | None,
+    positions: Tensor | np.ndarray | list[int] | float | None,
     layout: str,
     dims: int,
     theta: float,
@@ -149,10 +163,11 @@ def _tables(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     first = 0 if positions is None else positions
-    if isinstance(first, Tensor):
-        _check_leading("positions", tuple(first.shape), tuple(first.shape), x, layout)
-    else:
+    if isinstance(first, int | float | np.number | torch.SymInt):
         first = torch.arange(first, first + x.shape[_AXIS[layout]], device=x.device)
+    else:
+        first = _tensor("positions", first)
+        _check_leading("positions", tuple(first.shape), tuple(first.shape), x, layout)
     cos, sin = rotary_tables(first.to(x.device), dims, theta=theta, scaling=scaling, dtype=x.dtype)
     if inverse and scaling is not None:
         cos, sin = cos / scaling.magnitude**2, sin / scaling.magnitude**2
@@ -161,6 +176,7 @@ def _tables(
 
 def _beside(name: str, table: Tensor, x: Tensor, dims: int, interleaved: bool, layout: str) -> Tensor:
     """A table (S, …) or (B, S, …), of half or full width, in x's dtype and shaped to broadcast with x's pairs."""
+    table = _tensor(name, table)
     _check_leading(name, tuple(table.shape[:-1]), tuple(table.shape), x, layout)
     width = table.shape[-1]
     if width not in (dims // 2, dims):
@@ -172,6 +188,17 @@ def _beside(name: str, table: Tensor, x: Tensor, dims: int, interleaved: bool, l
         return table.reshape(x.shape[0], 1, -1)
     table = table if table.ndim == 3 else table[None]
     return table[:, None] if layout == "bhsd" else table[:, :, None]
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """The argument of that name as a tensor: a tensor, array or list of real numbers."""
+    value = as_array(name, value)
+    value = torch_of(value) if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" else value
+    if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(
+            f"{name}: got {getattr(value, 'dtype', type(value).__name__)}, expected an array of real numbers"
+        )
+    return value
 
 
 def _check_leading(name: str, leading: tuple[int, ...], shape: tuple[int, ...], x: Tensor, layout: str) -> None:

@@ -12,12 +12,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...validate.operand import real
+
+
+def _positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not real(name, number) > 0:
+            raise ValueError(f"{name}: got {number}, expected a positive number")
+
 
 @dataclass(frozen=True, slots=True)
 class LinearScaling:
     """Position interpolation (Chen et al., 2023): all positions divided by `factor`."""
 
     factor: float
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError, beginning with the argument's name."""
+        _positive(factor=self.factor)
 
     @property
     def magnitude(self) -> float:
@@ -37,6 +49,10 @@ class NtkScaling:
     """
 
     factor: float
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError, beginning with the argument's name."""
+        _positive(factor=self.factor)
 
     @property
     def magnitude(self) -> float:
@@ -65,6 +81,15 @@ class Llama3Scaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError, beginning with the argument's name."""
+        _positive(factor=self.factor, original_length=self.original_length)
+        if not real("low_freq_factor", self.low_freq_factor) < real("high_freq_factor", self.high_freq_factor):
+            raise ValueError(
+                f"high_freq_factor: got {self.high_freq_factor}, expected more than low_freq_factor, "
+                f"{self.low_freq_factor}"
+            )
 
     @property
     def magnitude(self) -> float:
@@ -96,6 +121,16 @@ class YarnScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError, beginning with the argument's name."""
+        _positive(
+            factor=self.factor, original_length=self.original_length, beta_slow=self.beta_slow, beta_fast=self.beta_fast
+        )
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast: got {self.beta_fast}, expected at least beta_slow, {self.beta_slow}")
+        if self.attention_factor is not None:
+            _positive(attention_factor=self.attention_factor)
+
     @property
     def magnitude(self) -> float:
         """Factor of queries and keys alike."""
@@ -105,6 +140,8 @@ class YarnScaling:
 
     def frequencies(self, base: Tensor, theta: float) -> Tensor:
         """base (d/2,) -> (d/2,)."""
+        if theta == 1:
+            raise ValueError("theta: got 1, expected another base, with which pairs turn at different speeds")
         pairs = base.shape[0]
         first = max(math.floor(self._pair(self.beta_fast, pairs, theta)), 0)
         last = min(math.ceil(self._pair(self.beta_slow, pairs, theta)), 2 * pairs - 1)
