@@ -1,6 +1,6 @@
 """Scores of whole numbers up to 4,000, which plain attention computes exactly, are exact here too.
 
-So they are with biases that are small beside them or common to whole rows, and beside sinks.
+So they are with biases, small beside them or as large, and beside sinks.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ OPTIONS = {
 # What is added to scores of 3,600, as a function of them: (B, Hq, Sq, Sk) of whole numbers and, for each row, any one.
 BIASES = {
     "small": lambda scores, rng: rng.integers(-3, 4, scores.shape),
+    "as large": lambda scores, rng: rng.integers(-3, 4, scores.shape) - scores,
+    "half as large": lambda scores, rng: rng.integers(-3, 4, scores.shape) - scores // 2,
     "of whole rows": lambda scores, rng: rng.standard_normal((*scores.shape[:-1], 1)) * 1e4 + rng.integers(-3, 4, 130),
 }
 SINKS = {"sinks": np.array([3600.0, 3603.0, -3600.0, 0.0])}
