@@ -57,7 +57,8 @@ def compiling() -> Iterator[list[dict[str, Any]]]:
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        reports.append(_report(self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+        name = self.__name__ + (" of far rows" if kwargs.get("FAR") else "")
+        reports.append(_report(name, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
     JITFunction.run = compile_only
     try:
