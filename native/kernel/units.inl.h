@@ -53,10 +53,12 @@ template <class A> TW_INLINE vec<A> less_reference(vec<A> x, vec<A> by, const A 
     return fused<A>(x, by, sum) + (lost - lost == A(0) ? lost : vec<A>{});
 }
 
-// The score of head h's sink, less a row's reference: rounded once, as other scores are.
+// The score of head h's sink, less a row's reference: rounded once, as other scores are. Where these are coarse it is rounded
+// before, and beside biases as biases are, so that a sink and a bias of the same size are one score.
 template <class A> TW_INLINE A sink_less(const tw_problem &p, int64_t h, A reference) {
-    const double sink = double(bounded<A>(static_cast<const A *>(p.sinks)[h]));
-    const double rest = sink - sink == 0 ? sink * scaling_of<A>(p).rest : 0;
+    const A own = bounded<A>(static_cast<const A *>(p.sinks)[h]), as_bias = own * log2_e<A>;
+    if ((p.bias_count || p.table.data) && (is_coarse(as_bias) || is_coarse(reference))) return as_bias - reference;
+    const double sink = double(own), rest = sink - sink == 0 ? sink * scaling_of<A>(p).rest : 0;
     const auto less = [&](double shift) { return A(__builtin_fma(sink, log2_e<double>, -shift) + rest); };
     return is_coarse(reference) ? less(0) - reference : less(double(reference));
 }

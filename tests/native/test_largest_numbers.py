@@ -29,6 +29,15 @@ def test_rows_of_one_bias_are_means(dtype, rows, page):
             assert np.isfinite(lse).all() and (np.sign(lse) == np.sign(number)).all()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("number", [-1.20892582e24, -1e9, 3e10, -1e38])
+def test_a_sink_as_large_as_the_bias_is_one_key_more(number, rows, page):
+    q, k, v = inputs(rows, "float32")
+    bias, sinks = np.full((1, 1, 1, 1), number, np.float32), np.full(2, number, np.float32)
+    out = tw.attention(q, k, v, bias=bias, sinks=sinks, kernel="native")
+    np.testing.assert_allclose(out, np.broadcast_to(v.sum(2, keepdims=True) / 71, out.shape), atol=1e-6)
+
+
 @pytest.mark.parametrize("rows", [1, 70])
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_the_smallest_number_leaves_the_others_alone(dtype, rows, page):
