@@ -117,7 +117,7 @@ Cut cut_of(const tw_problem &p, const tw_kernels &kernels, int64_t tiles_in_call
 
     const double pairs = double(c.heads) * double(c.rows) * double(p.k_len);
     c.work = work_of(p, 2 * pairs * double(p.head_dim + p.value_dim));
-    c.partial_bytes = split ? size_t(c.rows) * size_t(p.value_dim + 3) * (p.dtype == TW_FLOAT64 ? 8 : 4) : 0;
+    c.partial_bytes = split ? size_t(c.rows) * size_t(p.value_dim + 3) * size_t(accumulator_bytes(p)) : 0;
     return c;
 }
 

@@ -1,10 +1,10 @@
 #include "core/sequences.h"
 
+#include "core/problem_check.h"
+
 namespace tilewise {
 namespace {
 
-int64_t bytes_of(int32_t dtype) { return dtype == TW_FLOAT64 ? 8 : dtype == TW_FLOAT32 ? 4 : 2; }
-int64_t accumulator_bytes(const tw_problem &p) { return p.dtype == TW_FLOAT64 ? 8 : 4; }
 int64_t begin_of(const int64_t *begins, int64_t n) { return begins ? begins[n] : 0; }
 
 template <class T> void advance(T *&data, int64_t bytes) {

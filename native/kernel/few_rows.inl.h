@@ -10,7 +10,7 @@ template <class A> struct BlockScores {
     const A *bias;
     // Of W keys, rounded.
     __attribute__((always_inline)) vec<A> whole(int j) const {
-        return fused<A>(load(products + j), splat(factor), bias ? load(bias + j) * log2_e<A> : vec<A>{});
+        return whole_score<A>(load(products + j), splat(factor), bias ? bias + j : nullptr);
     }
     // The same less the row's reference, rounded once (units.inl.h).
     __attribute__((always_inline)) vec<A> less(int j, A shift, bool coarse) const {
@@ -76,7 +76,7 @@ static void weigh(const tw_problem &p, int64_t b, Row<M> &row, int64_t key, Bloc
         row.shift = top;
         row.limit = top + slack<A>;
     }
-    const bool coarse = coarse_lanes<A>(splat(row.shift))[0];
+    const bool coarse = is_coarse(row.shift);
     for (int j = 0; j < block_keys; j += W) {
         const vec<A> weight = exp2<A>(scores.less(j, row.shift, coarse));
         row.sum += weight;

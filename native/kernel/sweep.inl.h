@@ -117,15 +117,14 @@ TW_INLINE void score_group(Sweep<M> &s, Tile<M> &tile, int64_t key, const uint64
         }
     }
     const bool masked = PATH == MASKED || (PATH == GENERAL && words), biased = PATH == GENERAL && bias;
-    const vec<A> to_log2 = splat(log2_e<A>), by = splat(factor);
+    const vec<A> by = splat(factor);
     if (masked && !biased)
         TW_UNROLL(int n = 0; n < NK; ++n)
             TW_UNROLL(int z = 0; z < NZ; ++z) x[n][z] = select<A>(words[n] >> (z * W), x[n][z], splat<A>(-infinity));
     // A score, rounded as references are, and -inf where it is not seen.
     const auto score = [&](int n, int z) {
-        if (!biased) return fused<A>(x[n][z], by, vec<A>{});
-        const vec<A> whole = fused<A>(x[n][z], by, load(bias + n * width + z * W) * to_log2);
-        return masked ? select<A>(words[n] >> (z * W), whole, splat<A>(-infinity)) : whole;
+        const vec<A> whole = whole_score<A>(x[n][z], by, biased ? bias + n * width + z * W : nullptr);
+        return masked && biased ? select<A>(words[n] >> (z * W), whole, splat<A>(-infinity)) : whole;
     };
 
     vec<A> top[NZ];

@@ -21,6 +21,11 @@ _MINUS_INF = float("-inf")
 FAR = 177.0
 
 
+def is_far(lse: Array) -> Array:
+    """Booleans, which rows' lse is: not that of a row that sees nothing, nor what is no number. Of any framework."""
+    return (abs(lse) > FAR) & (abs(lse) < float("inf"))
+
+
 def may_be_far(problem: AttentionProblem) -> bool:
     """Whether a row's lse can be far from 0, and it can be mended: of a part of the keys it cannot.
 

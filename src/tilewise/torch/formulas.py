@@ -18,7 +18,7 @@ from ..kernels.portable.backward import gradient_sums
 from ..kernels.portable.call import Call, make_call
 from ..kernels.portable.row_terms import lse_is_empty, row_terms
 from ..kernels.portable.tiles import default_tiles
-from ..kernels.state import FAR, may_be_far
+from ..kernels.state import is_far, may_be_far
 from ..masks.lower import LoweredMask
 from ..masks.site import Site
 from ..problem import ACCUMULATOR
@@ -136,7 +136,7 @@ def _levels(call: Call, operands: Operands, rest: Rest, lse: Tensor, d_out: Tens
         sinks = operands.sinks.detach().to(held.dtype).reshape(*call.q.shape[1:3], 1).expand(held.shape)
     inputs = [array.detach() for _, array in call.primals]
     found, share, pull = _sum(Program("levels", (), _bands(call)), rest, [*inputs, held, sinks, d_out.detach()])
-    far = (held.abs() > FAR) & held.isfinite()
+    far = is_far(held)
     return _Levels(level + torch.where(far, found - held, 0.0), share, far, pull)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..._arrays import Array
 from ...contract import Operands
-from ..state import FAR, may_be_far
+from ..state import is_far, may_be_far
 from .axes import Axes
 from .call import Call
 from .forward import attend
@@ -84,7 +84,7 @@ def far_rows(call: Call, level: Array, sinks: Array | None, d_out: Array) -> Far
         level, sinks: (B, Hkv, G, Sq) in the accumulator's dtype, lse and the rows' sinks. d_out: (B, Hkv, G, Sq, Dv).
     """
     verbs, xp = call.verbs, call.verbs.xp
-    far = (abs(level) > FAR) & (abs(level) < float("inf"))
+    far = is_far(level)
     if not may_be_far(call.problem) or (verbs.known and not bool(far.any())):
         return None
     level = level + 0.0

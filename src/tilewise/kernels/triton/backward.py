@@ -12,7 +12,7 @@ from itertools import product
 import torch
 
 from ...contract import Gradients, Operands, Plan
-from ..state import FAR, may_be_far
+from ..state import is_far, may_be_far
 from .arguments import call_of, heads_together, unsound_of
 from .bias_kernels import d_dense_kernel, d_table_kernel
 from .careful_kernels import careful_d_kv_kernel, careful_d_q_kernel, unsound_d_q_kernel
@@ -179,7 +179,7 @@ class _Step:
         if self.shares is not None:
             # A far row's level is no rounded lse; sinks that overflow in units of log 2 are far above all others.
             of_far = torch.exp2((sinks[None, :, None] * LOG2E.value).clamp(-MOST.value, MOST.value) - self.level)
-            share = torch.where((lse.abs() > FAR) & lse.isfinite(), of_far * self.shares, share)
+            share = torch.where(is_far(lse), of_far * self.shares, share)
         return -(share * self.delta).sum((0, 2)).to(sinks.dtype)
 
 
