@@ -16,8 +16,6 @@
 namespace tilewise {
 namespace {
 
-constexpr int64_t split_rows_at_most = 64; // more rows than this fill the threads without splits
-
 // Bytes for the tiles of an item, whose state should stay in a second-level cache beside a chunk of keys. How many tiles
 // an item has changes no bit.
 size_t tiles_bytes() {

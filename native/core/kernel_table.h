@@ -6,7 +6,8 @@
 extern "C" {
 
 // split_keys: keys of a split, whose states are joined in key order; a multiple of the kernels' chunk.
-enum { most_tiles_of_item = 32, split_keys = 1024 };
+// split_rows_at_most: where a kv head has more rows, these fill the threads without splits.
+enum { most_tiles_of_item = 32, split_keys = 1024, split_rows_at_most = 64 };
 
 // A piece of work: query rows [row_begin, row_end) of one (batch, kv head), against keys [key_begin, key_end).
 // Rows count through the kv head's whole group of query heads: row = g * (problem rows) + (i - problem.row_begin).

@@ -1,5 +1,6 @@
 #include "core/threads.h"
 
+#include "core/kept_tiles.h"
 #include "core/kernel_table.h"
 
 #include <dlfcn.h>
@@ -285,6 +286,7 @@ Interruptible::~Interruptible() { interruptible = before_; }
 bool Interruptible::given_up() {
     if (given_up_.load(std::memory_order_relaxed)) return true;
     if (std::this_thread::get_id() != owner_ || std::chrono::steady_clock::now() < next_) return false;
+    const KeptTiles kept; // a kernel may be at work on this thread
     if (wanted_(context_)) given_up_.store(true, std::memory_order_relaxed);
     next_ = std::chrono::steady_clock::now() + between_questions;
     return given_up_.load(std::memory_order_relaxed);

@@ -2,7 +2,6 @@
 // from tiles is left to the page avx512_bf16.
 #define TW_PAGE tw_page_amx_bf16
 #define TW_PAGE_NAME "amx_bf16"
-#define TW_BFLOAT_ALONE
 #define TW_VECTOR_BYTES 64
 #define TW_GROUP_KEYS 8    // keys whose scores are in registers together
 #define TW_TILE_VECTORS 2  // vectors of queries in a tile

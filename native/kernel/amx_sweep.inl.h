@@ -25,8 +25,8 @@ struct Group {
     const uint64_t *words; // the lanes that see each key, or NULL: all
 };
 
-TW_INLINE void begin_scores_of(Sweep<Tiles> &s, const Tile<Tiles> &tile, Group &group) {
-    Background<Tiles> &work = s.background;
+template <class M> TW_INLINE void begin_scores_of(Sweep<M> &s, const Tile<M> &tile, Group &group) {
+    Background<M> &work = s.background;
     work.scores = group.scores;
     work.half_scores = group.count <= tile_side;
     work.keys = s.keys + (group.key - s.chunk) * s.key_stride;
@@ -37,14 +37,14 @@ TW_INLINE void begin_scores_of(Sweep<Tiles> &s, const Tile<Tiles> &tile, Group &
 }
 
 // What scores are still to be multiplied by.
-template <ScorePath PATH> TW_INLINE float factor_of(const Sweep<Tiles> &s) {
+template <ScorePath PATH, class M> TW_INLINE float factor_of(const Sweep<M> &s) {
     return PATH == GENERAL && s.problem->softcap > 0 ? 1 : s.factor;
 }
 
 // Probabilities and sums of a group, with the references as they are. Returns the lanes that have a score beyond their
 // limit; if there are any, nothing is added to the sums unless it must.
-template <ScorePath PATH>
-static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, const float *bias, const uint64_t *keep,
+template <ScorePath PATH, class M>
+static uint64_t weigh(Sweep<M> &s, Tile<M> &tile, const Group &group, const float *bias, const uint64_t *keep,
                       bool must) {
     const __m512 infinity = _mm512_set1_ps(__builtin_inff()), factor = _mm512_set1_ps(factor_of<PATH>(s));
     const __m512 to_log2 = _mm512_set1_ps(log2_e<float>);
@@ -66,9 +66,15 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
             __m512 weight[2];
             TW_UNROLL(int i = 0; i < 2; ++i) {
                 const int place = (n + i) * tile_lanes + z * tile_side;
-                __m512 less = shift[z]; // of a bias, first: what is large in both goes away exactly
-                if (PATH == GENERAL && bias) less = _mm512_fnmadd_ps((__m512)load(bias + place), to_log2, less);
-                __m512 x = _mm512_fmsub_ps((__m512)load(group.scores + place), factor, less);
+                __m512 x;
+                if constexpr (M::parts > 1) {
+                    x = (__m512)less_reference<float>(load(group.scores + place), (vf)factor,
+                                                      PATH == GENERAL && bias ? bias + place : nullptr, (vf)shift[z]);
+                } else {
+                    __m512 less = shift[z]; // of a bias, first: what is large in both goes away exactly
+                    if (PATH == GENERAL && bias) less = _mm512_fnmadd_ps((__m512)load(bias + place), to_log2, less);
+                    x = _mm512_fmsub_ps((__m512)load(group.scores + place), factor, less);
+                }
                 if (PATH == GENERAL && coarse[z]) { // rounded as in raise_to_group
                     const __m512 own = bias ? _mm512_mul_ps((__m512)load(bias + place), to_log2) : _mm512_setzero_ps();
                     const __m512 whole = _mm512_fmadd_ps((__m512)load(group.scores + place), factor, own);
@@ -77,22 +83,28 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
                 if (PATH == MASKED || (PATH == GENERAL && words))
                     x = _mm512_mask_mov_ps(-infinity, __mmask16(words[n + i] >> z * tile_side), x);
                 within[z] = _mm512_mask_cmp_ps_mask(within[z], x, room[z], _CMP_NGT_UQ);
-                weight[i] = exp2_where(0xFFFF, x);
+                weight[i] = M::parts > 1 ? (__m512)exp2<float>((vf)x, least_in_parts) : exp2_where(0xFFFF, x);
                 sums[z][i] = _mm512_add_ps(sums[z][i], weight[i]);
                 if constexpr (PATH == GENERAL) {
                     if (keep) weight[i] = _mm512_maskz_mov_ps(__mmask16(keep[n + i] >> z * tile_side), weight[i]);
-                    if (s.careful) {
+                    if (M::parts == 1 && s.careful) {
                         const __mmask16 lost = _mm512_cmp_ps_mask(x, -infinity, _CMP_EQ_OQ);
                         weight[i] = _mm512_mask_mov_ps(weight[i], lost, _mm512_set1_ps(unseen<float>));
                     }
                 }
             }
-            store(to + n / 2 * tile_lanes + z * tile_side, narrow_across((vf)weight[0], (vf)weight[1]));
+            int32_t *const unit = to + n / 2 * tile_lanes + z * tile_side;
+            if constexpr (M::parts > 1)
+                store_parts(weight[0], weight[1], unit, part_of_run<M>);
+            else
+                store(unit, narrow_across((vf)weight[0], (vf)weight[1]));
         }
         for (due += 2 * steps; due >= group.count; due -= group.count) step(s.background);
     }
     for (int n = group.count; n < tile_keys; n += 2)
-        TW_UNROLL(int z = 0; z < 2; ++z) store(to + n / 2 * tile_lanes + z * tile_side, vi32{});
+        for (int part = 0; part < M::parts; ++part)
+            TW_UNROLL(int z = 0; z < 2; ++z)
+                store(to + part * part_of_run<M> + n / 2 * tile_lanes + z * tile_side, vi32{});
     settle(s.background);
     order_memory();
     const uint64_t beyond = uint64_t(uint16_t(~within[0])) | uint64_t(uint16_t(~within[1])) << tile_side;
@@ -103,14 +115,15 @@ static uint64_t weigh(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, co
 }
 
 // tile.out += P V over the keys [s.run_begin, end): as work beside the next groups. The next run starts at `next`.
-static void end_run(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t end, int64_t next) {
-    const int64_t first = s.run_begin - s.chunk, count = units_of<Tiles>(end - s.run_begin);
+template <class M> static void end_run(Sweep<M> &s, Tile<M> &tile, int64_t end, int64_t next) {
+    const int64_t first = s.run_begin - s.chunk, count = units_of<M>(end - s.run_begin);
     s.run_begin = next;
     if (count <= 0) return;
-    Background<Tiles> &work = s.background;
+    Background<M> &work = s.background;
     finish_work(work);
     const int32_t *values = s.values + first / 2 * s.value_stride;
-    if (s.careful) return add_values_of_run(s.probabilities, values, count, s.value_dim, true, tile.out);
+    if constexpr (M::parts == 1)
+        if (s.careful) return add_values_of_run(s.probabilities, values, count, s.value_dim, true, tile.out);
     work.weights = s.probabilities;
     work.values = values;
     work.out = tile.out;
@@ -122,9 +135,8 @@ static void end_run(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t end, int64_t nex
 }
 
 // Raises the references of the lanes `beyond` to what they see in the group.
-template <ScorePath PATH>
-TW_RARE void raise_to_group(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &group, const float *bias,
-                            uint64_t beyond) {
+template <ScorePath PATH, class M>
+TW_RARE void raise_to_group(Sweep<M> &s, Tile<M> &tile, const Group &group, const float *bias, uint64_t beyond) {
     end_run(s, tile, group.key, group.key); // values weighed with the old references come first
     finish_work(s.background);
     const __m512 infinity = _mm512_set1_ps(__builtin_inff()), factor = _mm512_set1_ps(factor_of<PATH>(s));
@@ -141,13 +153,13 @@ TW_RARE void raise_to_group(Sweep<Tiles> &s, Tile<Tiles> &tile, const Group &gro
         }
         _mm512_store_ps(tops + z, top);
     }
-    raise_reference<Tiles, 2>(tile, tops, s.value_dim);
+    raise_reference<M, 2>(tile, tops, s.value_dim);
 }
 
 // Reference, probabilities and sums of a group whose scores are made. bias, keep: of the group's first key, or NULL; for
 // the general path alone. Masks, biases of 0 and the path change no bit of what a lane sees.
-template <ScorePath PATH>
-static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const float *bias, const uint64_t *keep) {
+template <ScorePath PATH, class M>
+static void weigh_group(Sweep<M> &s, Tile<M> &tile, Group &group, const float *bias, const uint64_t *keep) {
     if (PATH == GENERAL && s.problem->softcap > 0) {
         const Softcap<float> cap = softcap_of(*s.problem, s.factor);
         for (int at = 0; at < group.count * tile_lanes; at += tile_side)
@@ -164,9 +176,39 @@ static void weigh_group(Sweep<Tiles> &s, Tile<Tiles> &tile, Group &group, const 
         weigh<PATH>(s, tile, group, bias, keep, true);
 }
 
+// Adds the values of a group's keys `strange` that parts cannot hold, number by number, to the lanes that see them. All other
+// values of the run are added before.
+TW_RARE void add_strange_values(Sweep<Thirds> &s, Tile<Thirds> &tile, const Group &group, uint32_t strange) {
+    const tw_problem &p = *s.problem;
+    const int32_t *const weights = s.probabilities + (group.key - s.run_begin) / 2 * tile_lanes;
+    const int64_t stop = group.key + tile_keys;
+    end_run(s, tile, stop, stop);
+    finish_work(s.background);
+    const float *each[block_keys];
+    const int64_t left = s.item->key_end - group.key;
+    const int count = left < group.count ? int(left) : group.count;
+    const Rows<float> rows = key_rows(p, p.v, s.batch, s.kv_head, group.key, count, each);
+    for (; strange; strange &= strange - 1) {
+        const int n = __builtin_ctz(strange);
+        const uint64_t seen = group.words ? group.words[n] : ~uint64_t(0);
+        for (int z = 0; z < tile_lanes; z += tile_side) {
+            vf weight = {};
+            for (int part = 2; part >= 0; --part) {
+                const vi32 own = load(weights + part * part_of_run<Thirds> + n / 2 * tile_lanes + z);
+                weight += (vf)(n % 2 ? own & int32_t(0xFFFF0000) : own << 16);
+            }
+            for (int64_t c = 0; c < p.value_dim; ++c) {
+                if (!is_strange(rows[n][c])) continue;
+                float *const to = tile.out + c * tile_lanes + z;
+                store(to, select<float>(seen >> z, add_product(load(to), splat(rows[n][c]), weight), load(to)));
+            }
+        }
+    }
+}
+
 // Fetches a block. If the last run's values, which may still be waited for, lie in its place, they are added before.
-static void fetch_beside_work(Sweep<Tiles> &s, int64_t key, int n) {
-    const Background<Tiles> &work = s.background;
+template <class M> static void fetch_beside_work(Sweep<M> &s, int64_t key, int n) {
+    const Background<M> &work = s.background;
     const int32_t *place = s.fetched_values + (key - s.chunk) / 2 * s.value_stride;
     const int64_t run = work.groups * tile_side * s.value_stride, block = block_keys / 2 * s.value_stride;
     if (work.row < work.rows && work.values < place + block && place < work.values + run) finish_work(s.background);
@@ -174,7 +216,7 @@ static void fetch_beside_work(Sweep<Tiles> &s, int64_t key, int n) {
 }
 
 // The keys [begin, end) of the span entered, as far as the tile's spans reach.
-static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t begin, int64_t end) {
+template <class M> static void sweep_chunk_in_tiles(Sweep<M> &s, Tile<M> &tile, int64_t begin, int64_t end) {
     const tw_problem &p = *s.problem;
     const bool facts = p.ranges.count || p.mask.data || p.labels.q || p.bits.index,
                biased = p.bias_count || p.table.data;
@@ -183,7 +225,7 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
     uint64_t all_words[2][block_keys], keep[block_keys];
     int turn = 0, block = 0;
     const auto end_full_run = [&](int64_t stop) {
-        if (stop - s.run_begin >= run_keys) end_run(s, tile, stop, stop);
+        if (stop - s.run_begin >= waiting_keys<M>) end_run(s, tile, stop, stop);
     };
     const auto weigh_waiting = [&] {
         if (!waiting) return;
@@ -222,6 +264,9 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
                 bar_by_bias(s.bias, n, tile_lanes, words);
                 masked = true;
             }
+            if constexpr (M::parts > 1)
+                if (const uint64_t strange = s.strange_keys[(key - s.chunk) / block_keys])
+                    leave_lanes(tile, strange, masked ? words : nullptr);
             if (p.dropout.enabled) draw_dropout(p, s.batch, tile, key, n, keep);
             for (int g = 0; g < n; g += tile_keys) {
                 ask_ahead(s.ahead);
@@ -243,6 +288,13 @@ static void sweep_chunk_in_tiles(Sweep<Tiles> &s, Tile<Tiles> &tile, int64_t beg
                 weigh_waiting();
                 ask_for_rows(s, tile); // not in one go with what is asked ahead
                 finish_scores(s.background);
+                if constexpr (M::parts > 1)
+                    if (const uint32_t strange = uint32_t(s.strange_values[(key - s.chunk) / block_keys] >> g)) {
+                        weigh_group<GENERAL>(s, tile, group, biased ? s.bias + g * tile_lanes : nullptr,
+                                             p.dropout.enabled ? keep + g : nullptr);
+                        add_strange_values(s, tile, group, strange);
+                        continue;
+                    }
                 if (general) {
                     weigh_group<GENERAL>(s, tile, group, biased ? s.bias + g * tile_lanes : nullptr,
                                          p.dropout.enabled ? keep + g : nullptr);

@@ -14,6 +14,14 @@ struct Tiles : Pairs {
     static constexpr bool tiled = true;
 };
 
+// float32 numbers, each the sum of three in bfloat16 (amx_thirds.inl.h).
+struct Thirds {
+    using sum = float;
+    using unit = int32_t;
+    static constexpr int numbers = 2, parts = 3;
+    static constexpr bool tiled = true;
+};
+
 // The tiles' shape is part of a thread's state, and other libraries use tiles too. So a kernel sets it when it begins
 // and gives the registers back when it ends.
 template <> struct Registers<Tiles> {
@@ -30,6 +38,7 @@ template <> struct Registers<Tiles> {
     Registers(const Registers &) = delete;
     Registers &operator=(const Registers &) = delete;
 };
+template <> struct Registers<Thirds> : Registers<Tiles> {};
 
 // What stands before this in the text is in memory before a tile is loaded, and the other way about: compilers do not
 // all know that tile instructions touch memory.

@@ -11,7 +11,15 @@
 // stored when its register is needed again, since a store that waits for its product keeps the processor from looking
 // further.
 
-template <> struct Background<Tiles> {
+// The products of parts, small ones first, in an order in which each has a part in common with the one before.
+template <class M> constexpr int products_of_parts = M::parts == 3 ? 6 : 1;
+constexpr int left_part(int product) { return "211000"[product] - '0'; }
+constexpr int right_part(int product) { return "001120"[product] - '0'; }
+
+// From one part of a run's probabilities to the next.
+template <class M> constexpr int64_t part_of_run = (waiting_keys<M> + TW_GROUP_KEYS) / M::numbers * tile_lanes;
+
+struct TileWork {
     float *scores = nullptr; // [32 keys][32 lanes], or NULL: all made
     const int32_t *keys, *query;
     int64_t key_stride, head_units, d = 0;
@@ -19,12 +27,18 @@ template <> struct Background<Tiles> {
     float *out;       // [rows][32 lanes]
     const int32_t *weights, *values;
     int64_t groups = 0, group = 0, rows = 0, row = 0; // row >= rows: all added
-    int part = 0;                                     // which of the four products is next
+    int product = 0;                                  // of parts, which is next
+    bool in_scores;                                   // whether the step before was one of scores
     float *owed = nullptr;                            // where the last unit is to be stored
     bool owed_half;                                   // whether only its first 16 rows
 };
+template <> struct Background<Tiles> : TileWork {};
+template <> struct Background<Thirds> : TileWork {};
 
 // The instructions of a part; their operands have to be written as numbers.
+template <int PART> struct Part {
+    static constexpr int value = PART;
+};
 template <int PART> TW_INLINE void clear_part() {
     if (PART == 0) _tile_zero(0);
     if (PART == 1) _tile_zero(1);
@@ -56,102 +70,138 @@ template <int PART> TW_INLINE float *quarter(float *unit) {
     return unit + PART / 2 * tile_side * tile_lanes + PART % 2 * tile_side;
 }
 
-template <int PART> TW_INLINE void settle_part(const Background<Tiles> &work) {
+template <int PART> TW_INLINE void settle_part(const TileWork &work) {
     if (work.owed && !(PART >= 2 && work.owed_half)) store_part<PART>(quarter<PART>(work.owed), tile_lanes);
 }
 
-// What is owed from the part that is next on.
-TW_INLINE void settle(Background<Tiles> &work) {
-    if (work.part <= 0) settle_part<0>(work);
-    if (work.part <= 1) settle_part<1>(work);
-    if (work.part <= 2) settle_part<2>(work);
+TW_INLINE void settle(TileWork &work) {
+    settle_part<0>(work);
+    settle_part<1>(work);
+    settle_part<2>(work);
     settle_part<3>(work);
     work.owed = nullptr;
 }
 
-template <int PART> TW_INLINE void step_of_scores(Background<Tiles> &work) {
-    settle_part<PART>(work);
-    if (PART < 2 || !work.half_scores) {
-        if (work.d == 0) clear_part<PART>();
-        const int64_t bytes = work.key_stride * int64_t(sizeof(int32_t));
-        const int32_t *keys = work.keys + work.d, *query = work.query + work.d * tile_lanes;
-        if (PART == 0) {
-            _tile_loadd(4, keys, bytes);
-            _tile_loadd(6, query, tile_lanes * sizeof(int32_t));
-        }
-        if (PART == 1) _tile_loadd(7, query + tile_side, tile_lanes * sizeof(int32_t));
-        if (PART == 2) _tile_loadd(5, keys + tile_side * work.key_stride, bytes);
-        multiply_part<PART>();
+// Where the units of a step stand: 32 rows and 32 columns of 16 units each, and from one part to the next.
+struct StepPlace {
+    const int32_t *a, *b;
+    int64_t a_stride, a_part, b_part;
+    bool half; // only 16 of the rows exist
+};
+
+// One step, a product of parts. BEGINS: the first of a unit, whose sums begin with those at `from`, or with 0 (NULL).
+template <class M, int PRODUCT, bool BEGINS = false>
+TW_INLINE void multiply_unit(const TileWork &work, const StepPlace &at, float *from = nullptr) {
+    constexpr int LEFT = M::parts == 1 ? 0 : left_part(PRODUCT), RIGHT = M::parts == 1 ? 0 : right_part(PRODUCT);
+    constexpr bool NEW_LEFT = PRODUCT == 0 || LEFT != left_part(PRODUCT - 1),
+                   NEW_RIGHT = PRODUCT == 0 || RIGHT != right_part(PRODUCT - 1);
+    const int64_t a_bytes = at.a_stride * int64_t(sizeof(int32_t));
+    const int32_t *a = at.a + LEFT * at.a_part, *b = at.b + RIGHT * at.b_part;
+    const auto begin = [&](auto part) {
+        constexpr int PART = decltype(part)::value;
+        if (!BEGINS) return;
+        settle_part<PART>(work);
+        if (PART >= 2 && at.half) return;
+        if (from)
+            load_part<PART>(quarter<PART>(from), tile_lanes);
+        else
+            clear_part<PART>();
+    };
+    order_memory();
+    begin(Part<0>());
+    if (NEW_LEFT) _tile_loadd(4, a, a_bytes);
+    if (NEW_RIGHT) _tile_loadd(6, b, tile_lanes * sizeof(int32_t));
+    multiply_part<0>();
+    begin(Part<1>());
+    if (NEW_RIGHT) _tile_loadd(7, b + tile_side, tile_lanes * sizeof(int32_t));
+    multiply_part<1>();
+    begin(Part<2>());
+    if (!at.half) {
+        if (NEW_LEFT) _tile_loadd(5, a + tile_side * at.a_stride, a_bytes);
+        multiply_part<2>();
     }
-    if (PART < 3) return;
-    work.owed = nullptr;
-    if ((work.d += tile_side) < work.head_units) return;
+    begin(Part<3>());
+    if (!at.half) multiply_part<3>();
+    order_memory();
+}
+
+// The next step of a unit. Returns whether its products of parts are all made.
+template <class M> TW_INLINE bool step_of_unit(TileWork &work, const StepPlace &at, bool begins, float *from) {
+    if constexpr (M::parts > 1) {
+        switch (work.product++) {
+        case 1: multiply_unit<M, 1>(work, at); return false;
+        case 2: multiply_unit<M, 2>(work, at); return false;
+        case 3: multiply_unit<M, 3>(work, at); return false;
+        case 4: multiply_unit<M, 4>(work, at); return false;
+        case 5:
+            multiply_unit<M, 5>(work, at);
+            work.product = 0;
+            return true;
+        }
+    }
+    if (begins) {
+        multiply_unit<M, 0, true>(work, at, from);
+        work.owed = nullptr;
+    } else {
+        multiply_unit<M, 0>(work, at);
+    }
+    return M::parts == 1;
+}
+
+template <class M> TW_INLINE void step_of_scores(Background<M> &work) {
+    const StepPlace at = {work.keys + work.d, work.query + work.d * tile_lanes, work.key_stride,
+                          work.head_units,    work.head_units * tile_lanes,     work.half_scores};
+    if (!step_of_unit<M>(work, at, work.d == 0, nullptr) || (work.d += tile_side) < work.head_units) return;
+    work.d = 0;
     work.owed = work.scores;
     work.owed_half = work.half_scores;
     work.scores = nullptr;
 }
 
-template <int PART> TW_INLINE void step_of_values(Background<Tiles> &work) {
-    settle_part<PART>(work);
-    const bool half = work.row + tile_side == work.rows;
-    if (PART < 2 || !half) {
-        float *own = work.out + work.row * tile_lanes;
-        if (work.group == 0) load_part<PART>(quarter<PART>(own), tile_lanes);
-        const int32_t *weights = work.weights + work.group * tile_side * tile_lanes;
-        const int32_t *values = work.values + (work.group * work.rows + work.row) * tile_side;
-        if (PART == 0) {
-            _tile_loadd(4, values, 64);
-            _tile_loadd(6, weights, tile_lanes * sizeof(int32_t));
-        }
-        if (PART == 1) _tile_loadd(7, weights + tile_side, tile_lanes * sizeof(int32_t));
-        if (PART == 2) _tile_loadd(5, values + tile_units, 64);
-        multiply_part<PART>();
-    }
-    if (PART < 3) return;
-    work.owed = nullptr;
-    if (++work.group < work.groups) return;
-    work.owed = work.out + work.row * tile_lanes;
-    work.owed_half = half;
+template <class M> TW_INLINE void step_of_values(Background<M> &work) {
+    const StepPlace at = {work.values + (work.group * M::parts * work.rows + work.row) * tile_side,
+                          work.weights + work.group * tile_side * tile_lanes,
+                          tile_side,
+                          work.rows * tile_side,
+                          part_of_run<M>,
+                          work.row + tile_side == work.rows};
+    float *out = work.out + work.row * tile_lanes;
+    if (!step_of_unit<M>(work, at, work.group == 0, out) || ++work.group < work.groups) return;
     work.group = 0;
+    work.owed = out;
+    work.owed_half = at.half;
     work.row += 2 * tile_side;
 }
 
-template <int PART> TW_INLINE void step_part(Background<Tiles> &work) {
-    if (work.scores && (work.d || !work.group))
-        step_of_scores<PART>(work);
-    else
-        step_of_values<PART>(work);
-}
-
-TW_INLINE void step(Background<Tiles> &work) {
-    order_memory();
-    switch (work.part) {
-    case 0: step_part<0>(work); break;
-    case 1: step_part<1>(work); break;
-    case 2: step_part<2>(work); break;
-    default: step_part<3>(work);
+// Whether the unit at hand is one of scores: it was begun, or none of values was.
+template <class M> TW_INLINE void step(Background<M> &work) {
+    if (work.product ? work.in_scores : work.scores && (work.d || !work.group)) {
+        work.in_scores = true;
+        step_of_scores(work);
+    } else {
+        work.in_scores = false;
+        step_of_values(work);
     }
-    work.part = (work.part + 1) % 4;
-    order_memory();
 }
 
 // Steps that should be done while a group is weighed: the scores of the next, and of the values of a run as many as let
 // it be added while a run of its length is weighed.
-TW_INLINE int64_t steps_beside_group(const Background<Tiles> &work) {
-    const int64_t scores = work.scores ? work.head_units / tile_side : 0;
-    if (work.row >= work.rows) return 4 * scores;
-    const int64_t share = (work.rows + tile_side) / (2 * tile_side);
-    const int64_t values = (work.rows - work.row + tile_side) / (2 * tile_side) * work.groups - work.group;
-    return 4 * (scores + (values < share ? values : share));
+template <class M> TW_INLINE int64_t steps_beside_group(const Background<M> &work) {
+    constexpr int products = products_of_parts<M>;
+    const int64_t scores = work.scores ? products * work.head_units / tile_side : 0;
+    if (work.row >= work.rows) return scores;
+    const int64_t share = products * ((work.rows + tile_side) / (2 * tile_side));
+    const int64_t values = products * ((work.rows - work.row + tile_side) / (2 * tile_side) * work.groups - work.group);
+    return scores + (values < share ? values : share);
 }
 
-static __attribute__((noinline)) void finish_scores(Background<Tiles> &work) {
+template <class M> static __attribute__((noinline)) void finish_scores(Background<M> &work) {
     while (work.scores) step(work);
     settle(work);
     order_memory();
 }
 
-static __attribute__((noinline)) void finish_work(Background<Tiles> &work) {
+template <class M> static __attribute__((noinline)) void finish_work(Background<M> &work) {
     while (work.scores || work.row < work.rows) step(work);
     settle(work);
     order_memory();

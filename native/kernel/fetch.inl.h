@@ -6,13 +6,16 @@ template <class M> struct Background {};
 
 // Keys whose probabilities wait for their values, at most: as many units of them as stay in the first-level cache beside
 // these, since values are read by columns, at strides of a row, which fall on few of its sets.
-template <class M> constexpr int64_t waiting_keys = M::tiled ? run_keys : run_keys / 2 * M::numbers;
+template <class M>
+constexpr int64_t waiting_keys = M::parts > 1 ? run_keys / 2
+                                 : M::tiled   ? run_keys
+                                              : run_keys / 2 * M::numbers;
 
 // Keys that all tiles of an item use before the next: the same. Tile registers want to keep a tile's own arrays in the
 // first-level cache for long and copy their keys and values anyway: as many as leave room in the second for the tiles.
 template <class M> TW_INLINE int64_t chunk_keys(const tw_problem &p) {
     if (!M::tiled) return waiting_keys<M>;
-    const int64_t dims = p.head_dim + p.value_dim;
+    const int64_t dims = (p.head_dim + p.value_dim) * M::parts * 2 / (M::parts + 1);
     return dims <= 256 ? 4 * run_keys : dims <= 512 ? 2 * run_keys : run_keys;
 }
 
@@ -41,6 +44,8 @@ template <class M> struct Sweep {
     void (*fetch)(Sweep &, int64_t key, int n); // NULL: read in place
     U *fetched_keys, *fetched_values;           // of the keys held
     int64_t held[most_held_blocks];             // the first key of the block at each place, or -1
+    uint64_t strange_keys[most_held_blocks];    // of that block: with numbers that parts cannot hold (amx_thirds.inl.h)
+    uint64_t strange_values[most_held_blocks];
     U *probabilities;         // [waiting_keys in units][width], from chunk or, in tile registers, run_begin on
     U *other_probabilities;   // of the run before, where its values are added in the background
     A *bias;                  // [block_keys][width]
@@ -139,7 +144,7 @@ template <class T, class M> TW_INLINE void enter_span(Sweep<M> &s, int64_t key) 
     const tw_problem &p = *s.problem;
     if (s.chunk == key) return;
     s.chunk = key;
-    if constexpr (sizeof(T) == sizeof(unit_of<M>)) {
+    if constexpr (!M::tiled && sizeof(T) == sizeof(unit_of<M>)) {
         if (s.fetch) return;
         s.keys = tensor_row<const T>(p.k, s.batch, s.kv_head, key);
         s.values = tensor_row<const T>(p.v, s.batch, s.kv_head, key);
@@ -159,10 +164,18 @@ template <class T, class M> static void fetch_block(Sweep<M> &s, int64_t key, in
     const tw_problem &p = *s.problem;
     const int64_t first = key - s.chunk;
     const T *each[block_keys];
-    rows_in_units<M>(key_rows(p, p.k, s.batch, s.kv_head, key, n, each), n, p.head_dim,
-                     s.fetched_keys + first * s.key_stride, s.key_stride);
-    keys_across_units<M>(key_rows(p, p.v, s.batch, s.kv_head, key, n, each), n, p.value_dim,
-                         s.fetched_values + first / M::numbers * s.value_stride, s.value_stride);
+    unit_of<M> *const keys = s.fetched_keys + first * s.key_stride, *const values = s.fetched_values +
+                                                                                    first / M::numbers * s.value_stride;
+    const Rows<T> k = key_rows(p, p.k, s.batch, s.kv_head, key, n, each);
+    if constexpr (M::parts > 1)
+        s.strange_keys[first / block_keys] = rows_in_parts(k, n, p.head_dim, keys);
+    else
+        rows_in_units<M>(k, n, p.head_dim, keys, s.key_stride);
+    const Rows<T> v = key_rows(p, p.v, s.batch, s.kv_head, key, n, each); // in place of k's
+    if constexpr (M::parts > 1)
+        s.strange_values[first / block_keys] = columns_in_parts(v, n, p.value_dim, values);
+    else
+        keys_across_units<M>(v, n, p.value_dim, values, s.value_stride);
     s.held[first / block_keys] = key;
     // What tiles that pass one after another see next. Two tiles or more share a block.
     if constexpr (M::tiled)
@@ -189,7 +202,7 @@ template <class M> TW_INLINE int64_t copied_stride(int64_t units) {
 // Whether an item of so many tiles copies rows: their elements are no units, or a chunk of them may lie in several pages,
 // or they are scattered and enough tiles use the copy. It changes no bit.
 template <class T, class M> TW_INLINE bool copies(const tw_problem &p, int64_t tiles) {
-    if (sizeof(T) != sizeof(unit_of<M>) || p.pages.table) return true;
+    if (M::tiled || sizeof(T) != sizeof(unit_of<M>) || p.pages.table) return true;
     return tiles >= 4 && (scattered<T>(p.k) || scattered<T>(p.v));
 }
 
@@ -197,8 +210,8 @@ template <class T, class M> TW_INLINE bool copies(const tw_problem &p, int64_t t
 template <class T, class M> TW_INLINE int64_t fetched_units(const tw_problem &p, int64_t tiles) {
     if (!copies<T, M>(p, tiles)) return 0;
     const int64_t keys = held_keys<M>(p);
-    return keys * copied_stride<M>(padded_units<M>(p.head_dim)) +
-           keys / M::numbers * copied_stride<M>(padded<sum_of<M>>(p.value_dim));
+    return keys * copied_stride<M>(M::parts * padded_units<M>(p.head_dim)) +
+           keys / M::numbers * copied_stride<M>(M::parts * padded<sum_of<M>>(p.value_dim));
 }
 
 // Says where keys and values are: in place, or in `copy` as soon as they are fetched.
@@ -209,8 +222,8 @@ template <class T, class M> TW_INLINE void choose_source(Sweep<M> &s, int64_t ti
     s.value_stride = p.v.stride_s;
     if (copies<T, M>(p, tiles)) {
         s.fetch = fetch_block<T, M>;
-        s.key_stride = copied_stride<M>(padded_units<M>(p.head_dim));
-        s.value_stride = copied_stride<M>(padded<sum_of<M>>(p.value_dim));
+        s.key_stride = copied_stride<M>(M::parts * padded_units<M>(p.head_dim));
+        s.value_stride = copied_stride<M>(M::parts * padded<sum_of<M>>(p.value_dim));
         s.keys = s.fetched_keys = copy;
         s.values = s.fetched_values = copy + held_keys<M>(p) * s.key_stride;
         for (int64_t &key : s.held) key = -1;

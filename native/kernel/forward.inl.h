@@ -17,21 +17,38 @@ template <class A> TW_INLINE bool takes_few_rows(const tw_problem &p) {
 // threads and many need not be.
 TW_INLINE bool joins_splits(const tw_problem &p) { return p.row_invariant && p.k_len > split_keys; }
 
-template <class M> static int64_t keys_of_chunk(const tw_problem *p) { return chunk_keys<M>(*p); }
+// Whether float32 numbers are multiplied in parts (amx_thirds.inl.h): but for few rows, and where rows must not depend on
+// their number, as few and many are then summed alike. It depends on sizes that decide about the order of sums anyway.
+TW_INLINE bool takes_parts(const tw_problem &p) {
+    return !p.row_invariant && p.kv_heads && !takes_few_rows<float>(p) &&
+           !(rows_of(p) <= split_rows_at_most && p.k_len > split_keys);
+}
+
+template <class M> static int64_t keys_of_chunk(const tw_problem *p) {
+    if constexpr (M::parts > 1)
+        if (!takes_parts(*p)) return chunk_keys<Singles<float>>(*p);
+    return chunk_keys<M>(*p);
+}
 
 template <class T, class M> static size_t scratch_bytes(const tw_problem *p, int64_t tiles) {
     using A = sum_of<M>;
     const size_t width = size_t(tile_rows<A>) * sizeof(A);
-    if (takes_few_rows<A>(*p)) return few_rows_bytes<M>(*p);
+    size_t again = 0; // for a tile with strange rows
+    if constexpr (M::parts > 1) {
+        if (!takes_parts(*p)) return scratch_bytes<T, Singles<A>>(p, tiles);
+        again = scratch_bytes<T, Singles<A>>(p, 1);
+    }
+    if constexpr (M::parts == 1)
+        if (takes_few_rows<A>(*p)) return few_rows_bytes<M>(*p);
     const int64_t runs = M::tiled ? 2 : 1; // whose probabilities are kept
-    const int64_t scores =
-        runs * (waiting_keys<M> + TW_GROUP_KEYS) / M::numbers + block_keys + TW_GROUP_KEYS; // and their biases
+    const int64_t scores = M::parts * runs * (waiting_keys<M> + TW_GROUP_KEYS) / M::numbers + block_keys +
+                           TW_GROUP_KEYS; // and their biases
     const size_t state =
         rounded(sizeof(Tile<M>)) + size_t(unit_rows<M>(p->head_dim) + sum_rows<M>(p->value_dim)) * width;
     const size_t earlier =
         joins_splits(*p) ? rounded(sizeof(Earlier<A>)) + size_t(sum_rows<M>(p->value_dim)) * width : 0;
     return size_t(tiles) * (state + earlier) + size_t(scores) * width +
-           size_t(fetched_units<T, M>(*p, tiles)) * sizeof(A);
+           size_t(fetched_units<T, M>(*p, tiles)) * sizeof(A) + again;
 }
 
 template <class T, class M>
@@ -59,8 +76,13 @@ static void fill_tile(const tw_problem &p, const tw_item &item, int64_t row, int
             ++h;
         }
     }
-    for (int l = 0; l < tile.width; l += lanes<A>)
-        rows_to_lanes<M>(q + l, p.head_dim, sign, tile.query + l, tile.width);
+    tile.strange = 0;
+    for (int l = 0; l < tile.width; l += lanes<A>) {
+        if constexpr (M::parts > 1)
+            tile.strange |= rows_to_lanes_in_parts(q + l, p.head_dim, sign, tile.query + l, tile.width) << l;
+        else
+            rows_to_lanes<M>(q + l, p.head_dim, sign, tile.query + l, tile.width);
+    }
     find_spans(p, item.b, item.key_begin, item.key_end, tile);
 }
 
@@ -153,11 +175,37 @@ template <class T, class M> static void sweep_with_care(Sweep<M> &s, Tile<M> &ti
 }
 
 template <class T, class M>
+static void forward(const tw_problem *problem, const tw_item *item, int64_t most_tiles, void *scratch);
+
+#if defined(__AMX_BF16__)
+// Computes the rows of a tile anew that have or see a query or key which parts cannot hold, or a score that is not finite:
+// the tile's rows are those of the item from `row` on.
+static void leave_rows(const tw_problem &p, const tw_item &item, const Tile<Thirds> &tile, int64_t row, void *scratch) {
+    uint64_t left = tile.strange;
+    for (int l = 0; l < tile_lanes; ++l) left |= uint64_t(tile.sum[l] - tile.sum[l] != 0) << l; // not finite
+    left &= first_bits(tile.rows);
+    while (left) {
+        const int begin = __builtin_ctzll(left), count = __builtin_ctzll(~(left >> begin));
+        left &= ~(first_bits(count) << begin);
+        tw_item own = item;
+        own.row_begin = row + begin;
+        own.row_end = own.row_begin + count;
+        own.next = nullptr;
+        forward<float, Singles<float>>(&p, &own, 1, scratch);
+    }
+}
+#endif
+
+template <class T, class M>
 static void forward(const tw_problem *problem, const tw_item *item, int64_t most_tiles, void *scratch) {
     using A = sum_of<M>;
     using U = unit_of<M>;
     const tw_problem &p = *problem;
-    if (takes_few_rows<A>(p)) return forward_few_rows<T, M>(problem, item, scratch);
+    if constexpr (M::parts > 1) {
+        if (!takes_parts(p)) return forward<T, Singles<A>>(problem, item, most_tiles, scratch);
+    } else if (takes_few_rows<A>(p)) {
+        return forward_few_rows<T, M>(problem, item, scratch);
+    }
     const int64_t count = (item->row_end - item->row_begin + tile_rows<A> - 1) / tile_rows<A>;
     constexpr int64_t width = tile_rows<A>;
     const Registers<M> registers;
@@ -172,13 +220,13 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     s.problem = problem;
     s.batch = item->b;
     s.kv_head = item->kv_head;
-    s.head_units = unit_rows<M>(p.head_dim);
+    s.head_units = unit_rows<M>(p.head_dim) / M::parts;
     s.value_dim = sum_rows<M>(p.value_dim);
     s.general = p.softcap > 0 || p.bias_count || p.table.data || p.dropout.enabled;
     s.factor = scaling_of<A>(p).factor;
-    s.probabilities = reinterpret_cast<U *>(take((waiting_keys<M> + TW_GROUP_KEYS) / M::numbers * width));
-    if (M::tiled)
-        s.other_probabilities = reinterpret_cast<U *>(take((waiting_keys<M> + TW_GROUP_KEYS) / M::numbers * width));
+    const int64_t run = M::parts * (waiting_keys<M> + TW_GROUP_KEYS) / M::numbers * width;
+    s.probabilities = reinterpret_cast<U *>(take(run));
+    if (M::tiled) s.other_probabilities = reinterpret_cast<U *>(take(run));
     s.bias = reinterpret_cast<A *>(take((block_keys + TW_GROUP_KEYS) * width));
     choose_source<T>(s, count, reinterpret_cast<U *>(take(fetched_units<T, M>(p, count))));
     s.careful = false;
@@ -196,7 +244,7 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     Tile<M> *tiles[most_tiles_of_item] = {};
     for (int64_t t = 0; t < together; ++t) {
         tiles[t] = reinterpret_cast<Tile<M> *>(tile_memory + size_t(t) * rounded(sizeof(Tile<M>)));
-        tiles[t]->query = reinterpret_cast<U *>(take(s.head_units * width));
+        tiles[t]->query = reinterpret_cast<U *>(take(unit_rows<M>(p.head_dim) * width));
         tiles[t]->out = reinterpret_cast<A *>(take(s.value_dim * width));
     }
     const bool joins = joins_splits(p) && !item->partial;
@@ -218,7 +266,8 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
             }
             sweep_all<T>(s, tiles, together, key, end);
             for (int64_t t = 0; t < together; ++t) {
-                if (needs_care(*tiles[t], p.value_dim)) sweep_with_care<T>(s, *tiles[t], key, end);
+                if constexpr (M::parts == 1)
+                    if (needs_care(*tiles[t], p.value_dim)) sweep_with_care<T>(s, *tiles[t], key, end);
                 if (key > item->key_begin) join(*earlier[t], *tiles[t], p.value_dim);
             }
             if (end == item->key_end) break;
@@ -228,6 +277,7 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
                 finish_partial(p, *item, *tiles[t], (first + t) * width);
             else
                 finish<T>(p, *item, *tiles[t]);
+            if constexpr (M::parts > 1) leave_rows(p, *item, *tiles[t], item->row_begin + (first + t) * width, memory);
         }
     }
 }

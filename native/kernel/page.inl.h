@@ -28,6 +28,7 @@ namespace {
 #if defined(__AMX_BF16__)
 #include "kernel/amx_tiles.inl.h"
 #include "kernel/amx_values.inl.h"
+#include "kernel/amx_thirds.inl.h"
 #endif
 #include "kernel/fetch.inl.h"
 #include "kernel/sweep.inl.h"
@@ -66,6 +67,14 @@ template <class T, class M> constexpr tw_kernels kernels_of() {
 
 #if defined(__AMX_BF16__)
 using bfloat_products = Tiles;
+// The backward pass and tangents of float32 are those of other pages.
+constexpr tw_kernels float_kernels() {
+    tw_kernels kernels = kernels_of<float, Singles<float>>();
+    kernels.chunk_keys = keys_of_chunk<Thirds>;
+    kernels.scratch_bytes = scratch_bytes<float, Thirds>;
+    kernels.forward = forward<float, Thirds>;
+    return kernels;
+}
 #elif defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 using bfloat_products = Pairs;
 #else
@@ -80,9 +89,9 @@ void philox(uint64_t seed, uint64_t stream, const uint64_t *index, int count, ui
 extern "C" {
 extern const tw_kernel_table TW_PAGE;
 const tw_kernel_table TW_PAGE = {TW_PAGE_NAME,
-#if defined(TW_BFLOAT_ALONE)
-                                 {{}, {}, {}, kernels_of<bfloat, bfloat_products>()},
-                                 {nullptr, nullptr, nullptr, peak_probe<bfloat_products>},
+#if defined(__AMX_BF16__)
+                                 {float_kernels(), {}, {}, kernels_of<bfloat, bfloat_products>()},
+                                 {peak_probe<Thirds>, nullptr, nullptr, peak_probe<bfloat_products>},
 #else
                                  {kernels_of<float, Singles<float>>(), kernels_of<double, Singles<double>>(),
                                   kernels_of<half, Singles<float>>(), kernels_of<bfloat, bfloat_products>()},

@@ -16,7 +16,7 @@ static double tile_peak_probe(int64_t steps) {
 // compiler can neither foresee a chain nor join two.
 template <class M> static double peak_probe(int64_t steps, float *start) {
 #if defined(__AMX_BF16__)
-    if constexpr (M::tiled) return tile_peak_probe(steps);
+    if constexpr (M::tiled) return tile_peak_probe(steps) / products_of_parts<M>;
 #endif
     using A = sum_of<M>;
     constexpr int chains = 12;

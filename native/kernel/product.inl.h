@@ -2,12 +2,13 @@
 //   M::sum      the accumulators' type        M::unit   what a lane of an operand holds
 //   M::numbers  how many numbers that is: they stand beside each other on the axis that is summed over
 //   M::tiled    whether prefill and the backward pass multiply in tile registers
+//   M::parts    how many units an operand's numbers are kept in, whose sum they are (amx_thirds.inl.h)
 
 // One number times one number, in the accumulator's own type.
 template <class A> struct Singles {
     using sum = A;
     using unit = A;
-    static constexpr int numbers = 1;
+    static constexpr int numbers = 1, parts = 1;
     static constexpr bool tiled = false;
 };
 
@@ -19,7 +20,9 @@ template <class M> TW_INLINE int64_t units_of(int64_t n) { return (n + M::number
 template <class M> TW_INLINE int64_t padded_units(int64_t n) { return padded<sum_of<M>>(units_of<M>(n)); }
 
 // Rows of units, and of sums, that a tile of queries keeps for n numbers: whole registers where they are tiles.
-template <class M> TW_INLINE int64_t unit_rows(int64_t n) { return M::tiled ? padded_units<M>(n) : units_of<M>(n); }
+template <class M> TW_INLINE int64_t unit_rows(int64_t n) {
+    return M::tiled ? M::parts * padded_units<M>(n) : units_of<M>(n);
+}
 template <class M> TW_INLINE int64_t sum_rows(int64_t n) { return M::tiled ? padded<sum_of<M>>(n) : n; }
 
 // What a kernel holds while it runs: nothing, but for tile registers (amx_tiles.inl.h).
@@ -43,7 +46,7 @@ TW_INLINE vd add_seen(vd sum, vd value, vd weight) { return weight == unseen<dou
 struct Pairs {
     using sum = float;
     using unit = int32_t; // the first number in the low half
-    static constexpr int numbers = 2;
+    static constexpr int numbers = 2, parts = 1;
     static constexpr bool tiled = false;
 };
 

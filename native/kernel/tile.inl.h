@@ -21,10 +21,11 @@ template <class M> struct Tile {
     int64_t i[most_lanes], h[most_lanes]; // query index and query head; spare lanes repeat the last row
     int rows, width;                      // rows in use; lanes: one or two vectors
     int32_t label_low, label_high;
-    bool masked; // whether any lane was ever barred from a key that another saw
-    bool coarse; // whether any lane's reference is, or was (units.inl.h): then every group takes the general path
-    bool far;    // backward: whether some rows are far, and `limit` holds their factors
-    int spans;   // key intervals that hold everything any lane sees, whole blocks, in order
+    bool masked;      // whether any lane was ever barred from a key that another saw
+    bool coarse;      // whether any lane's reference is, or was (units.inl.h): then every group takes the general path
+    bool far;         // backward: whether some rows are far, and `limit` holds their factors
+    uint64_t strange; // lanes that have met numbers which parts cannot hold (amx_thirds.inl.h)
+    int spans;        // key intervals that hold everything any lane sees, whole blocks, in order
     int64_t span_begin[TW_MAX_RANGES], span_end[TW_MAX_RANGES];
     // Each lane's ranges, where ranges are 32 bits wide; spare lanes have the last row's.
     alignas(64) int32_t start[TW_MAX_RANGES][TW_TILE_VECTORS * lanes<A>],

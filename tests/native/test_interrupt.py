@@ -68,12 +68,12 @@ for name in sys.argv[1:]:
 """
 
 _HANDLER = """
-import signal, threading, time
-import numpy as np, tilewise as tw
+import signal, sys, threading, time
+import ml_dtypes, numpy as np, tilewise as tw
 
 small, large = (
-    [np.random.default_rng(n).standard_normal((1, 2, length, 64)).astype(np.float32) for n in range(3)]
-    for length in (300, 10_000)
+    [np.random.default_rng(n).standard_normal((1, 2, length, 64)).astype(sys.argv[1]) for n in range(3)]
+    for length in (300, 30_000)
 )
 expected = [tw.attention(*arrays, kernel="native").tobytes() for arrays in (small, large)]
 answers = []
@@ -104,5 +104,7 @@ def test_an_interrupt_ends_the_call() -> None:
     assert max(float(line.split(": ")[1]) for line in lines) < 1, lines
 
 
-def test_a_handler_may_call_the_library_and_return() -> None:
-    _run(_HANDLER)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_handler_may_call_the_library_and_return(dtype) -> None:
+    # In tile registers too, which are the thread's, as the call that was interrupted left them.
+    _run(_HANDLER, dtype)
