@@ -152,7 +152,8 @@ nb::tuple describe(int dtype, int threads, nb::tuple sizes, bool row_invariant) 
     const char *message = nullptr;
     const int status = tw_describe(&p, &found, &message);
     if (status != TW_OK) raise(status, message);
-    return nb::make_tuple(found.tile_rows, found.chunk_keys, found.split_keys, found.workspace);
+    return nb::make_tuple(found.tile_rows, found.chunk_keys, found.split_keys, found.workspace, found.parts,
+                          std::string(page_of(dtype)->name));
 }
 
 nb::dict build_info() {
@@ -236,8 +237,10 @@ NB_MODULE(_native, m) {
           "Tangents of out and lse, after the same keywords: tw_tangents of native/core/problem.h, address 0: does not "
           "move.");
     m.def("isa", [] { return std::string(page()->name); }, "Name of the kernel page in use (TILEWISE_ISA chooses).");
-    m.def("describe", &describe, "dtype"_a, "threads"_a, "sizes"_a, "row_invariant"_a,
-          "(query rows of a tile, keys of a chunk, keys of a split or 0, bytes of workspace) of a forward pass.");
+    m.def(
+        "describe", &describe, "dtype"_a, "threads"_a, "sizes"_a, "row_invariant"_a,
+        "(query rows of a tile, keys of a chunk, keys of a split or 0, bytes of workspace, parts in which a number is "
+        "multiplied, name of the page) of a forward pass.");
     m.def("build_info", &build_info,
           "compiler, pages (compiled in, best first), supported_pages, refused_pages (name: why), xla_ffi_version.");
     m.def("num_threads", &default_threads, "Threads a call uses where it does not say.");

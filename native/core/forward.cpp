@@ -247,6 +247,6 @@ int tw_describe(const tw_problem *problem, tw_description *description, const ch
     const tilewise::Whole whole = tilewise::whole_of(*problem, *kernels);
     const bool split = whole.merges || (problem->row_invariant && problem->k_len > split_keys);
     *description = {kernels->tile_rows, kernels->chunk_keys(problem), split ? split_keys : 0,
-                    int64_t(whole.count ? whole.bytes() : 0)};
+                    int64_t(whole.count ? whole.bytes() : 0), kernels->parts(problem)};
     return TW_OK;
 }

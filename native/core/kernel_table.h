@@ -39,6 +39,7 @@ int tw_given_up(void);
 struct tw_kernels {
     int64_t tile_rows;                         // query rows of one tile
     int64_t (*chunk_keys)(const tw_problem *); // keys that all tiles of an item use before the next
+    int64_t (*parts)(const tw_problem *);      // in which an operand's number is multiplied, forward
     size_t (*scratch_bytes)(const tw_problem *, int64_t tiles);
     // Runs an item of at most `tiles` tiles in `scratch` (64-byte aligned, as large as scratch_bytes says).
     void (*forward)(const tw_problem *, const tw_item *, int64_t tiles, void *scratch);

@@ -157,6 +157,7 @@ int tw_tangent(const tw_problem *problem, const tw_tangents *tangents, const cha
 struct tw_description {
     int64_t tile_rows, chunk_keys, split_keys; // keys that are summed apart, then joined; 0: all are summed together
     int64_t workspace;                         // bytes
+    int64_t parts; // bfloat16 numbers that an operand's number is multiplied as; 1: it is multiplied as it is
 };
 int tw_describe(const tw_problem *problem, tw_description *description, const char **message);
 }

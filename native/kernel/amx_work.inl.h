@@ -35,7 +35,7 @@ struct TileWork {
     float *out;       // [rows][32 lanes]
     const int32_t *weights, *values;
     int64_t groups = 0, group = 0, rows = 0, row = 0; // row >= rows: all added
-    int product = 0;                                  // of parts, which is next
+    int step = 0;                                     // of 16 units of a unit of sums, which is next
     bool in_scores;                                   // whether the step before was one of scores
     float *owed = nullptr;                            // where the last unit is to be stored
     bool owed_half;                                   // whether only its first 16 rows
@@ -44,9 +44,6 @@ template <> struct Background<Tiles> : TileWork {};
 template <> struct Background<Thirds> : TileWork {};
 
 // The instructions of a part; their operands have to be written as numbers.
-template <int PART> struct Part {
-    static constexpr int value = PART;
-};
 template <int PART> TW_INLINE void clear_part() {
     if (PART == 0) _tile_zero(0);
     if (PART == 1) _tile_zero(1);
@@ -82,13 +79,17 @@ template <int PART> TW_INLINE void settle_part(const TileWork &work) {
     if (work.owed && !(PART >= 2 && work.owed_half)) store_part<PART>(quarter<PART>(work.owed), tile_lanes);
 }
 
+// What is owed from the step that is next on.
 TW_INLINE void settle(TileWork &work) {
-    settle_part<0>(work);
-    settle_part<1>(work);
-    settle_part<2>(work);
+    if (work.step <= 0) settle_part<0>(work);
+    if (work.step <= 1) settle_part<1>(work);
+    if (work.step <= 2) settle_part<2>(work);
     settle_part<3>(work);
     work.owed = nullptr;
 }
+
+// Steps in which 16 units of 32 rows are multiplied by 16 units of 32 columns: a product each, or, of parts, four.
+template <class M> constexpr int steps_of_units = M::parts > 1 ? products_of_parts<M> : 4;
 
 // Where the units of a step stand: 32 rows and 32 columns of 16 units each, and from one part to the next.
 struct StepPlace {
@@ -97,61 +98,55 @@ struct StepPlace {
     bool half; // only 16 of the rows exist
 };
 
-// One step, a product of parts. BEGINS: the first of a unit, whose sums begin with those at `from`, or with 0 (NULL).
-template <class M, int PRODUCT, bool BEGINS = false>
-TW_INLINE void multiply_unit(const TileWork &work, const StepPlace &at, float *from = nullptr) {
+// A product of parts, for a quarter of a unit. begins: the first of the unit, whose sums begin with those at `from`, or with 0
+// (NULL).
+template <class M, int PRODUCT, int PART>
+TW_INLINE void multiply_quarter(const TileWork &work, const StepPlace &at, bool begins, float *from) {
     constexpr PartsOfProduct parts = parts_of_product<M>(PRODUCT);
-    const int64_t a_bytes = at.a_stride * int64_t(sizeof(int32_t));
+    const int64_t a_bytes = at.a_stride * int64_t(sizeof(int32_t)), b_bytes = tile_lanes * int64_t(sizeof(int32_t));
     const int32_t *a = at.a + parts.left * at.a_part, *b = at.b + parts.right * at.b_part;
-    const auto begin = [&](auto part) {
-        constexpr int PART = decltype(part)::value;
-        if (!BEGINS) return;
-        settle_part<PART>(work);
-        if (PART >= 2 && at.half) return;
+    if (PRODUCT == 0 && begins) settle_part<PART>(work);
+    if (PART >= 2 && at.half) return;
+    if (PRODUCT == 0 && begins) {
         if (from)
             load_part<PART>(quarter<PART>(from), tile_lanes);
         else
             clear_part<PART>();
-    };
-    order_memory();
-    begin(Part<0>());
-    if (parts.new_left) _tile_loadd(4, a, a_bytes);
-    if (parts.new_right) _tile_loadd(6, b, tile_lanes * sizeof(int32_t));
-    multiply_part<0>();
-    begin(Part<1>());
-    if (parts.new_right) _tile_loadd(7, b + tile_side, tile_lanes * sizeof(int32_t));
-    multiply_part<1>();
-    begin(Part<2>());
-    if (!at.half) {
-        if (parts.new_left) _tile_loadd(5, a + tile_side * at.a_stride, a_bytes);
-        multiply_part<2>();
     }
-    begin(Part<3>());
-    if (!at.half) multiply_part<3>();
-    order_memory();
+    if (PART == 0 && parts.new_left) _tile_loadd(4, a, a_bytes);
+    if (PART == 0 && parts.new_right) _tile_loadd(6, b, b_bytes);
+    if (PART == 1 && parts.new_right) _tile_loadd(7, b + tile_side, b_bytes);
+    if (PART == 2 && parts.new_left) _tile_loadd(5, a + tile_side * at.a_stride, a_bytes);
+    multiply_part<PART>();
+}
+template <class M, int STEP>
+TW_INLINE void multiply_step(TileWork &work, const StepPlace &at, bool begins, float *from) {
+    if constexpr (M::parts > 1) {
+        multiply_quarter<M, STEP, 0>(work, at, begins, from);
+        multiply_quarter<M, STEP, 1>(work, at, begins, from);
+        multiply_quarter<M, STEP, 2>(work, at, begins, from);
+        multiply_quarter<M, STEP, 3>(work, at, begins, from);
+    } else if constexpr (STEP < 4) {
+        multiply_quarter<M, 0, STEP>(work, at, begins, from);
+    }
+    if (STEP == (M::parts > 1 ? 0 : 3) && begins) work.owed = nullptr;
 }
 
-// The next step of a unit. Returns whether its products of parts are all made.
+// The next step of a unit. Returns whether these 16 units are all multiplied.
 template <class M> TW_INLINE bool step_of_unit(TileWork &work, const StepPlace &at, bool begins, float *from) {
-    if constexpr (M::parts > 1) {
-        switch (work.product++) {
-        case 1: multiply_unit<M, 1>(work, at); return false;
-        case 2: multiply_unit<M, 2>(work, at); return false;
-        case 3: multiply_unit<M, 3>(work, at); return false;
-        case 4: multiply_unit<M, 4>(work, at); return false;
-        case 5:
-            multiply_unit<M, 5>(work, at);
-            work.product = 0;
-            return true;
-        }
+    order_memory();
+    switch (work.step) {
+    case 0: multiply_step<M, 0>(work, at, begins, from); break;
+    case 1: multiply_step<M, 1>(work, at, begins, from); break;
+    case 2: multiply_step<M, 2>(work, at, begins, from); break;
+    case 3: multiply_step<M, 3>(work, at, begins, from); break;
+    case 4: multiply_step<M, 4>(work, at, begins, from); break;
+    default: multiply_step<M, 5>(work, at, begins, from);
     }
-    if (begins) {
-        multiply_unit<M, 0, true>(work, at, from);
-        work.owed = nullptr;
-    } else {
-        multiply_unit<M, 0>(work, at);
-    }
-    return M::parts == 1;
+    order_memory();
+    if (++work.step < steps_of_units<M>) return false;
+    work.step = 0;
+    return true;
 }
 
 template <class M> TW_INLINE void step_of_scores(Background<M> &work) {
@@ -181,7 +176,7 @@ template <class M> TW_INLINE void step_of_values(Background<M> &work) {
 
 // Whether the unit at hand is one of scores: it was begun, or none of values was.
 template <class M> TW_INLINE void step(Background<M> &work) {
-    if (work.product ? work.in_scores : work.scores && (work.d || !work.group)) {
+    if (work.step ? work.in_scores : work.scores && (work.d || !work.group)) {
         work.in_scores = true;
         step_of_scores(work);
     } else {
@@ -193,11 +188,11 @@ template <class M> TW_INLINE void step(Background<M> &work) {
 // Steps that should be done while a group is weighed: the scores of the next, and of the values of a run as many as let
 // it be added while a run of its length is weighed.
 template <class M> TW_INLINE int64_t steps_beside_group(const Background<M> &work) {
-    constexpr int products = products_of_parts<M>;
-    const int64_t scores = work.scores ? products * work.head_units / tile_side : 0;
+    constexpr int steps = steps_of_units<M>;
+    const int64_t scores = work.scores ? steps * work.head_units / tile_side : 0;
     if (work.row >= work.rows) return scores;
-    const int64_t share = products * ((work.rows + tile_side) / (2 * tile_side));
-    const int64_t values = products * ((work.rows - work.row + tile_side) / (2 * tile_side) * work.groups - work.group);
+    const int64_t share = steps * ((work.rows + tile_side) / (2 * tile_side));
+    const int64_t values = steps * ((work.rows - work.row + tile_side) / (2 * tile_side) * work.groups - work.group);
     return scores + (values < share ? values : share);
 }
 

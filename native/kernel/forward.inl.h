@@ -32,6 +32,10 @@ template <class M> static int64_t keys_of_chunk(const tw_problem *p) {
     return chunk_keys<M>(*p);
 }
 
+template <class M> static int64_t parts_of_numbers(const tw_problem *p) {
+    return M::parts > 1 && takes_parts(*p) ? M::parts : 1;
+}
+
 template <class T, class M> static size_t scratch_bytes(const tw_problem *p, int64_t tiles) {
     using A = sum_of<M>;
     const size_t width = size_t(tile_rows<A>) * sizeof(A);

@@ -60,9 +60,9 @@ namespace {
 
 template <class T, class M> constexpr tw_kernels kernels_of() {
     using A = sum_of<M>;
-    return {tile_rows<A>,    keys_of_chunk<M>,    scratch_bytes<T, M>, forward<T, M>,     merge<T, A>,
-            record_bytes<M>, segment_bytes<T, M>, open_tile<T, M>,     run_segment<T, M>, close_tile<T, M>,
-            close_sinks<M>,  tangent_bytes<T, A>, tangent<T, A>};
+    return {tile_rows<A>,     keys_of_chunk<M>, parts_of_numbers<M>, scratch_bytes<T, M>, forward<T, M>,
+            merge<T, A>,      record_bytes<M>,  segment_bytes<T, M>, open_tile<T, M>,     run_segment<T, M>,
+            close_tile<T, M>, close_sinks<M>,   tangent_bytes<T, A>, tangent<T, A>};
 }
 
 #if defined(__AMX_BF16__)
@@ -94,6 +94,7 @@ static void float_close_sinks(const tw_problem *p, const tw_gradients *gradients
 constexpr tw_kernels float_kernels() {
     return {tile_rows<float>,
             keys_of_chunk<Thirds>,
+            parts_of_numbers<Thirds>,
             scratch_bytes<float, Thirds>,
             forward<float, Thirds>,
             merge<float, float>,

@@ -174,6 +174,7 @@ class KernelCard:
             is planned for a machine that has one, and this is not asked.
         tiles: the tile sizes for a problem.
         workspace: bytes needed beyond inputs and outputs for a problem and its tiles.
+        arithmetic: how its forward pass multiplies on this machine, for a reader; "" where there is one way.
     """
 
     name: str
@@ -202,6 +203,7 @@ class KernelCard:
     available: Callable[[], Unavailable | None] = field(default=lambda: None, compare=False)
     tiles: Callable[[AttentionProblem], Tiles] = field(default=_whole, compare=False)
     workspace: Callable[[AttentionProblem, Tiles], int] = field(default=lambda problem, tiles: 0, compare=False)
+    arithmetic: Callable[[AttentionProblem], str] = field(default=lambda problem: "", compare=False)
 
     def refuse(self, problem: AttentionProblem) -> tuple[str, ...]:
         """Every reason, a sentence each, why this kernel cannot compute the forward of `problem`; empty when it can."""

@@ -270,13 +270,13 @@ def tangent(
     whole.block.run(TANGENT)
 
 
-def describe(dtype: int, threads: int, sizes: tuple, row_invariant: bool = False) -> tuple[int, ...]:
+def describe(dtype: int, threads: int, sizes: tuple, row_invariant: bool = False) -> tuple[Any, ...]:
     """As tilewise._native.describe."""
     call = _Call(_DESCRIPTION(), dtype=dtype, threads=threads, sizes=sizes)
     call.problem.row_invariant = row_invariant
     call.problem.row_end = call.problem.q_len
     after = call.block.run(DESCRIBE)
-    return struct.unpack("4q", after[-32:])
+    return *struct.unpack("5q", after[-40:]), isa()
 
 
 def prefer_large_pages(address: int, bytes: int) -> None:

@@ -67,6 +67,8 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "tangents", plan.tangent
     if plan.careful:
         yield "not finite", f"results with NaN or infinity are computed again by {plan.careful}"
+    if arithmetic := card_of(plan.kernel).arithmetic(problem):
+        yield "arithmetic", arithmetic
     yield "problem", _sizes(problem)
     device = problem.device + (f" ({problem.model})" if problem.model else "")
     yield "arrays", f"{problem.family} {problem.dtype} on {device}, layout {problem.layout}" + _traced(problem)

@@ -50,7 +50,7 @@ def sizes_of(problem: AttentionProblem) -> tuple[int, ...]:
     return (p.batch, p.q_heads, p.kv_heads, p.q_len, p.k_len, p.head_dim, p.value_dim)
 
 
-def _describe(problem: AttentionProblem) -> tuple[int, int, int, int]:
+def _describe(problem: AttentionProblem) -> tuple[int, int, int, int, int, str]:
     # Asked only about problems that this kernel can run, so the module is there.
     from ... import _native  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -60,7 +60,7 @@ def _describe(problem: AttentionProblem) -> tuple[int, int, int, int]:
 
 
 def _tiles(problem: AttentionProblem) -> Tiles:
-    queries, keys, split, _ = _describe(problem)
+    queries, keys, split = _describe(problem)[:3]
     return Tiles(queries, keys, split)
 
 
@@ -68,6 +68,11 @@ def _workspace(problem: AttentionProblem, tiles: Tiles) -> int:
     """Each thread's tiles and probabilities, partial results of split keys, and tile bits of a predicate."""
     bits = problem.scores // 8 if problem.mask.bits == "lazy" else 0
     return _describe(problem)[3] + min(bits, BITS_BYTES)
+
+
+def _arithmetic(problem: AttentionProblem) -> str:
+    *_, parts, page = _describe(problem)
+    return f"page {page}" + (f", each number as {parts} of bfloat16 (native/README.md)" if parts > 1 else "")
 
 
 CARD = KernelCard(
@@ -87,4 +92,5 @@ CARD = KernelCard(
     available=_available,
     tiles=_tiles,
     workspace=_workspace,
+    arithmetic=_arithmetic,
 )
