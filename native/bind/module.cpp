@@ -77,9 +77,10 @@ void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple
               nb::tuple out, uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels,
               nb::object mask, nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout,
               bool part, nb::object pages, nb::object sequences, nb::tuple d_out, uintptr_t d_lse, nb::tuple d_q,
-              nb::tuple d_k, nb::tuple d_v, nb::tuple gather, uintptr_t d_sinks) {
+              nb::tuple d_k, nb::tuple d_v, nb::tuple gather, uintptr_t d_sinks, bool row_invariant) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
     p.part = part;
+    p.row_invariant = row_invariant;
     read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, pages, sequences}, p);
     tw_gradients g = {};
     g.d_out = tensor_of(d_out);
@@ -102,9 +103,10 @@ void tangent(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple 
              nb::tuple out, uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels,
              nb::object mask, nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout,
              bool part, nb::tuple d_q, nb::tuple d_k, nb::tuple d_v, nb::tuple d_biases, nb::object d_table,
-             uintptr_t d_sinks, nb::tuple d_out, uintptr_t d_lse) {
+             uintptr_t d_sinks, nb::tuple d_out, uintptr_t d_lse, bool row_invariant) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
     p.part = part;
+    p.row_invariant = row_invariant;
     read_facts({ranges, labels, mask, bits, biases, table, sinks, dropout, nb::none(), nb::none()}, p);
     tw_tangents t = {};
     t.q = tensor_of(d_q);
@@ -226,12 +228,12 @@ NB_MODULE(_native, m) {
           "out"_a, "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(),
           "bits"_a.none(), "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a,
           "pages"_a = nb::none(), "sequences"_a = nb::none(), "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a,
-          "gather"_a, "d_sinks"_a,
+          "gather"_a, "d_sinks"_a, "row_invariant"_a = false,
           "One backward pass, after the same keywords: tw_gradients of native/core/problem.h, address 0: not wanted.");
     m.def("tangent", &tangent, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),
           "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a, "d_q"_a, "d_k"_a, "d_v"_a,
-          "d_biases"_a, "d_table"_a.none(), "d_sinks"_a, "d_out"_a, "d_lse"_a,
+          "d_biases"_a, "d_table"_a.none(), "d_sinks"_a, "d_out"_a, "d_lse"_a, "row_invariant"_a = false,
           "Tangents of out and lse, after the same keywords: tw_tangents of native/core/problem.h, address 0: does not "
           "move.");
     m.def("isa", [] { return std::string(page()->name); }, "Name of the kernel page in use (TILEWISE_ISA chooses).");

@@ -11,8 +11,8 @@
 //   32      sinks             (Hq,), accumulator's type
 //   64      seed              (4,) u32: the seed as (low, high), the number of the first pair as (low, high)
 // Attributes, all required: present, bias_count, layout, bits_q_offset, dropout_threshold, dropout_stream,
-//   dropout_stride_{b,h,i,j}, threads, part (i64); scale, softcap, dropout_inverse_keep (f64).
-// Forward has one more attribute, row_invariant (i64). Its results: out as q with Dv for D (the accumulator's type where
+//   dropout_stride_{b,h,i,j}, threads, part, row_invariant (i64); scale, softcap, dropout_inverse_keep (f64).
+// Results of forward: out as q with Dv for D (the accumulator's type where
 // `part` is 1, as d_q then); lse (B,Hq,Sq), accumulator's type.
 // Backward takes what both take, then out, lse, d_out (as out) and d_lse (as lse), and one more attribute, wanted (i64). Its
 // results are those whose bit of `wanted` is 1, in this order; all but the first in the accumulator's type:
@@ -37,7 +37,6 @@ void read_forward(Reader &r, tw_problem &p) {
                *lse = "lse: expected the accumulator's type, (B, Hq, Sq)";
     const int64_t layout = read_problem(r, p);
     if (r.complaint) return;
-    p.row_invariant = r.integer("row_invariant") != 0;
     const int dtype = p.part ? accumulator_of(p) : xla_of(p.dtype);
     p.out = read_tensor(r, r.result(4, out), layout, dtype, p, p.q_heads, p.q_len, p.value_dim, out);
     p.lse = read_rows(r, r.result(3, lse), p, lse);

@@ -159,6 +159,7 @@ int64_t read_problem(Reader &r, tw_problem &p) {
     p.softcap = r.number("softcap");
     p.threads = int32_t(r.integer("threads"));
     p.part = int32_t(r.integer("part"));
+    p.row_invariant = r.integer("row_invariant") != 0;
     read_mask(r, present, p);
     if (!r.complaint) read_additions(r, present, accumulator_of(p), p);
     return layout;

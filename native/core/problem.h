@@ -113,7 +113,7 @@ struct tw_problem {
     tw_pages pages; // forward only
     tw_sequences sequences;
     // Whether a row of out and lse has the same bits however many rows are computed together: the forward pass then sums
-    // in one order for any number of rows, slower where they are few.
+    // in one order for any number of rows, slower where they are few. The other passes make the same scores of it.
     int32_t row_invariant;
 };
 

@@ -8,6 +8,7 @@ struct TileProduct {
     float *out;
     int64_t a_stride, b_stride, out_stride; // of rows
     int64_t a_step, b_step;                 // to the next group
+    int64_t a_part = 0, b_part = 0;         // to the next part of its numbers
     int64_t groups;
     int64_t a_next, b_next, out_next; // to the next unit
     int64_t sixteens;                 // rows, where units stand below each other, else columns
@@ -43,50 +44,55 @@ template <int PART> TW_INLINE void begin_part(const TileProduct &p, const OwedTi
         clear_part<PART>();
 }
 
-// One group of a unit; rows, columns: whether the unit's second sixteen exist.
+// One group of a unit, from one product of its parts on; rows, columns: whether the unit's second sixteen exist.
+template <class M, int PRODUCT = 0>
 TW_INLINE void multiply_group(const TileProduct &p, int64_t group, bool begins, bool rows, bool columns,
                               const OwedTiles &owed) {
-    const int32_t *a = p.a + group * p.a_step, *b = p.b + group * p.b_step;
+    constexpr PartsOfProduct parts = parts_of_product<M>(PRODUCT);
+    const int32_t *a = p.a + group * p.a_step + parts.left * p.a_part,
+                  *b = p.b + group * p.b_step + parts.right * p.b_part;
     const int64_t a_bytes = p.a_stride * int64_t(sizeof(int32_t)), b_bytes = p.b_stride * int64_t(sizeof(int32_t));
     if (begins) begin_part<0>(p, owed);
-    _tile_loadd(4, a, a_bytes);
-    _tile_loadd(6, b, b_bytes);
+    if (parts.new_left) _tile_loadd(4, a, a_bytes);
+    if (parts.new_right) _tile_loadd(6, b, b_bytes);
     multiply_part<0>();
     if (columns) {
         if (begins) begin_part<1>(p, owed);
-        _tile_loadd(7, b + tile_side, b_bytes);
+        if (parts.new_right) _tile_loadd(7, b + tile_side, b_bytes);
         multiply_part<1>();
     }
     if (rows) {
         if (begins) begin_part<2>(p, owed);
-        _tile_loadd(5, a + tile_side * p.a_stride, a_bytes);
+        if (parts.new_left) _tile_loadd(5, a + tile_side * p.a_stride, a_bytes);
         multiply_part<2>();
     }
     if (rows && columns) {
         if (begins) begin_part<3>(p, owed);
         multiply_part<3>();
     }
+    if constexpr (PRODUCT + 1 < products_of_parts<M>)
+        multiply_group<M, PRODUCT + 1>(p, group, false, rows, columns, owed);
 }
-TW_INLINE void multiply_unit(const TileProduct &p, bool rows, bool columns, OwedTiles &owed) {
-    multiply_group(p, 0, true, rows, columns, owed);
-    for (int64_t g = 1; g < p.groups; ++g) multiply_group(p, g, false, rows, columns, owed);
+template <class M> TW_INLINE void multiply_unit(const TileProduct &p, bool rows, bool columns, OwedTiles &owed) {
+    multiply_group<M>(p, 0, true, rows, columns, owed);
+    for (int64_t g = 1; g < p.groups; ++g) multiply_group<M>(p, g, false, rows, columns, owed);
     owed.out = p.out;
     owed.stride = p.out_stride;
     owed.rows = rows;
     owed.columns = columns;
 }
 
-TW_INLINE void multiply(TileProduct p, OwedTiles &owed) {
+template <class M> TW_INLINE void multiply(TileProduct p, OwedTiles &owed) {
     order_memory();
     for (; p.sixteens > 1; p.sixteens -= 2) {
-        multiply_unit(p, true, true, owed);
+        multiply_unit<M>(p, true, true, owed);
         p.a += p.a_next;
         p.b += p.b_next;
         p.out += p.out_next;
     }
     if (p.sixteens) {
         settle(owed); // its own tiles are not all that may be owed
-        multiply_unit(p, !p.below, p.below, owed);
+        multiply_unit<M>(p, !p.below, p.below, owed);
     }
     order_memory();
 }

@@ -11,15 +11,19 @@ struct SlopeGroup {
     alignas(64) float scores[tile_keys * tile_lanes], slopes[tile_keys * tile_lanes];
 };
 
-constexpr int64_t slot_units = score_places<Tiles> / Tiles::numbers; // of p or raw
+// Units of p or raw in a slot, and of one part of them.
+template <class M> constexpr int64_t part_of_slot = score_places<M> / M::numbers;
+template <class M> constexpr int64_t slot_units = M::parts * part_of_slot<M>;
 
-template <> struct SlopeWork<Tiles> {
+template <class M> struct TileSlopes {
     SlopeGroup group;
-    uint64_t words[tiles_together<Tiles>][block_keys], keep[block_keys];
-    const Tile<Tiles> *tiles[tiles_together<Tiles>];
-    uint32_t met[tiles_together<Tiles>] = {}; // which groups any lane sees
-    int slot = 0;                             // the tile's at hand
+    uint64_t words[tiles_together<M>][block_keys], keep[block_keys];
+    const Tile<M> *tiles[tiles_together<M>];
+    uint32_t met[tiles_together<M>] = {}; // which groups any lane sees
+    int slot = 0;                         // the tile's at hand
 };
+template <> struct SlopeWork<Tiles> : TileSlopes<Tiles> {};
+template <> struct SlopeWork<Thirds> : TileSlopes<Thirds> {};
 
 // p, ds and raw of the group of 32 keys at place `at` of the block, in the slot at hand; or what another pass looks for.
 template <ScorePath PATH, Pass PASS>
@@ -33,7 +37,7 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
     const bool biased = PATH == GENERAL && s.biased;
     const Softcap<float> cap = softcap_of(problem, s.factor);
     const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)), factor = _mm512_set1_ps(s.factor);
-    const int64_t own = s.work.slot * slot_units + at * tile_side;
+    const int64_t own = s.work.slot * slot_units<Tiles> + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
     const __m512 to_log2 = _mm512_set1_ps(log2_e<float>);
     __m512 shift[2], pull[2], share[2];
@@ -101,13 +105,158 @@ static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int
     }
 }
 
-// Whether something that a tile multiplies in a block is not finite.
-TW_INLINE bool careful(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int64_t block) {
+// Without the slopes below 2^-102, whose parts would be denormals.
+TW_INLINE vf without_faint(vf slope) {
+    const __m512i bits = (__m512i)slope, size = _mm512_add_epi32(bits, bits);
+    return (vf)_mm512_maskz_mov_epi32(_mm512_cmpge_epu32_mask(size, _mm512_set1_epi32(25 << 24)), bits);
+}
+
+// The same in parts, as exact as other pages are.
+template <ScorePath PATH, Pass PASS>
+static void slopes_of_group(const Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t at) {
+    const tw_problem &problem = *s.problem;
+    const SlopeGroup &group = s.work.group;
+    const uint64_t *words = s.work.words[s.work.slot] + at;
+    const uint64_t *keep = PATH == GENERAL && problem.dropout.enabled ? s.work.keep + at : nullptr;
+    const bool capped = PATH == GENERAL && problem.softcap > 0, gathered = s.gradients->gather_count > 0;
+    const Softcap<float> cap = softcap_of(problem, s.factor);
+    const float inverse_keep = float(problem.dropout.inverse_keep);
+    const vf by = splat(capped ? 1 : s.factor);
+    const int64_t own = s.work.slot * slot_units<Thirds> + at * tile_side;
+    int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
+    for (int n = 0; n < tile_keys; n += 2) {
+        vf weights[2][2], slopes[2][2];
+        TW_UNROLL(int i = 0; i < 2; ++i)
+            TW_UNROLL(int z = 0; z < 2; ++z) {
+                const int lane = z * tile_side, place = (n + i) * tile_lanes + lane;
+                const float *bias = PATH == GENERAL && s.biased ? s.bias + at * tile_lanes + place : nullptr;
+                const uint64_t seen = PATH == PLAIN ? ~uint64_t(0) : words[n + i] >> lane;
+                vf x = load(group.scores + place), cap_slope = splat(1.f);
+                if (capped) x = cap_product<float>(x, cap, cap_slope);
+                if constexpr (PASS == PEAKS) {
+                    const vf score = whole_score<float>(x, by, bias);
+                    note_peak<float>(*s.found, lane, seen, score, less_reference<float>(x, by, bias, score));
+                    continue;
+                }
+                x = PASS == SUMS || (PATH == GENERAL && tile.far)
+                        ? less_far_reference<float>(x, by, bias, tile, lane)
+                        : less_reference<float>(x, by, bias, load(tile.shift + lane));
+                vf weight = exp2<float>(x, least_in_parts);
+                if (PATH == GENERAL && tile.far) weight *= load(tile.limit + lane);
+                if (PATH != PLAIN) weight = select<float>(seen, weight, vf{});
+                vf used = weight, slope = load(group.slopes + place);
+                if (keep) {
+                    used = select<float>(keep[n + i] >> lane, weight * inverse_keep, vf{});
+                    slope = select<float>(keep[n + i] >> lane, slope * inverse_keep, vf{});
+                }
+                if constexpr (PASS == SUMS) {
+                    float *const sum = s.found->sum + lane, *const pulls = s.found->pull + lane;
+                    store(sum, load(sum) + weight);
+                    store(pulls, load(pulls) + select<float>(seen, weight * slope, vf{}));
+                    continue;
+                }
+                slope = weight * (slope + load(tile.sum + lane));
+                if (PATH != PLAIN) slope = select<float>(seen, slope, vf{});
+                if (gathered) store(s.ds + at * tile_lanes + place, slope);
+                if (capped) slope = select<float>(seen, slope * cap_slope, vf{});
+                weights[i][z] = used;
+                slopes[i][z] = without_faint(slope);
+            }
+        if constexpr (PASS != RESULTS) continue;
+        TW_UNROLL(int i = 0; i < 2; ++i) {
+            store_parts_of_row((__m512)weights[i][0], (__m512)weights[i][1], p + (n + i) * tile_side,
+                               part_of_slot<Thirds>);
+            store_parts_of_row((__m512)slopes[i][0], (__m512)slopes[i][1], raw + (n + i) * tile_side,
+                               part_of_slot<Thirds>);
+        }
+        TW_UNROLL(int z = 0; z < 2; ++z)
+            store_parts((__m512)slopes[0][z], (__m512)slopes[1][z], raw_across + n / 2 * tile_lanes + z * tile_side,
+                        part_of_slot<Thirds>);
+    }
+}
+
+// The product of two rows of n numbers; of NaN, the one that parts keep.
+TW_RARE float row_product(const float *a, const float *b, int64_t n) {
+    float sum = 0;
+    for (int64_t d = 0; d < n; ++d) sum += a[d] * b[d];
+    return sum == sum ? sum : __builtin_nanf("");
+}
+TW_RARE bool has_strange(const float *row, int64_t n, uint32_t least = least_exponent) {
+    for (int64_t d = 0; d < n; ++d)
+        if (is_strange(row[d], least)) return true;
+    return false;
+}
+
+// Calls at(j, l, k, v, q, d_out), of rows, for each pair of a group's key j and a lane l that see each other, where the
+// rows of either are strange.
+template <class F>
+TW_INLINE void each_strange_pair(const Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t key, const uint64_t *words,
+                                 F at) {
+    const tw_problem &p = *s.problem;
+    for (int64_t j = 0; j < tile_keys && key + j <= s.last; ++j) {
+        const float *k = tensor_row<const float>(p.k, s.b, s.kv_head, key + j),
+                    *v = tensor_row<const float>(p.v, s.b, s.kv_head, key + j);
+        uint64_t lanes = words[j];
+        if (!has_strange(k, p.head_dim) && !has_strange(v, p.value_dim)) lanes &= tile.strange;
+        for (; lanes; lanes &= lanes - 1) {
+            const int l = __builtin_ctzll(lanes);
+            at(j, l, k, v, tensor_row<const float>(p.q, s.b, tile.h[l], tile.i[l]),
+               tensor_row<const float>(s.gradients->d_out, s.b, tile.h[l], tile.i[l]));
+        }
+    }
+}
+
+// The products of such pairs, in place of what their parts gave.
+TW_RARE void multiply_strange(Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t key, const uint64_t *words) {
+    const tw_problem &p = *s.problem;
+    SlopeGroup &group = s.work.group;
+    const float sign = scaling_of<float>(p).sign;
+    each_strange_pair(s, tile, key, words,
+                      [&](int64_t j, int l, const float *k, const float *v, const float *q, const float *d_out) {
+                          group.scores[j * tile_lanes + l] = sign * row_product(q, k, p.head_dim);
+                          group.slopes[j * tile_lanes + l] = row_product(d_out, v, p.value_dim);
+                      });
+}
+
+// Their strange numbers, times raw and p, which parts left out of the sums. at: the group's place in the block.
+TW_RARE void add_strange(const Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t key, int64_t at) {
+    const tw_problem &p = *s.problem;
+    const tw_gradients &g = *s.gradients;
+    const auto whole = [&](const int32_t *units, int64_t j, int l) { // the sum of its parts
+        float sum = 0;
+        for (int part = 2; part >= 0; --part) {
+            const int32_t unit = units[s.work.slot * slot_units<Thirds> + part * part_of_slot<Thirds> +
+                                       (at + j) * tile_side + l / 2],
+                          bits = l % 2 ? unit & int32_t(0xFFFF0000) : int32_t(uint32_t(unit) << 16);
+            float own;
+            __builtin_memcpy(&own, &bits, sizeof own);
+            sum += own;
+        }
+        return sum;
+    };
+    each_strange_pair(
+        s, tile, key, s.work.words[s.work.slot] + at,
+        [&](int64_t j, int l, const float *k, const float *, const float *q, const float *d_out) {
+            const float raw = whole(s.raw, j, l), weight = whole(s.p, j, l);
+            float *const d_k = s.d_k + (key - s.first + j) * s.head_width, *const d_v = s.d_v + (key - s.first + j) *
+                                                                                                    s.value_width;
+            for (int64_t d = 0; d < p.head_dim; ++d) {
+                if (g.d_k.data && is_strange(q[d])) d_k[d] += raw * q[d];
+                if (g.d_q.data && is_strange(k[d])) tile.out[d * tile_lanes + l] += raw * k[d];
+            }
+            for (int64_t e = 0; g.d_v.data && e < p.value_dim; ++e)
+                if (is_strange(d_out[e], least_gradient)) d_v[e] += weight * d_out[e];
+        });
+}
+
+// Whether something that a tile multiplies in a block is not finite: parts always are.
+template <class M> TW_INLINE bool careful(const Slopes<M> &s, const Tile<M> &tile, int64_t block) {
+    if (M::parts > 1) return false;
     return tile.masked || s.blocks[(block - s.first) / block_keys] == BLOCK_NOT_FINITE;
 }
 
 // d_q of the block, in the slot at hand.
-static void add_to_tile(const Slopes<Tiles> &s, Tile<Tiles> &tile, int64_t block) {
+template <class M> static void add_to_tile(const Slopes<M> &s, Tile<M> &tile, int64_t block) {
     const uint32_t met = s.work.met[s.work.slot];
     const int64_t begin = met & 1 ? 0 : tile_keys, end = met & 2 ? int64_t(block_keys) : tile_keys;
     const int32_t *raw_across = s.raw_across + begin / 2 * tile_lanes;
@@ -119,8 +268,10 @@ static void add_to_tile(const Slopes<Tiles> &s, Tile<Tiles> &tile, int64_t block
         sums.out = tile.out;
         sums.a_stride = tile_side;
         sums.b_stride = sums.out_stride = tile_lanes;
-        sums.a_step = tile_side * s.head_width;
+        sums.a_step = tile_side * s.across_stride;
         sums.b_step = tile_side * tile_lanes;
+        sums.a_part = tile_side * s.head_width;
+        sums.b_part = part_of_slot<M>;
         sums.groups = (end - begin) / tile_keys;
         sums.a_next = 2 * tile_units;
         sums.b_next = 0;
@@ -128,7 +279,7 @@ static void add_to_tile(const Slopes<Tiles> &s, Tile<Tiles> &tile, int64_t block
         sums.sixteens = s.head_width / tile_side;
         sums.below = sums.adds = true;
         OwedTiles owed;
-        multiply(sums, owed);
+        multiply<M>(sums, owed);
         return settle(owed);
     }
     order_memory();
@@ -145,6 +296,7 @@ static void add_to_tile(const Slopes<Tiles> &s, Tile<Tiles> &tile, int64_t block
 }
 
 // out [32 keys][width] += the weights of `count` slots, times their tiles' rows [16 units][width] each.
+template <class M>
 TW_INLINE void add_rows_of_tiles(const int32_t *weights, const int32_t *rows, int count, int64_t width, float *out,
                                  OwedTiles &owed) {
     TileProduct sums;
@@ -153,31 +305,33 @@ TW_INLINE void add_rows_of_tiles(const int32_t *weights, const int32_t *rows, in
     sums.out = out;
     sums.a_stride = tile_side;
     sums.b_stride = sums.out_stride = width;
-    sums.a_step = slot_units;
-    sums.b_step = tile_side * width;
+    sums.a_step = slot_units<M>;
+    sums.b_step = M::parts * tile_side * width;
+    sums.a_part = part_of_slot<M>;
+    sums.b_part = tile_side * width;
     sums.groups = count;
     sums.a_next = 0;
     sums.b_next = sums.out_next = 2 * tile_side;
     sums.sixteens = width / tile_side;
     sums.below = false;
     sums.adds = true;
-    multiply(sums, owed);
+    multiply<M>(sums, owed);
 }
 
 // d_k and d_v of the group of keys at place `at` of a block.
-static void add_to_keys(const Slopes<Tiles> &s, int64_t block, int64_t at, OwedTiles &owed) {
-    const SlopeWork<Tiles> &work = s.work;
+template <class M> static void add_to_keys(const Slopes<M> &s, int64_t block, int64_t at, OwedTiles &owed) {
+    const SlopeWork<M> &work = s.work;
     const tw_gradients &g = *s.gradients;
     const int64_t first = block - s.first + at;
     float *d_k = s.d_k + first * s.head_width, *d_v = s.d_v + first * s.value_width;
-    const auto meets = [&](int i) { return i < tiles_together<Tiles> && work.met[i] >> at / tile_keys & 1; };
+    const auto meets = [&](int i) { return i < tiles_together<M> && work.met[i] >> at / tile_keys & 1; };
     for (int i = 0; i < tiles_together<Tiles>;) {
         const int begin = i++;
         if (!meets(begin)) continue;
-        const int32_t *p = s.p + begin * slot_units + at * tile_side,
-                      *raw = s.raw + begin * slot_units + at * tile_side;
-        const int32_t *q_rows = s.q_rows + begin * tile_side * s.head_width;
-        const int32_t *d_out_rows = s.d_out_rows + begin * tile_side * s.value_width;
+        const int32_t *p = s.p + begin * slot_units<M> + at * tile_side,
+                      *raw = s.raw + begin * slot_units<M> + at * tile_side;
+        const int32_t *q_rows = s.q_rows + begin * M::parts * tile_side * s.head_width;
+        const int32_t *d_out_rows = s.d_out_rows + begin * M::parts * tile_side * s.value_width;
         if (careful(s, *work.tiles[begin], block)) {
             settle(owed);
             const uint64_t *words = work.words[begin] + at;
@@ -186,12 +340,13 @@ static void add_to_keys(const Slopes<Tiles> &s, int64_t block, int64_t at, OwedT
             continue;
         }
         while (meets(i) && !careful(s, *work.tiles[i], block)) ++i;
-        if (g.d_k.data) add_rows_of_tiles(raw, q_rows, i - begin, s.head_width, d_k, owed);
-        if (g.d_v.data) add_rows_of_tiles(p, d_out_rows, i - begin, s.value_width, d_v, owed);
+        if (g.d_k.data) add_rows_of_tiles<M>(raw, q_rows, i - begin, s.head_width, d_k, owed);
+        if (g.d_v.data) add_rows_of_tiles<M>(p, d_out_rows, i - begin, s.value_width, d_v, owed);
     }
 }
 
 // out [32 keys][32 lanes] = rows of keys or values, times the tile's queries or gradients of the output.
+template <class M>
 TW_INLINE void multiply_lanes(const int32_t *rows, int64_t stride, const int32_t *lanes, float *out, OwedTiles &owed) {
     TileProduct product;
     product.a = rows;
@@ -201,18 +356,20 @@ TW_INLINE void multiply_lanes(const int32_t *rows, int64_t stride, const int32_t
     product.b_stride = product.out_stride = tile_lanes;
     product.a_step = tile_side;
     product.b_step = tile_side * tile_lanes;
-    product.groups = stride / tile_side;
+    product.groups = stride / M::parts / tile_side;
+    product.a_part = stride / M::parts;
+    product.b_part = product.a_part * tile_lanes;
     product.a_next = product.b_next = product.out_next = 0;
     product.sixteens = 2;
     product.below = true;
     product.adds = false;
-    multiply(product, owed);
+    multiply<M>(product, owed);
 }
 
 // The block at `key`, whose words (the lanes that see each key) and dropout are known, in the slot at hand.
 template <Pass PASS, class M>
 static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int n) {
-    SlopeWork<Tiles> &work = s.work;
+    SlopeWork<M> &work = s.work;
     uint64_t *words = work.words[work.slot];
     uint32_t &met = work.met[work.slot];
     const uint64_t every_lane = first_bits(tile_lanes);
@@ -230,15 +387,22 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
         if constexpr (PASS == RESULTS) met |= 1u << g / tile_keys;
         const int64_t first = key - s.first + g;
         OwedTiles owed;
-        multiply_lanes(s.k + first * s.k_stride, s.k_stride, tile.query, work.group.scores, owed);
-        multiply_lanes(s.v + first * s.v_stride, s.v_stride, d_out, work.group.slopes, owed);
+        multiply_lanes<M>(s.k + first * s.k_stride, s.k_stride, tile.query, work.group.scores, owed);
+        multiply_lanes<M>(s.v + first * s.v_stride, s.v_stride, d_out, work.group.slopes, owed);
         settle(owed);
+        [[maybe_unused]] bool strange = false;
+        if constexpr (M::parts > 1) {
+            strange = tile.strange || s.blocks[(key - s.first) / block_keys] == BLOCK_NOT_FINITE;
+            if (strange) multiply_strange(s, tile, key + g, words + g);
+        }
         if (PASS != RESULTS || s.general || tile.far)
             slopes_of_group<GENERAL, PASS>(s, tile, g);
         else if (all != every_lane)
             slopes_of_group<MASKED, RESULTS>(s, tile, g);
         else
             slopes_of_group<PLAIN, RESULTS>(s, tile, g);
+        if constexpr (M::parts > 1 && PASS == RESULTS)
+            if (strange) add_strange(s, tile, key + g, g);
         if constexpr (PASS == RESULTS)
             gather_slopes(s, tile, key + g, g + tile_keys < n ? tile_keys : n - g, s.ds + g * tile_lanes);
     }
@@ -246,7 +410,7 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
 }
 
 // After all tiles' turns with the block at `key`.
-static void end_block_in_tiles(Slopes<Tiles> &s, int64_t key) {
+template <class M> static void end_block_in_tiles(Slopes<M> &s, int64_t key) {
     OwedTiles owed;
     for (int64_t at = 0; at < block_keys; at += tile_keys) add_to_keys(s, key, at, owed);
     settle(owed);

@@ -48,20 +48,24 @@ TW_INLINE void store_parts_of_row(__m512 low, __m512 high, int32_t *to, int64_t 
 
 // Exponents from which on a number is not strange, and end to be: with the sign shifted out.
 constexpr uint32_t least_exponent = 27u << 24, end_exponent = 183u << 24;
-TW_INLINE bool is_strange(float x) {
+// The least of a gradient of the output: what probabilities make of it should be whole, too.
+constexpr uint32_t least_gradient = 57u << 24; // 2^-70
+TW_INLINE uint32_t least_of(bool gradient) { return gradient ? least_gradient : least_exponent; }
+
+TW_INLINE bool is_strange(float x, uint32_t least = least_exponent) {
     uint32_t size;
     __builtin_memcpy(&size, &x, sizeof size);
     size <<= 1;
-    return size && size - least_exponent >= end_exponent - least_exponent;
+    return size && size - least >= end_exponent - least;
 }
 
 // The first n numbers at p, at most 16, zeros beyond and for those that are strange, of which it is said whether there are.
-TW_INLINE __m512 first_not_strange(const float *p, int64_t n, bool &strange) {
+TW_INLINE __m512 first_not_strange(const float *p, int64_t n, bool &strange, uint32_t least = least_exponent) {
     const __m512i x = _mm512_maskz_loadu_epi32(__mmask16(n < 16 ? (n > 0 ? first_bits(n) : 0) : 0xFFFF), p);
     const __m512i size = _mm512_add_epi32(x, x);
-    const __mmask16 found = _mm512_mask_cmpge_epu32_mask(
-        _mm512_test_epi32_mask(size, size), _mm512_sub_epi32(size, _mm512_set1_epi32(int32_t(least_exponent))),
-        _mm512_set1_epi32(int32_t(end_exponent - least_exponent)));
+    const __mmask16 found = _mm512_mask_cmpge_epu32_mask(_mm512_test_epi32_mask(size, size),
+                                                         _mm512_sub_epi32(size, _mm512_set1_epi32(int32_t(least))),
+                                                         _mm512_set1_epi32(int32_t(end_exponent - least)));
     strange |= found != 0;
     return _mm512_castsi512_ps(_mm512_maskz_mov_epi32(__mmask16(~found), x));
 }
@@ -104,16 +108,28 @@ static uint64_t columns_in_parts(Rows<float> from, int64_t count, int64_t n, int
     return found;
 }
 
+// Two rows of n numbers (or one, and zeros) as units across them: to [3][n], parts `stride` apart.
+TW_INLINE void pair_in_parts(const float *low, const float *high, int64_t n, int32_t *to, int64_t stride,
+                             bool gradient) {
+    const uint32_t least = least_of(gradient);
+    bool strange = false;
+    for (int64_t d = 0; d < n; d += tile_side)
+        store_parts(first_not_strange(low + d, n - d, strange, least),
+                    high ? first_not_strange(high + d, n - d, strange, least) : _mm512_setzero_ps(), to + d, stride);
+}
+
 // 16 rows of n numbers, times `sign`, down the lanes of a tile `width` lanes wide: to [3][n in units][width]. Returns the rows
 // that are strange.
-static uint64_t rows_to_lanes_in_parts(const float *const *rows, int64_t n, float sign, int32_t *to, int64_t width) {
+static uint64_t rows_to_lanes_in_parts(const float *const *rows, int64_t n, float sign, int32_t *to, int64_t width,
+                                       bool gradient = false) {
+    const uint32_t least = least_of(gradient);
     const int64_t units = padded_units<Thirds>(n);
     uint64_t found = 0;
     for (int64_t d = 0; d < 2 * units; d += tile_side) {
         vf x[tile_side];
         for (int l = 0; l < tile_side; ++l) {
             bool strange = false;
-            x[l] = (vf)first_not_strange(rows[l] + d, n - d, strange) * sign;
+            x[l] = (vf)first_not_strange(rows[l] + d, n - d, strange, least) * sign;
             found |= uint64_t(strange) << l;
         }
         transpose<float>(x);

@@ -13,8 +13,16 @@
 
 // The products of parts, small ones first, in an order in which each has a part in common with the one before.
 template <class M> constexpr int products_of_parts = M::parts == 3 ? 6 : 1;
-constexpr int left_part(int product) { return "211000"[product] - '0'; }
-constexpr int right_part(int product) { return "001120"[product] - '0'; }
+struct PartsOfProduct {
+    int left, right;
+    bool new_left, new_right; // whether the product before had others
+};
+template <class M> constexpr PartsOfProduct parts_of_product(int product) {
+    constexpr int8_t left[] = {2, 1, 1, 0, 0, 0}, right[] = {0, 0, 1, 1, 2, 0};
+    if (M::parts == 1) return {0, 0, true, true};
+    return {left[product], right[product], product == 0 || left[product] != left[product - 1],
+            product == 0 || right[product] != right[product - 1]};
+}
 
 // From one part of a run's probabilities to the next.
 template <class M> constexpr int64_t part_of_run = (waiting_keys<M> + TW_GROUP_KEYS) / M::numbers * tile_lanes;
@@ -92,11 +100,9 @@ struct StepPlace {
 // One step, a product of parts. BEGINS: the first of a unit, whose sums begin with those at `from`, or with 0 (NULL).
 template <class M, int PRODUCT, bool BEGINS = false>
 TW_INLINE void multiply_unit(const TileWork &work, const StepPlace &at, float *from = nullptr) {
-    constexpr int LEFT = M::parts == 1 ? 0 : left_part(PRODUCT), RIGHT = M::parts == 1 ? 0 : right_part(PRODUCT);
-    constexpr bool NEW_LEFT = PRODUCT == 0 || LEFT != left_part(PRODUCT - 1),
-                   NEW_RIGHT = PRODUCT == 0 || RIGHT != right_part(PRODUCT - 1);
+    constexpr PartsOfProduct parts = parts_of_product<M>(PRODUCT);
     const int64_t a_bytes = at.a_stride * int64_t(sizeof(int32_t));
-    const int32_t *a = at.a + LEFT * at.a_part, *b = at.b + RIGHT * at.b_part;
+    const int32_t *a = at.a + parts.left * at.a_part, *b = at.b + parts.right * at.b_part;
     const auto begin = [&](auto part) {
         constexpr int PART = decltype(part)::value;
         if (!BEGINS) return;
@@ -109,15 +115,15 @@ TW_INLINE void multiply_unit(const TileWork &work, const StepPlace &at, float *f
     };
     order_memory();
     begin(Part<0>());
-    if (NEW_LEFT) _tile_loadd(4, a, a_bytes);
-    if (NEW_RIGHT) _tile_loadd(6, b, tile_lanes * sizeof(int32_t));
+    if (parts.new_left) _tile_loadd(4, a, a_bytes);
+    if (parts.new_right) _tile_loadd(6, b, tile_lanes * sizeof(int32_t));
     multiply_part<0>();
     begin(Part<1>());
-    if (NEW_RIGHT) _tile_loadd(7, b + tile_side, tile_lanes * sizeof(int32_t));
+    if (parts.new_right) _tile_loadd(7, b + tile_side, tile_lanes * sizeof(int32_t));
     multiply_part<1>();
     begin(Part<2>());
     if (!at.half) {
-        if (NEW_LEFT) _tile_loadd(5, a + tile_side * at.a_stride, a_bytes);
+        if (parts.new_left) _tile_loadd(5, a + tile_side * at.a_stride, a_bytes);
         multiply_part<2>();
     }
     begin(Part<3>());

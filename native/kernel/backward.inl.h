@@ -36,9 +36,20 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
         tile.shift[l] = empty ? infinity : in_units<A>(p, lse);
         tile.sum[l] = empty ? A(0) : pull;
     }
-    for (int l = 0; l < tile.width; l += lanes<A>) rows_to_lanes<M>(rows + l, p.value_dim, A(1), d_out + l, tile.width);
-    tile.masked = !finite_rows(tile.query, 0, 1, units_of<M>(p.head_dim) * tile.width) ||
-                  !finite_rows(d_out, 0, 1, units_of<M>(p.value_dim) * tile.width);
+    if constexpr (M::parts > 1) {
+        for (int l = 0; l < tile.width; l += lanes<A>)
+            tile.strange |= rows_to_lanes_in_parts(rows + l, p.value_dim, 1, d_out + l, tile.width, true) << l;
+        // Parts keep no other NaN.
+        for (int l = 0; l < tile.width; ++l) {
+            if (tile.shift[l] != tile.shift[l]) tile.shift[l] = __builtin_nanf("");
+            if (tile.sum[l] != tile.sum[l]) tile.sum[l] = __builtin_nanf("");
+        }
+    } else {
+        for (int l = 0; l < tile.width; l += lanes<A>)
+            rows_to_lanes<M>(rows + l, p.value_dim, A(1), d_out + l, tile.width);
+        tile.masked = !finite_rows(tile.query, 0, 1, units_of<M>(p.head_dim) * tile.width) ||
+                      !finite_rows(d_out, 0, 1, units_of<M>(p.value_dim) * tile.width);
+    }
     for (int l = 0; l < tile.width; ++l) tile.limit[l] = 1, tile.rest[l] = 0;
     tile.far = false;
     if (has_far_rows(tile) && !p.part) weigh_far_rows<T>(problem, gradients, b, kv_head, tile, keys, scratch);
@@ -96,11 +107,11 @@ TW_INLINE bool wait_for_turn(const tw_segment &segment, int64_t tile) {
 template <class T, class M> static void write_rows(const Slopes<M> &s, const Tile<M> &tile, int64_t n) {
     constexpr int64_t row_units = tile_rows<sum_of<M>> / M::numbers;
     const tw_problem &p = *s.problem;
-    unit_of<M> *q_rows = s.q_rows + n * row_units * s.head_width,
-               *d_out_rows = s.d_out_rows + n * row_units * s.value_width;
+    unit_of<M> *q_rows = s.q_rows + n * M::parts * row_units * s.head_width,
+               *d_out_rows = s.d_out_rows + n * M::parts * row_units * s.value_width;
     if (M::tiled && tile.rows < tile_rows<sum_of<M>>) { // rows that do not exist are multiplied too
-        __builtin_memset(q_rows, 0, size_t(row_units * s.head_width) * sizeof(unit_of<M>));
-        __builtin_memset(d_out_rows, 0, size_t(row_units * s.value_width) * sizeof(unit_of<M>));
+        __builtin_memset(q_rows, 0, size_t(M::parts * row_units * s.head_width) * sizeof(unit_of<M>));
+        __builtin_memset(d_out_rows, 0, size_t(M::parts * row_units * s.value_width) * sizeof(unit_of<M>));
     }
     for (int l = 0; l < tile.rows; l += M::numbers) {
         const T *q[M::numbers] = {}, *d_out[M::numbers] = {};
@@ -108,8 +119,16 @@ template <class T, class M> static void write_rows(const Slopes<M> &s, const Til
             q[i] = tensor_row<const T>(p.q, s.b, tile.h[l + i], tile.i[l + i]);
             d_out[i] = tensor_row<const T>(s.gradients->d_out, s.b, tile.h[l + i], tile.i[l + i]);
         }
-        write_across<M>(q, p.head_dim, q_rows + l / M::numbers * s.head_width);
-        write_across<M>(d_out, p.value_dim, d_out_rows + l / M::numbers * s.value_width);
+        unit_of<M> *const q_to = q_rows + l / M::numbers * s.head_width, *const d_out_to =
+                                                                             d_out_rows +
+                                                                             l / M::numbers * s.value_width;
+        if constexpr (M::parts > 1) {
+            pair_in_parts(q[0], q[1], p.head_dim, q_to, row_units * s.head_width, false);
+            pair_in_parts(d_out[0], d_out[1], p.value_dim, d_out_to, row_units * s.value_width, true);
+        } else {
+            write_across<M>(q, p.head_dim, q_to);
+            write_across<M>(d_out, p.value_dim, d_out_to);
+        }
     }
 }
 

@@ -17,12 +17,14 @@ template <class A> TW_INLINE bool takes_few_rows(const tw_problem &p) {
 // threads and many need not be.
 TW_INLINE bool joins_splits(const tw_problem &p) { return p.row_invariant && p.k_len > split_keys; }
 
-// Whether float32 numbers are multiplied in parts (amx_thirds.inl.h): but for few rows, and where rows must not depend on
-// their number, as few and many are then summed alike. It depends on sizes that decide about the order of sums anyway.
+// Whether float32 numbers are multiplied in parts (amx_thirds.inl.h), forward and backward: but for few rows, and where rows
+// must not depend on their number, as few and many are then summed alike. The order of sums depends on these sizes anyway.
 TW_INLINE bool takes_parts(const tw_problem &p) {
     return !p.row_invariant && p.kv_heads && !takes_few_rows<float>(p) &&
            !(rows_of(p) <= split_rows_at_most && p.k_len > split_keys);
 }
+// The same of tangents, whose rows are summed alike however many they are.
+TW_INLINE bool moves_parts(const tw_problem &p) { return !p.row_invariant; }
 
 template <class M> static int64_t keys_of_chunk(const tw_problem *p) {
     if constexpr (M::parts > 1)

@@ -21,12 +21,13 @@ template <class T, class M> static size_t segment_numbers(const tw_problem &p, i
     using A = sum_of<M>;
     const int64_t whole = (keys + block_keys - 1) / block_keys * block_keys;
     const int64_t head = padded<A>(p.head_dim), value = padded<A>(p.value_dim);
-    int64_t numbers = whole * (head + value) + tiles_together<M> * units_of<M>(tile_rows<A>) * (head + value);
+    int64_t numbers =
+        whole * (head + value) + tiles_together<M> * M::parts * units_of<M>(tile_rows<A>) * (head + value);
     if (copies<T, M>(p, INT64_MAX))
-        numbers +=
-            whole * (copied_stride<M>(padded_units<M>(p.head_dim)) + copied_stride<M>(padded_units<M>(p.value_dim)));
-    if (M::numbers > 1) numbers += whole / M::numbers * head;
-    numbers += 2 * score_places<M> + (2 * tiles_together<M> + 1) * (score_places<M> / M::numbers);
+        numbers += whole * M::parts *
+                   (copied_stride<M>(padded_units<M>(p.head_dim)) + copied_stride<M>(padded_units<M>(p.value_dim)));
+    if (M::numbers > 1) numbers += whole / M::numbers * M::parts * head;
+    numbers += 2 * score_places<M> + (2 * tiles_together<M> + 1) * M::parts * (score_places<M> / M::numbers);
     numbers += TW_GROUP_KEYS * tile_rows<A>;
     return size_t(numbers);
 }
@@ -68,11 +69,11 @@ static void enter_segment(Slopes<M> &s, const tw_problem *problem, const tw_grad
     s.d_v = take(whole * s.value_width);
     s.copied = copies<T, M>(p, tiles);
     if (s.copied) {
-        s.k_stride = copied_stride<M>(padded_units<M>(p.head_dim));
-        s.v_stride = copied_stride<M>(padded_units<M>(p.value_dim));
+        s.k_stride = copied_stride<M>(M::parts * padded_units<M>(p.head_dim));
+        s.v_stride = copied_stride<M>(M::parts * padded_units<M>(p.value_dim));
         s.k = s.copy_k = take_units(whole * s.k_stride);
         s.v = s.copy_v = take_units(whole * s.v_stride);
-    } else if constexpr (sizeof(T) == sizeof(U)) {
+    } else if constexpr (!M::tiled && sizeof(T) == sizeof(U)) {
         s.k = tensor_row<const T>(p.k, s.b, s.kv_head, s.first);
         s.v = tensor_row<const T>(p.v, s.b, s.kv_head, s.first);
         s.k_stride = p.k.stride_s;
@@ -81,14 +82,14 @@ static void enter_segment(Slopes<M> &s, const tw_problem *problem, const tw_grad
     s.k_across = s.k;
     s.across_stride = s.k_stride;
     if constexpr (M::numbers > 1) {
-        s.across_stride = s.head_width;
+        s.across_stride = M::parts * s.head_width;
         s.k_across = s.copy_across = take_units(whole / M::numbers * s.across_stride);
     }
-    s.q_rows = take_units(tiles_together<M> * row_units * s.head_width);
-    s.d_out_rows = take_units(tiles_together<M> * row_units * s.value_width);
-    s.p = take_units(tiles_together<M> * (score_places<M> / M::numbers));
-    s.raw = s.raw_across = take_units(tiles_together<M> * (score_places<M> / M::numbers));
-    if constexpr (M::numbers > 1) s.raw_across = take_units(score_places<M> / M::numbers);
+    s.q_rows = take_units(tiles_together<M> * M::parts * row_units * s.head_width);
+    s.d_out_rows = take_units(tiles_together<M> * M::parts * row_units * s.value_width);
+    s.p = take_units(tiles_together<M> * M::parts * (score_places<M> / M::numbers));
+    s.raw = s.raw_across = take_units(tiles_together<M> * M::parts * (score_places<M> / M::numbers));
+    if constexpr (M::numbers > 1) s.raw_across = take_units(M::parts * (score_places<M> / M::numbers));
     s.ds = take(score_places<M>);
     s.bias = take(score_places<M>);
     s.cap_slopes = take(TW_GROUP_KEYS * tile_rows<A>);

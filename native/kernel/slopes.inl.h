@@ -64,6 +64,7 @@ template <class M> struct Slopes {
 // numbers, which take the processor a hundred times as long, and vanish beside those of the row's other keys.
 template <class A> constexpr A faintest = exp_numbers<A>::smallest * A(0.8);
 
+// Not finite: or, in parts, strange (amx_thirds.inl.h).
 enum { BLOCK_UNMET, BLOCK_FINITE, BLOCK_NOT_FINITE };
 
 template <class M>
@@ -75,6 +76,7 @@ template <Pass PASS, class M>
 static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int n);
 #if defined(__AMX_BF16__)
 template <> struct SlopeWork<Tiles>;
+template <> struct SlopeWork<Thirds>;
 #endif
 
 // A score less the reference of the lanes from `lane` of a tile with far rows: exactly 0 for the largest score of such a row.
@@ -92,16 +94,27 @@ template <class A, class Lanes> TW_INLINE A sink_share(const tw_problem &p, cons
 template <class T, class M> static void meet_block(Slopes<M> &s, int64_t key, int n) {
     const tw_problem &p = *s.problem;
     const int64_t at = key - s.first;
+    [[maybe_unused]] uint64_t strange = 0;
     if (s.copied) {
         const Rows<T> k = {tensor_row<const T>(p.k, s.b, s.kv_head, key), p.k.stride_s, nullptr};
         const Rows<T> v = {tensor_row<const T>(p.v, s.b, s.kv_head, key), p.v.stride_s, nullptr};
-        rows_in_units<M>(k, n, p.head_dim, s.copy_k + at * s.k_stride, s.k_stride);
-        rows_in_units<M>(v, n, p.value_dim, s.copy_v + at * s.v_stride, s.v_stride);
-        if constexpr (M::numbers > 1)
+        if constexpr (M::parts > 1) {
+            strange = rows_in_parts(k, n, p.head_dim, s.copy_k + at * s.k_stride) |
+                      rows_in_parts(v, n, p.value_dim, s.copy_v + at * s.v_stride);
+            columns_in_parts(k, n, p.head_dim, s.copy_across + at / M::numbers * s.across_stride);
+        } else {
+            rows_in_units<M>(k, n, p.head_dim, s.copy_k + at * s.k_stride, s.k_stride);
+            rows_in_units<M>(v, n, p.value_dim, s.copy_v + at * s.v_stride, s.v_stride);
+        }
+        if constexpr (M::numbers > 1 && M::parts == 1)
             keys_across_units<M>(k, n, p.head_dim, s.copy_across + at / M::numbers * s.across_stride, s.across_stride);
     }
-    const bool finite = finite_rows(s.k + at * s.k_stride, s.k_stride, n, units_of<M>(p.head_dim)) &&
-                        finite_rows(s.v + at * s.v_stride, s.v_stride, n, units_of<M>(p.value_dim));
+    bool finite;
+    if constexpr (M::parts > 1)
+        finite = !strange;
+    else
+        finite = finite_rows(s.k + at * s.k_stride, s.k_stride, n, units_of<M>(p.head_dim)) &&
+                 finite_rows(s.v + at * s.v_stride, s.v_stride, n, units_of<M>(p.value_dim));
     s.blocks[at / block_keys] = finite ? BLOCK_FINITE : BLOCK_NOT_FINITE;
     __builtin_memset(s.d_k + at * s.head_width, 0, size_t(block_keys * s.head_width) * sizeof(sum_of<M>));
     __builtin_memset(s.d_v + at * s.value_width, 0, size_t(block_keys * s.value_width) * sizeof(sum_of<M>));

@@ -3,7 +3,8 @@
 //   ds = c scale (d_q . k + q . d_k) + d_bias
 //   d_lse = sum p ds, and the sink's probability times its tangent       d_out = sum p z (ds v + d_v) - d_lse out
 // The layout is that of the sweep, queries in lanes, with lse in the place of a moving reference. Products are summed in
-// accumulators (`Singles`) for every element type. A block of 64 keys adds all ds v before its first d_v, and blocks
+// accumulators (`Singles`) for every element type, but for scores that the forward pass multiplies in parts: these are its
+// own, to the bit, since out is taken from sums that are nearly the same. A block of 64 keys adds all ds v before its first d_v, and blocks
 // stand at fixed places, so that a row's bits depend on the row alone.
 
 // The rows of one array in a block of keys: in place, or widened into `copy`. NULL: there is no such array.
@@ -13,6 +14,8 @@ template <class A> struct KeyRows {
     A *copy;
 };
 
+template <class A> struct MovingTile;
+
 // What does not change during an item. A tile keeps lse in `shift`, d_lse in `sum`, d_out in `out`, and in `limit` what the
 // probabilities of far rows are multiplied by (far_rows.inl.h).
 template <class A> struct Motion {
@@ -20,20 +23,27 @@ template <class A> struct Motion {
     const tw_tangents *tangents;
     tw_problem moving_biases; // the problem with the tangents of its biases for biases
     int64_t b, kv_head;
-    KeyRows<A> k, v, d_k, d_v;                  // of the block
-    A *p, *weights;                             // [block_keys][width]: p z, and p z ds
-    A *bias, *d_bias;                           // [block_keys][width]
-    A *cap_slopes;                              // [TW_GROUP_KEYS][width]: the softcap's
-    A factor, scale;                            // of the products, in units of scores and in natural ones
-    A *own_out;                                 // [Dv][width]: out of a tile's rows
-    void (*meet)(Motion &, int64_t key, int n); // finds the block's rows, when a tile first sees it
+    KeyRows<A> k, v, d_k, d_v; // of the block
+    A *p, *weights;            // [block_keys][width]: p z, and p z ds
+    A *bias, *d_bias;          // [block_keys][width]
+    A *cap_slopes;             // [TW_GROUP_KEYS][width]: the softcap's
+    A factor, scale;           // of the products, in units of scores and in natural ones
+    // Where scores are multiplied in parts (amx_thirds.inl.h): the block's keys, those that parts cannot hold, and the
+    // products [block_keys][most lanes of a tile]; else NULL.
+    int32_t *key_parts;
+    uint64_t strange;
+    A *products;
+    A *own_out;                                               // [Dv][width]: out of a tile's rows
+    void (*meet)(Motion &, int64_t key, int n);               // finds the block's rows, when a tile first sees it
+    void (*multiply)(Motion &, const MovingTile<A> &, int n); // the block's products, for a tile; NULL: none in parts
     bool met, facts, biased, biases_move, scores_move, general;
     bool careful;      // leave out lane by lane what is not visible: some of it is not finite
     FarRows<A> *found; // of passes that look for it alone
 };
 
 template <class A> struct MovingTile : Tile<Singles<A>> {
-    A *d_query; // [D][width], with the sign that the queries have; read where d_q is given
+    int32_t *query_parts; // [3][D in units][most lanes], where scores are multiplied in parts
+    A *d_query;           // [D][width], with the sign that the queries have; read where d_q is given
     // Of far rows d_lse is found beforehand and taken from their scores' tangents: what is left beside a probability of
     // nearly 1 is then as small as it should be. 0 of others.
     A known[most_lanes];
@@ -55,8 +65,12 @@ TW_INLINE void find_rows(const tw_tensor &x, const Motion<A> &s, int64_t key, in
     }
 }
 
-template <class T, class A> static void meet_keys(Motion<A> &s, int64_t key, int n) {
+template <class T, class A, class M> static void meet_keys(Motion<A> &s, int64_t key, int n) {
     const tw_problem &p = *s.problem;
+    if constexpr (M::parts > 1) {
+        const Rows<T> k = {tensor_row<const T>(p.k, s.b, s.kv_head, key), p.k.stride_s, nullptr};
+        s.strange = rows_in_parts(k, n, p.head_dim, s.key_parts);
+    }
     find_rows<T>(p.k, s, key, n, p.head_dim, s.k);
     find_rows<T>(p.v, s, key, n, p.value_dim, s.v);
     find_rows<T>(s.tangents->k, s, key, n, p.head_dim, s.d_k);
@@ -81,6 +95,35 @@ TW_INLINE void add_dots(vec<A> (&x)[TW_GROUP_KEYS][NZ], const KeyRows<A> &keys, 
     }
 }
 
+// The products of the block's n keys in parts.
+template <class A, class M> static void multiply_block(Motion<A> &s, const MovingTile<A> &tile, int n);
+#if defined(__AMX_BF16__)
+template <> void multiply_block<float, Thirds>(Motion<float> &s, const MovingTile<float> &tile, int n) {
+    const Registers<Thirds> registers;
+    const int64_t stride = unit_rows<Thirds>(s.problem->head_dim);
+    for (int g = 0; g < n; g += tile_keys) {
+        OwedTiles owed;
+        multiply_lanes<Thirds>(s.key_parts + g * stride, stride, tile.query_parts, s.products + g * tile_lanes, owed);
+        settle(owed);
+    }
+}
+#endif
+
+// The products of a group: in parts, but for keys and lanes that parts cannot hold, or of plain numbers.
+template <class A, int NZ>
+TW_INLINE void key_products(const Motion<A> &s, const MovingTile<A> &tile, int at, int last,
+                            vec<A> (&x)[TW_GROUP_KEYS][NZ]) {
+    constexpr int W = lanes<A>, NK = TW_GROUP_KEYS;
+    const uint64_t strange = s.products ? s.strange >> at & first_bits(NK) : ~uint64_t(0);
+    if (strange || tile.strange) add_dots<A, NZ>(x, s.k, at, last, tile.query, s.problem->head_dim);
+    if (!s.products) return;
+    TW_UNROLL(int n = 0; n < NK; ++n)
+        TW_UNROLL(int z = 0; z < NZ; ++z) {
+            const uint64_t plain = strange >> n & 1 ? ~uint64_t(0) : tile.strange >> (z * W);
+            x[n][z] = select<A>(plain, x[n][z], load(s.products + (at + n) * tile_rows<A> + z * W));
+        }
+}
+
 // The group of keys at place `at` of the block, whose last key stands at `last`: p z and p z ds, and the tile's sum of
 // p ds; or what another pass looks for. words, keep: of the group, or NULL.
 template <class A, int NZ, ScorePath PATH, Pass PASS>
@@ -95,7 +138,7 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
     const vec<A> by = splat(capped ? A(1) : s.factor);
 
     vec<A> x[NK][NZ] = {};
-    add_dots<A, NZ>(x, s.k, at, last, tile.query, problem.head_dim);
+    key_products<A, NZ>(s, tile, at, last, x);
     alignas(64) A whole[NK * width]; // probabilities before dropout
     TW_UNROLL(int n = 0; n < NK; ++n)
         TW_UNROLL(int z = 0; z < NZ; ++z) {
@@ -177,6 +220,7 @@ template <class A, int NZ, Pass PASS> static void move_block(Motion<A> &s, Movin
         for (int j = 0; j < block_keys; ++j) words[j] = j < n ? every_lane : 0;
     if (sight == SEES_SOME || s.general) tile.masked = true;
     if (!s.met) s.meet(s, key, n);
+    if (s.multiply) s.multiply(s, tile, n);
     if (s.biased && gather_bias(p, s.b, tile, key, n, s.bias)) bar_by_bias<A>(s.bias, n, width, words);
     if (s.biases_move) gather_bias(s.moving_biases, s.b, tile, key, n, s.d_bias);
     if (p.dropout.enabled) draw_dropout(p, s.b, tile, key, n, keep);
@@ -301,19 +345,26 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
 }
 
 // Bytes of an item's scratch, in the order in which `tangent` takes them.
-template <class T, class A> static size_t tangent_bytes(const tw_problem *p, int64_t tiles) {
+template <class T, class A, class M = Singles<A>> static size_t tangent_bytes(const tw_problem *p, int64_t tiles) {
+    size_t parts = 0;
+    if constexpr (M::parts > 1) {
+        if (!moves_parts(*p)) return tangent_bytes<T, A>(p, tiles);
+        const size_t units = size_t(unit_rows<M>(p->head_dim));
+        parts = (size_t(tiles) * units + block_keys) * tile_rows<A> + block_keys * units;
+    }
     const size_t width = size_t(tile_rows<A>) * sizeof(A);
     const size_t tile = rounded(sizeof(MovingTile<A>)) + size_t(2 * p->head_dim + p->value_dim) * width;
     const int64_t copies =
         sizeof(T) == sizeof(A) ? 0 : 2 * block_keys * (padded<A>(p->head_dim) + padded<A>(p->value_dim));
     return size_t(tiles) * tile + size_t(4 * block_keys + TW_GROUP_KEYS + p->value_dim) * width +
-           size_t(copies) * sizeof(A);
+           (size_t(copies) + parts) * sizeof(A);
 }
 
-template <class T, class A>
+template <class T, class A, class M = Singles<A>>
 static void tangent(const tw_problem *problem, const tw_tangents *tangents, const tw_item *item, int64_t most_tiles,
                     void *scratch) {
-    using M = Singles<A>;
+    if constexpr (M::parts > 1)
+        if (!moves_parts(*problem)) return tangent<T, A>(problem, tangents, item, most_tiles, scratch);
     constexpr int64_t width = tile_rows<A>;
     const tw_problem &p = *problem;
     const tw_tangents &t = *tangents;
@@ -338,7 +389,9 @@ static void tangent(const tw_problem *problem, const tw_tangents *tangents, cons
     s.careful = false;
     s.factor = scaling_of<A>(p).factor;
     s.scale = A(p.scale < 0 ? -p.scale : p.scale); // the queries have its sign
-    s.meet = meet_keys<T, A>;
+    s.meet = meet_keys<T, A, M>;
+    s.multiply = nullptr;
+    s.products = nullptr;
     s.p = take(block_keys * width);
     s.weights = take(block_keys * width);
     s.bias = take(block_keys * width);
@@ -352,6 +405,12 @@ static void tangent(const tw_problem *problem, const tw_tangents *tangents, cons
         s.d_v.copy = take(block_keys * padded<A>(p.value_dim));
     }
 
+    if constexpr (M::parts > 1) {
+        s.multiply = multiply_block<A, M>;
+        s.products = take(block_keys * width);
+        s.key_parts = reinterpret_cast<int32_t *>(take(block_keys * unit_rows<M>(p.head_dim)));
+    }
+
     MovingTile<A> *tiles[most_tiles_of_item] = {};
     const int64_t count = (item->row_end - item->row_begin + width - 1) / width;
     for (int64_t n = 0; n < count; ++n) {
@@ -362,12 +421,23 @@ static void tangent(const tw_problem *problem, const tw_tangents *tangents, cons
         tile.d_query = take(p.head_dim * width);
         tile.out = take(p.value_dim * width);
         const int64_t row = item->row_begin + n * width, left = item->row_end - row;
-        fill_tile<T, M>(p, *item, row, left < width ? left : width, tile);
+        fill_tile<T, Singles<A>>(p, *item, row, left < width ? left : width, tile);
+        if constexpr (M::parts > 1) {
+            tile.query_parts = reinterpret_cast<int32_t *>(take(unit_rows<M>(p.head_dim) * width));
+            const T *q[most_lanes];
+            for (int l = 0; l < width; ++l) {
+                const int own = l < tile.width ? l : tile.width - 1;
+                q[l] = tensor_row<const T>(p.q, s.b, tile.h[own], tile.i[own]);
+            }
+            for (int l = 0; l < width; l += lanes<A>)
+                tile.strange |=
+                    rows_to_lanes_in_parts(q + l, p.head_dim, scaling_of<A>(p).sign, tile.query_parts + l, width) << l;
+        }
         if (t.q.data) {
             const T *d_q[most_lanes];
             for (int l = 0; l < tile.width; ++l) d_q[l] = tensor_row<const T>(t.q, s.b, tile.h[l], tile.i[l]);
             for (int l = 0; l < tile.width; l += lanes<A>)
-                rows_to_lanes<M>(d_q + l, p.head_dim, scaling_of<A>(p).sign, tile.d_query + l, tile.width);
+                rows_to_lanes<Singles<A>>(d_q + l, p.head_dim, scaling_of<A>(p).sign, tile.d_query + l, tile.width);
         }
         begin_motion(s, tile);
     }

@@ -27,7 +27,7 @@ def forward(problem: AttentionProblem, smooth: Smooth, facts: Facts) -> tuple[Ar
     call, operands = _Call.of(problem, smooth, facts)
     p = problem
     out = call.tensor(p.q_heads, p.q_len, p.value_dim, p.result)
-    out, lse = call("tilewise_forward", [out, call.rows], operands, row_invariant=np.int64(p.invariance == "row"))
+    out, lse = call("tilewise_forward", [out, call.rows], operands)
     return call.turned(out), lse
 
 
@@ -152,6 +152,7 @@ class _Call:
             **{f"dropout_stride_{axis}": np.int64(stride) for axis, stride in zip("bhij", strides, strict=True)},
             "threads": np.int64(0),
             "part": np.int64(problem.part),
+            "row_invariant": np.int64(problem.invariance == "row"),
         }
         call = cls(problem, attributes)
         tensors = (call.turned(x) for x in smooth[:3])

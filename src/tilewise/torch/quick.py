@@ -94,7 +94,6 @@ def remember(key: Hashable | None, plan: Plan, operands: Operands, out: Tensor, 
 
     alive: Alive = []
     rest = {**call_of(problem, operands, out, lse, alive), "rows": (0, problem.q_len), "bits": None}
-    rest["row_invariant"] = problem.invariance == "row"
     for name in ("threads", "q", "k", "v", "out", "lse"):
         del rest[name]
     dense = mask.dense is not None

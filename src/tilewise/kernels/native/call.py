@@ -15,7 +15,7 @@ from .facts import Alive, call_facts, tile_bits
 
 
 def call_of(problem: AttentionProblem, operands: Operands, out: Array, lse: Array, alive: Alive) -> dict[str, Any]:
-    """Every keyword that `_native.forward` and `_native.backward` share, but `rows` and `bits`.
+    """Every keyword that forward, backward and tangent of `_native` share, but `rows` and `bits`.
 
     Args:
         out: (B, Hq, Sq, Dv) with a contiguous last axis, lse: (B, Hq, Sq) contiguous; written by forward, else read.
@@ -35,6 +35,7 @@ def call_of(problem: AttentionProblem, operands: Operands, out: Array, lse: Arra
         "scale": problem.scale,
         "softcap": problem.softcap or 0.0,
         "part": problem.part,
+        "row_invariant": problem.invariance == "row",
         **call_facts(operands, problem.accumulator, alive),
     }
 

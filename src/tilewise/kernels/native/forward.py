@@ -36,5 +36,5 @@ def forward(plan: Plan, operands: Operands) -> tuple[Array, Array]:
     alive: Alive = []
     call = call_of(problem, operands, out, lse, alive)
     for part, bits in slabs(operands.mask, problem):
-        _native.forward(rows=part, bits=bits, row_invariant=problem.invariance == "row", **call)
+        _native.forward(rows=part, bits=bits, **call)
     return out, lse
