@@ -12,10 +12,6 @@
 // Exponents of 2 below which a probability is 0: its parts would be denormals.
 constexpr float least_in_parts = -100;
 
-// From this factor of the products on (units.inl.h) what is lost below 2^-126, where tile registers make 0 of sums and of
-// products of parts, would count in scores; then all rows are strange.
-constexpr float end_factor = 0x1p80f;
-
 // x as three numbers, each rounded to bfloat16 (ties away from 0); what is left after two of them needs no rounding.
 TW_INLINE void split(__m512 x, __m512i (&part)[3]) {
     const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int32_t(0xFFFF0000));

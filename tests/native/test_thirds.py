@@ -166,6 +166,28 @@ def test_scales_that_make_scores_of_tiny_products(scale) -> None:
     _accurate(_run(q, k, v, scale=scale), _exact(q, k, v, scale=scale))
 
 
+@pytest.mark.parametrize("scale", [1e25, 1e36, 1e37])
+def test_derivatives_at_such_scales(scale) -> None:
+    torch = pytest.importorskip("torch")
+    arrays = _arrays(40, 200, 16, 24)
+    sizes = [np.float32((0.3 / scale) ** 0.5)] * 2 + [np.float32(1)]
+    given = [torch.from_numpy(x * size) for x, size in zip(arrays, sizes, strict=True)]
+    along = [torch.flip(x, (-1,)) for x in given]
+
+    def plain(q, k, v):
+        return torch.softmax(q @ k.repeat_interleave(2, 1).mT * scale, -1) @ v.repeat_interleave(2, 1)
+
+    def derivatives(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in given]
+        gradients = torch.autograd.grad(function(*leaves).sin().sum(), leaves)
+        tangent = torch.func.jvp(function, tuple(x.to(dtype) for x in given), tuple(x.to(dtype) for x in along))[1]
+        return [*(x * float(size) for x, size in zip(gradients, sizes, strict=True)), tangent]  # of numbers near 1
+
+    found = derivatives(lambda *x: tw.attention(*x, scale=scale, kernel="native"), torch.float32)
+    for name, got, exact in zip("qkvt", found, derivatives(plain, torch.float64), strict=True):
+        assert_accurate(name, got, exact)
+
+
 def test_probabilities() -> None:
     q, k, _ = _arrays(70, 300, 64, 1)
     v = np.broadcast_to(np.eye(300, dtype=np.float32), (2, 2, 300, 300)).copy()
