@@ -41,20 +41,42 @@ template <ScorePath PATH, class M> TW_INLINE float factor_of(const Sweep<M> &s) 
     return PATH == GENERAL && s.problem->softcap > 0 ? 1 : s.factor;
 }
 
+// What scores that are still to be multiplied by `factor` are less their references. bias: theirs, or NULL; coarse: the lanes
+// whose reference is (units.inl.h).
+template <ScorePath PATH, class M>
+TW_INLINE __m512 exponents(const float *scores, __m512 factor, const float *bias, __m512 shift, __mmask16 coarse) {
+    const __m512 to_log2 = _mm512_set1_ps(log2_e<float>), score = (__m512)load(scores);
+    __m512 x;
+    if constexpr (M::parts > 1) {
+        x = (__m512)less_reference<float>((vf)score, (vf)factor, bias, (vf)shift);
+    } else {
+        __m512 less = shift; // of a bias, first: what is large in both goes away exactly
+        if (bias) less = _mm512_fnmadd_ps((__m512)load(bias), to_log2, less);
+        x = _mm512_fmsub_ps(score, factor, less);
+    }
+    if (PATH == GENERAL && coarse) { // rounded as in raise_to_group
+        const __m512 own = bias ? _mm512_mul_ps((__m512)load(bias), to_log2) : _mm512_setzero_ps();
+        x = _mm512_mask_sub_ps(x, coarse, _mm512_fmadd_ps(score, factor, own), shift);
+    }
+    return x;
+}
+template <ScorePath PATH> TW_INLINE __mmask16 coarse_of(__m512 shift) {
+    return __mmask16(PATH == GENERAL ? lane_bits(coarse_lanes<float>((vf)shift)) : 0);
+}
+
 // Probabilities and sums of a group, with the references as they are. Returns the lanes that have a score beyond their
 // limit; if there are any, nothing is added to the sums unless it must.
 template <ScorePath PATH, class M>
 static uint64_t weigh(Sweep<M> &s, Tile<M> &tile, const Group &group, const float *bias, const uint64_t *keep,
                       bool must) {
     const __m512 infinity = _mm512_set1_ps(__builtin_inff()), factor = _mm512_set1_ps(factor_of<PATH>(s));
-    const __m512 to_log2 = _mm512_set1_ps(log2_e<float>);
     const uint64_t *words = group.words;
     int32_t *to = s.probabilities + (group.key - s.run_begin) / 2 * tile_lanes;
     __m512 shift[2], room[2], sums[2][2];
     __mmask16 within[2], coarse[2];
     TW_UNROLL(int z = 0; z < 2; ++z) {
         shift[z] = (__m512)load(tile.shift + z * tile_side);
-        coarse[z] = __mmask16(PATH == GENERAL ? lane_bits(coarse_lanes<float>((vf)shift[z])) : 0);
+        coarse[z] = coarse_of<PATH>(shift[z]);
         room[z] = _mm512_sub_ps((__m512)load(tile.limit + z * tile_side), shift[z]);
         sums[z][0] = sums[z][1] = _mm512_setzero_ps();
         within[z] = 0xFFFF;
@@ -66,20 +88,8 @@ static uint64_t weigh(Sweep<M> &s, Tile<M> &tile, const Group &group, const floa
             __m512 weight[2];
             TW_UNROLL(int i = 0; i < 2; ++i) {
                 const int place = (n + i) * tile_lanes + z * tile_side;
-                __m512 x;
-                if constexpr (M::parts > 1) {
-                    x = (__m512)less_reference<float>(load(group.scores + place), (vf)factor,
-                                                      PATH == GENERAL && bias ? bias + place : nullptr, (vf)shift[z]);
-                } else {
-                    __m512 less = shift[z]; // of a bias, first: what is large in both goes away exactly
-                    if (PATH == GENERAL && bias) less = _mm512_fnmadd_ps((__m512)load(bias + place), to_log2, less);
-                    x = _mm512_fmsub_ps((__m512)load(group.scores + place), factor, less);
-                }
-                if (PATH == GENERAL && coarse[z]) { // rounded as in raise_to_group
-                    const __m512 own = bias ? _mm512_mul_ps((__m512)load(bias + place), to_log2) : _mm512_setzero_ps();
-                    const __m512 whole = _mm512_fmadd_ps((__m512)load(group.scores + place), factor, own);
-                    x = _mm512_mask_sub_ps(x, coarse[z], whole, shift[z]);
-                }
+                const float *const own_bias = PATH == GENERAL && bias ? bias + place : nullptr;
+                __m512 x = exponents<PATH, M>(group.scores + place, factor, own_bias, shift[z], coarse[z]);
                 if (PATH == MASKED || (PATH == GENERAL && words))
                     x = _mm512_mask_mov_ps(-infinity, __mmask16(words[n + i] >> z * tile_side), x);
                 within[z] = _mm512_mask_cmp_ps_mask(within[z], x, room[z], _CMP_NGT_UQ);
@@ -177,10 +187,12 @@ static void weigh_group(Sweep<M> &s, Tile<M> &tile, Group &group, const float *b
 }
 
 // Adds the values of a group's keys `strange` that parts cannot hold, number by number, to the lanes that see them. All other
-// values of the run are added before.
-TW_RARE void add_strange_values(Sweep<Thirds> &s, Tile<Thirds> &tile, const Group &group, uint32_t strange) {
+// values of the run are added before. Probabilities are made again, since these values may be large enough to count beside
+// one that is 0 in parts. bias, keep: as of weigh_group.
+TW_RARE void add_strange_values(Sweep<Thirds> &s, Tile<Thirds> &tile, const Group &group, const float *bias,
+                                const uint64_t *keep, uint32_t strange) {
     const tw_problem &p = *s.problem;
-    const int32_t *const weights = s.probabilities + (group.key - s.run_begin) / 2 * tile_lanes;
+    const __m512 factor = _mm512_set1_ps(factor_of<GENERAL>(s));
     const int64_t stop = group.key + tile_keys;
     end_run(s, tile, stop, stop);
     finish_work(s.background);
@@ -192,11 +204,12 @@ TW_RARE void add_strange_values(Sweep<Thirds> &s, Tile<Thirds> &tile, const Grou
         const int n = __builtin_ctz(strange);
         const uint64_t seen = group.words ? group.words[n] : ~uint64_t(0);
         for (int z = 0; z < tile_lanes; z += tile_side) {
-            vf weight = {};
-            for (int part = 2; part >= 0; --part) {
-                const vi32 own = load(weights + part * part_of_run<Thirds> + n / 2 * tile_lanes + z);
-                weight += (vf)(n % 2 ? own & int32_t(0xFFFF0000) : own << 16);
-            }
+            const int place = n * tile_lanes + z;
+            const __m512 shift = (__m512)load(tile.shift + z);
+            const __m512 x = exponents<GENERAL, Thirds>(group.scores + place, factor, bias ? bias + place : nullptr,
+                                                        shift, coarse_of<GENERAL>(shift));
+            vf weight = exp2<float>((vf)x);
+            if (keep) weight = select<float>(keep[n] >> z, weight, vf{});
             for (int64_t c = 0; c < p.value_dim; ++c) {
                 if (!is_strange(rows[n][c])) continue;
                 float *const to = tile.out + c * tile_lanes + z;
@@ -288,16 +301,16 @@ template <class M> static void sweep_chunk_in_tiles(Sweep<M> &s, Tile<M> &tile, 
                 weigh_waiting();
                 ask_for_rows(s, tile); // not in one go with what is asked ahead
                 finish_scores(s.background);
+                const float *const own_bias = biased ? s.bias + g * tile_lanes : nullptr;
+                const uint64_t *const own_keep = p.dropout.enabled ? keep + g : nullptr;
                 if constexpr (M::parts > 1)
                     if (const uint32_t strange = uint32_t(s.strange_values[(key - s.chunk) / block_keys] >> g)) {
-                        weigh_group<GENERAL>(s, tile, group, biased ? s.bias + g * tile_lanes : nullptr,
-                                             p.dropout.enabled ? keep + g : nullptr);
-                        add_strange_values(s, tile, group, strange);
+                        weigh_group<GENERAL>(s, tile, group, own_bias, own_keep);
+                        add_strange_values(s, tile, group, own_bias, own_keep, strange);
                         continue;
                     }
                 if (general) {
-                    weigh_group<GENERAL>(s, tile, group, biased ? s.bias + g * tile_lanes : nullptr,
-                                         p.dropout.enabled ? keep + g : nullptr);
+                    weigh_group<GENERAL>(s, tile, group, own_bias, own_keep);
                     end_full_run(group.key + tile_keys);
                 } else {
                     waiting = &group;

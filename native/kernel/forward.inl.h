@@ -83,6 +83,7 @@ static void fill_tile(const tw_problem &p, const tw_item &item, int64_t row, int
         }
     }
     tile.strange = 0;
+    if (M::parts > 1 && scaling_of<A>(p).factor >= end_factor) tile.strange = ~uint64_t(0);
     for (int l = 0; l < tile.width; l += lanes<A>) {
         if constexpr (M::parts > 1)
             tile.strange |= rows_to_lanes_in_parts(q + l, p.head_dim, sign, tile.query + l, tile.width) << l;

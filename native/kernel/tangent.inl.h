@@ -432,6 +432,7 @@ static void tangent(const tw_problem *problem, const tw_tangents *tangents, cons
             for (int l = 0; l < width; l += lanes<A>)
                 tile.strange |=
                     rows_to_lanes_in_parts(q + l, p.head_dim, scaling_of<A>(p).sign, tile.query_parts + l, width) << l;
+            if (scaling_of<A>(p).factor >= end_factor) tile.strange = ~uint64_t(0);
         }
         if (t.q.data) {
             const T *d_q[most_lanes];

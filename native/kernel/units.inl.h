@@ -22,6 +22,10 @@ template <class A> TW_INLINE Scaling<A> scaling_of(const tw_problem &p) {
     return {sign, factor, size / double(factor), -__builtin_fma(size, log2_e<double>, -double(factor)) / size};
 }
 
+// From this factor on what is lost below 2^-126, where tile registers make 0 of sums and of products of parts, would count
+// in scores: then all rows are strange (amx_thirds.inl.h).
+constexpr float end_factor = 0x1p80f;
+
 // A natural number, as lse is, in units.
 template <class A> TW_INLINE A in_units(const tw_problem &p, A x) { return A(double(x) / scaling_of<A>(p).natural); }
 
