@@ -89,10 +89,11 @@ def measure(
 
 
 def worst_error(case: Case, data: dict[str, np.ndarray], answers: Answers) -> float:
-    """Largest difference of a few rows from float64, relative to the largest value of its row; NaN if there is one.
+    """Largest difference of a few rows from float64; NaN if there is one.
 
-    The first and last rows are among them. The inputs are rounded to the dtype by the peers, so half types are judged
-    by their own grain.
+    The output's are relative to the largest value of the row, those of the gradient of q to the largest of all these
+    rows: a gradient is a difference, of which little may be left. The first and last rows are among them. The inputs
+    are rounded to the dtype by the peers, so half types are judged by their own grain.
 
     Args:
         answers: the output, and for training the gradient of q where all gradients of the output are 1, each
@@ -102,14 +103,14 @@ def worst_error(case: Case, data: dict[str, np.ndarray], answers: Answers) -> fl
     lowered = lower(case.mask_of(), Site(case.batch, case.q_heads, case.q_len, case.k_len))
     rng = np.random.default_rng(1)
     rows = [(0, 0, 0), last, *(tuple(rng.integers(np.add(last, 1)).tolist()) for _ in range(_ROWS))]
+    exact = {row: found for row in rows if (found := _exact_row(case, lowered, data, *row)) is not None}
+    if not exact:  # rows that see nothing, on which the peers' conventions differ
+        return 0.0
+    gradient = max(np.abs(found[1]).max() for found in exact.values()) or 1.0  # queries that see one key have none
     errors = []
-    for row in rows:
-        found = _exact_row(case, lowered, data, *row)
-        if found is None:  # it sees nothing, on which the peers' conventions differ
-            continue
-        for got, exact in zip(answers, found[: len(answers)], strict=True):
-            grain = np.abs(exact).max() or 1.0  # a query that sees one key alone has no gradient
-            errors.append(np.abs(got[row] - exact).max() / grain)
+    for row, found in exact.items():
+        for got, own, grain in zip(answers, found, (np.abs(found[0]).max(), gradient), strict=False):
+            errors.append(np.abs(got[row] - own).max() / grain)
     return float(np.max(errors))  # unlike Python's max, it does not lose a NaN
 
 
