@@ -141,7 +141,7 @@ def test_a_kernel_by_name(ranks, kernel):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_error_does_not_grow_with_the_ranks(ranks, dtype):
-    """Partial results are kept in float32, so ten merges lose no more than one rounding."""
+    """Partial results are kept in float32, so merges lose no more than one rounding of that."""
     plan, whole = whole_of("llama3-8b", dtype).plan, whole_of("llama3-8b", dtype)
     oracle = reference.attention(plan.problem, whole.operands)
     errors = {}
@@ -150,4 +150,6 @@ def test_the_error_does_not_grow_with_the_ranks(ranks, dtype):
         out, _, _ = joined(case, ranks(on_this_rank, case))
         assert_accurate("out", out, oracle.out)
         errors[count] = float(np.sqrt(np.mean((out.double().numpy() - oracle.out) ** 2)))
-    assert max(errors[2], errors[4]) < 1.1 * errors[1], errors
+    # Each merge rounds in float32, which is seen where one rank's error is no larger.
+    merging = 2**-24 * float(np.sqrt(np.mean(oracle.out**2)))
+    assert max(errors[2], errors[4]) < 1.1 * errors[1] + merging, errors
