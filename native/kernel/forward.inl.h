@@ -189,7 +189,10 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
 // the tile's rows are those of the item from `row` on.
 static void leave_rows(const tw_problem &p, const tw_item &item, const Tile<Thirds> &tile, int64_t row, void *scratch) {
     uint64_t left = tile.strange;
-    for (int l = 0; l < tile_lanes; ++l) left |= uint64_t(tile.sum[l] - tile.sum[l] != 0) << l; // not finite
+    for (int z = 0; z < tile_lanes; z += tile_side) {
+        const vf sum = load(tile.sum + z);
+        left |= lane_bits(sum - sum != vf{}) << z; // not finite
+    }
     left &= first_bits(tile.rows);
     while (left) {
         const int begin = __builtin_ctzll(left), count = __builtin_ctzll(~(left >> begin));
