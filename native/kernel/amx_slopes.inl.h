@@ -216,15 +216,18 @@ TW_INLINE void each_strange_pair(const Slopes<Thirds> &s, const Tile<Thirds> &ti
     }
 }
 
-// The products of such pairs, in place of what their parts gave.
+// The products of such pairs, in place of what their parts gave; but scores stay as the forward pass had them where only
+// the value or the gradient is strange: lse is theirs.
 TW_RARE void multiply_strange(Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t key, const uint64_t *words) {
     const tw_problem &p = *s.problem;
     SlopeGroup &group = s.work.group;
     const float sign = scaling_of<float>(p).sign;
+    const bool never_in_parts = scaling_of<float>(p).factor >= end_factor;
     __builtin_memset(s.work.apart, 0, sizeof s.work.apart);
     each_strange_pair(s, tile, key, words,
                       [&](int64_t j, int l, const float *k, const float *v, const float *q, const float *d_out) {
-                          group.scores[j * tile_lanes + l] = sign * row_product(q, k, p.head_dim);
+                          if (never_in_parts || has_strange(q, p.head_dim) || has_strange(k, p.head_dim))
+                              group.scores[j * tile_lanes + l] = sign * row_product(q, k, p.head_dim);
                           group.slopes[j * tile_lanes + l] = row_product(d_out, v, p.value_dim);
                           s.work.apart[j] |= uint64_t(1) << l;
                       });
