@@ -160,14 +160,16 @@ def test_what_is_not_seen_changes_no_bit(sight, number) -> None:
 @pytest.mark.parametrize("number", STRANGE)
 def test_threads_and_batches_change_no_bit(number) -> None:
     # They decide how many tiles pass over a segment of keys together.
-    given = _numbers(150, 333, 40, 24, heads=(2, 1))
-    given[0][0, 1, [3, 70, 130], 5] = given[3][1, 1, [40, 125], 7] = given[1][0, 0, 140, 9] = number
+    given = _numbers(64, 333, 80, 24, heads=(2, 2))
+    given[0][0, 1, [3, 40], 5] = given[3][1, 1, [40, 60], 7] = given[1][0, 0, 140, 9] = number
     native = _native_attention(mask=tw.causal("end"))
     answers = []
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
+        tw.set_num_threads(threads)
         answers.append(_gradients(native, *given))
     rows = [_gradients(native, *(x[b : b + 1] for x in given)) for b in range(2)]
+    tw.set_num_threads(0)
     alone = [torch.cat(pair) for pair in zip(*rows, strict=True)]
     for answer in (*answers[1:], alone):
         assert list(map(_bits, answer)) == list(map(_bits, answers[0]))
