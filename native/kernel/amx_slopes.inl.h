@@ -23,7 +23,12 @@ template <class M> struct TileSlopes {
     int slot = 0;                         // the tile's at hand
 };
 template <> struct SlopeWork<Tiles> : TileSlopes<Tiles> {};
-template <> struct SlopeWork<Thirds> : TileSlopes<Thirds> {};
+// Of a group where any are: the lanes whose pair with each key is strange. Parts hold neither their slopes, which may be as
+// little as their gradients or infinite, nor what these are multiplied by: they stay in the group's and are added one by one.
+template <> struct SlopeWork<Thirds> : TileSlopes<Thirds> {
+    uint64_t apart[tile_keys];
+    bool strange;
+};
 
 // p, ds and raw of the group of 32 keys at place `at` of the block, in the slot at hand; or what another pass looks for.
 template <ScorePath PATH, Pass PASS>
@@ -113,11 +118,12 @@ TW_INLINE vf without_faint(vf slope) {
 
 // The same in parts, as exact as other pages are.
 template <ScorePath PATH, Pass PASS>
-static void slopes_of_group(const Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t at) {
+static void slopes_of_group(Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t at) {
     const tw_problem &problem = *s.problem;
-    const SlopeGroup &group = s.work.group;
+    SlopeGroup &group = s.work.group;
     const uint64_t *words = s.work.words[s.work.slot] + at;
     const uint64_t *keep = PATH == GENERAL && problem.dropout.enabled ? s.work.keep + at : nullptr;
+    const uint64_t *apart = s.work.strange ? s.work.apart : nullptr;
     const bool capped = PATH == GENERAL && problem.softcap > 0, gathered = s.gradients->gather_count > 0;
     const Softcap<float> cap = softcap_of(problem, s.factor);
     const float inverse_keep = float(problem.dropout.inverse_keep);
@@ -161,6 +167,10 @@ static void slopes_of_group(const Slopes<Thirds> &s, const Tile<Thirds> &tile, i
                 if (capped) slope = select<float>(seen, slope * cap_slope, vf{});
                 weights[i][z] = used;
                 slopes[i][z] = without_faint(slope);
+                if (apart) {
+                    store(group.slopes + place, slope);
+                    slopes[i][z] = select<float>(apart[n + i] >> lane, vf{}, slopes[i][z]);
+                }
             }
         if constexpr (PASS != RESULTS) continue;
         TW_UNROLL(int i = 0; i < 2; ++i) {
@@ -206,27 +216,33 @@ TW_INLINE void each_strange_pair(const Slopes<Thirds> &s, const Tile<Thirds> &ti
     }
 }
 
-// The products of such pairs, in place of what their parts gave.
+// The products of such pairs, in place of what their parts gave; but scores stay as the forward pass had them where only
+// the value or the gradient is strange: lse is theirs.
 TW_RARE void multiply_strange(Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t key, const uint64_t *words) {
     const tw_problem &p = *s.problem;
     SlopeGroup &group = s.work.group;
     const float sign = scaling_of<float>(p).sign;
+    const bool never_in_parts = scaling_of<float>(p).factor >= end_factor;
+    __builtin_memset(s.work.apart, 0, sizeof s.work.apart);
     each_strange_pair(s, tile, key, words,
                       [&](int64_t j, int l, const float *k, const float *v, const float *q, const float *d_out) {
-                          group.scores[j * tile_lanes + l] = sign * row_product(q, k, p.head_dim);
+                          if (never_in_parts || has_strange(q, p.head_dim) || has_strange(k, p.head_dim))
+                              group.scores[j * tile_lanes + l] = sign * row_product(q, k, p.head_dim);
                           group.slopes[j * tile_lanes + l] = row_product(d_out, v, p.value_dim);
+                          s.work.apart[j] |= uint64_t(1) << l;
                       });
 }
 
-// Their strange numbers, times raw and p, which parts left out of the sums. at: the group's place in the block.
+// What such pairs add to d_q and d_k, and p times their strange gradients of the output, which parts left out of the sums.
+// at: the group's place in the block.
 TW_RARE void add_strange(const Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t key, int64_t at) {
     const tw_problem &p = *s.problem;
     const tw_gradients &g = *s.gradients;
-    const auto whole = [&](const int32_t *units, int64_t j, int l) { // the sum of its parts
+    const auto weight_of = [&](int64_t j, int l) { // the sum of its parts
         float sum = 0;
         for (int part = 2; part >= 0; --part) {
-            const int32_t unit = units[s.work.slot * slot_units<Thirds> + part * part_of_slot<Thirds> +
-                                       (at + j) * tile_side + l / 2],
+            const int32_t unit = s.p[s.work.slot * slot_units<Thirds> + part * part_of_slot<Thirds> +
+                                     (at + j) * tile_side + l / 2],
                           bits = l % 2 ? unit & int32_t(0xFFFF0000) : int32_t(uint32_t(unit) << 16);
             float own;
             __builtin_memcpy(&own, &bits, sizeof own);
@@ -237,15 +253,15 @@ TW_RARE void add_strange(const Slopes<Thirds> &s, const Tile<Thirds> &tile, int6
     each_strange_pair(
         s, tile, key, s.work.words[s.work.slot] + at,
         [&](int64_t j, int l, const float *k, const float *, const float *q, const float *d_out) {
-            const float raw = whole(s.raw, j, l), weight = whole(s.p, j, l);
+            const float raw = s.work.group.slopes[j * tile_lanes + l], weight = weight_of(j, l);
             float *const d_k = s.d_k + (key - s.first + j) * s.head_width, *const d_v = s.d_v + (key - s.first + j) *
                                                                                                     s.value_width;
             for (int64_t d = 0; d < p.head_dim; ++d) {
-                if (g.d_k.data && is_strange(q[d])) d_k[d] += raw * q[d];
-                if (g.d_q.data && is_strange(k[d])) tile.out[d * tile_lanes + l] += raw * k[d];
+                if (g.d_k.data) d_k[d] += raw * q[d];
+                if (g.d_q.data) tile.out[d * tile_lanes + l] += raw * k[d];
             }
             for (int64_t e = 0; g.d_v.data && e < p.value_dim; ++e)
-                if (is_strange(d_out[e], least_gradient)) d_v[e] += weight * d_out[e];
+                if (is_strange_gradient(d_out[e])) d_v[e] += weight * d_out[e];
         });
 }
 
@@ -345,6 +361,14 @@ template <class M> static void add_to_keys(const Slopes<M> &s, int64_t block, in
     }
 }
 
+// What the slots so far add to the keys of the block at `key`.
+template <class M> static void add_slots_to_keys(Slopes<M> &s, int64_t key) {
+    OwedTiles owed;
+    for (int64_t at = 0; at < block_keys; at += tile_keys) add_to_keys(s, key, at, owed);
+    settle(owed);
+    for (uint32_t &met : s.work.met) met = 0;
+}
+
 // out [32 keys][32 lanes] = rows of keys or values, times the tile's queries or gradients of the output.
 template <class M>
 TW_INLINE void multiply_lanes(const int32_t *rows, int64_t stride, const int32_t *lanes, float *out, OwedTiles &owed) {
@@ -393,6 +417,7 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
         [[maybe_unused]] bool strange = false;
         if constexpr (M::parts > 1) {
             strange = tile.strange || s.blocks[(key - s.first) / block_keys] == BLOCK_NOT_FINITE;
+            s.work.strange = strange;
             if (strange) multiply_strange(s, tile, key + g, words + g);
         }
         if (PASS != RESULTS || s.general || tile.far)
@@ -402,7 +427,14 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
         else
             slopes_of_group<PLAIN, RESULTS>(s, tile, g);
         if constexpr (M::parts > 1 && PASS == RESULTS)
-            if (strange) add_strange(s, tile, key + g, g);
+            if (strange) {
+                // However many tiles pass together, a key's sums take first what the tiles before this one add.
+                const uint32_t own = met;
+                met = 0;
+                if (s.work.slot) add_slots_to_keys(s, key);
+                met = own;
+                add_strange(s, tile, key + g, g);
+            }
         if constexpr (PASS == RESULTS)
             gather_slopes(s, tile, key + g, g + tile_keys < n ? tile_keys : n - g, s.ds + g * tile_lanes);
     }
@@ -411,9 +443,6 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
 
 // After all tiles' turns with the block at `key`.
 template <class M> static void end_block_in_tiles(Slopes<M> &s, int64_t key) {
-    OwedTiles owed;
-    for (int64_t at = 0; at < block_keys; at += tile_keys) add_to_keys(s, key, at, owed);
-    settle(owed);
-    for (uint32_t &met : s.work.met) met = 0;
+    add_slots_to_keys(s, key);
     s.work.slot = 0;
 }

@@ -54,6 +54,7 @@ TW_INLINE bool is_strange(float x, uint32_t least = least_exponent) {
     size <<= 1;
     return size && size - least >= end_exponent - least;
 }
+TW_INLINE bool is_strange_gradient(float x) { return is_strange(x, least_gradient); }
 
 // The first n numbers at p, at most 16, zeros beyond and for those that are strange, of which it is said whether there are.
 TW_INLINE __m512 first_not_strange(const float *p, int64_t n, bool &strange, uint32_t least = least_exponent) {

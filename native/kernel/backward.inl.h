@@ -43,6 +43,7 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
         for (int l = 0; l < tile.width; ++l) {
             if (tile.shift[l] != tile.shift[l]) tile.shift[l] = __builtin_nanf("");
             if (tile.sum[l] != tile.sum[l]) tile.sum[l] = __builtin_nanf("");
+            tile.strange |= uint64_t(is_strange_gradient(tile.sum[l])) << l;
         }
     } else {
         for (int l = 0; l < tile.width; l += lanes<A>)
