@@ -71,25 +71,27 @@ using bfloat_products = Tiles;
 // float32: in parts, or as other pages have it.
 using FloatsAlone = Singles<float>;
 static size_t float_record_bytes(const tw_problem *p) {
-    return takes_parts(*p) ? record_bytes<Thirds>(p) : record_bytes<FloatsAlone>(p);
+    return differentiates_parts(*p) ? record_bytes<Thirds>(p) : record_bytes<FloatsAlone>(p);
 }
 static size_t float_segment_bytes(const tw_problem *p, int64_t keys) {
-    return takes_parts(*p) ? segment_bytes<float, Thirds>(p, keys) : segment_bytes<float, FloatsAlone>(p, keys);
+    return differentiates_parts(*p) ? segment_bytes<float, Thirds>(p, keys)
+                                    : segment_bytes<float, FloatsAlone>(p, keys);
 }
 static void float_open_tile(const tw_problem *p, const tw_gradients *gradients, int64_t b, int64_t kv_head,
                             int64_t tile, void *record, int64_t keys, void *scratch) {
-    (takes_parts(*p) ? open_tile<float, Thirds> : open_tile<float, FloatsAlone>)(p, gradients, b, kv_head, tile, record,
-                                                                                 keys, scratch);
+    (differentiates_parts(*p) ? open_tile<float, Thirds> : open_tile<float, FloatsAlone>)(p, gradients, b, kv_head,
+                                                                                          tile, record, keys, scratch);
 }
 static void float_run_segment(const tw_problem *p, const tw_gradients *gradients, const tw_segment *segment,
                               void *scratch) {
-    (takes_parts(*p) ? run_segment<float, Thirds> : run_segment<float, FloatsAlone>)(p, gradients, segment, scratch);
+    (differentiates_parts(*p) ? run_segment<float, Thirds> : run_segment<float, FloatsAlone>)(p, gradients, segment,
+                                                                                              scratch);
 }
 static void float_close_tile(const tw_problem *p, const tw_gradients *gradients, int64_t b, void *record) {
-    (takes_parts(*p) ? close_tile<float, Thirds> : close_tile<float, FloatsAlone>)(p, gradients, b, record);
+    (differentiates_parts(*p) ? close_tile<float, Thirds> : close_tile<float, FloatsAlone>)(p, gradients, b, record);
 }
 static void float_close_sinks(const tw_problem *p, const tw_gradients *gradients, void *record) {
-    (takes_parts(*p) ? close_sinks<Thirds> : close_sinks<FloatsAlone>)(p, gradients, record);
+    (differentiates_parts(*p) ? close_sinks<Thirds> : close_sinks<FloatsAlone>)(p, gradients, record);
 }
 constexpr tw_kernels float_kernels() {
     return {tile_rows<float>,
