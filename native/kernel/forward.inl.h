@@ -23,10 +23,8 @@ TW_INLINE bool takes_parts(const tw_problem &p) {
     return !p.row_invariant && p.kv_heads && !takes_few_rows<float>(p) &&
            !(rows_of(p) <= split_rows_at_most && p.k_len > split_keys);
 }
-// The same of the backward pass, whose sums do not depend on how many keys there are, so neither may this.
-TW_INLINE bool differentiates_parts(const tw_problem &p) {
-    return !p.row_invariant && p.kv_heads && !takes_few_rows<float>(p);
-}
+// The same of the backward pass, whose sums do not depend on how many rows or keys there are, so neither may this.
+TW_INLINE bool differentiates_parts(const tw_problem &p) { return !p.row_invariant; }
 // The same of tangents, whose rows are summed alike however many they are.
 TW_INLINE bool moves_parts(const tw_problem &p) { return !p.row_invariant; }
 
