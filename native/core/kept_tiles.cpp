@@ -25,16 +25,17 @@ __attribute__((target("xsave"))) void restore(void *area) { _xrstor64(area, tile
 
 } // namespace
 
-KeptTiles::KeptTiles() : area_(area_bytes()) {
-    if (!area_.memory() || !area_bytes()) return;
-    memset(area_.memory(), 0, area_bytes()); // the header, which the instruction does not write as a whole
+KeptTiles::KeptTiles() : bytes_(area_bytes()), area_(bytes_) {
+    if (!area_.memory()) bytes_ = 0;
+    if (!bytes_) return;
+    memset(area_.memory(), 0, bytes_); // the header, which the instruction does not write as a whole
     save(area_.memory());
 }
 KeptTiles::~KeptTiles() {
-    if (area_.memory() && area_bytes()) restore(area_.memory());
+    if (bytes_) restore(area_.memory());
 }
 #else
-KeptTiles::KeptTiles() : area_(0) {}
+KeptTiles::KeptTiles() : bytes_(0), area_(0) {}
 KeptTiles::~KeptTiles() {}
 #endif
 

@@ -14,6 +14,7 @@ class KeptTiles {
     KeptTiles &operator=(const KeptTiles &) = delete;
 
   private:
+    size_t bytes_; // 0: nothing to keep
     Scratch area_;
 };
 

@@ -1,5 +1,5 @@
-// avx512_bf16 and tile registers: bfloat16, of which all products but those of few rows run there. What does not profit
-// from tiles is left to the page avx512_bf16.
+// avx512_bf16 and tile registers, for bfloat16, and for float32 and float16 in parts of it. float64 is left to the page
+// avx512_bf16.
 #define TW_PAGE tw_page_amx_bf16
 #define TW_PAGE_NAME "amx_bf16"
 #define TW_VECTOR_BYTES 64

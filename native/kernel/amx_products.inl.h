@@ -45,10 +45,10 @@ template <int PART> TW_INLINE void begin_part(const TileProduct &p, const OwedTi
 }
 
 // One group of a unit, from one product of its parts on; rows, columns: whether the unit's second sixteen exist.
-template <class M, int PRODUCT = 0>
+template <class M, Factors OF, int PRODUCT = 0>
 TW_INLINE void multiply_group(const TileProduct &p, int64_t group, bool begins, bool rows, bool columns,
                               const OwedTiles &owed) {
-    constexpr PartsOfProduct parts = parts_of_product<M>(PRODUCT);
+    constexpr PartsOfProduct parts = parts_of_product<M, OF>(PRODUCT);
     const int32_t *a = p.a + group * p.a_step + parts.left * p.a_part,
                   *b = p.b + group * p.b_step + parts.right * p.b_part;
     const int64_t a_bytes = p.a_stride * int64_t(sizeof(int32_t)), b_bytes = p.b_stride * int64_t(sizeof(int32_t));
@@ -70,29 +70,30 @@ TW_INLINE void multiply_group(const TileProduct &p, int64_t group, bool begins, 
         if (begins) begin_part<3>(p, owed);
         multiply_part<3>();
     }
-    if constexpr (PRODUCT + 1 < products_of_parts<M>)
-        multiply_group<M, PRODUCT + 1>(p, group, false, rows, columns, owed);
+    if constexpr (PRODUCT + 1 < products_of_parts<M, OF>.count)
+        multiply_group<M, OF, PRODUCT + 1>(p, group, false, rows, columns, owed);
 }
-template <class M> TW_INLINE void multiply_unit(const TileProduct &p, bool rows, bool columns, OwedTiles &owed) {
-    multiply_group<M>(p, 0, true, rows, columns, owed);
-    for (int64_t g = 1; g < p.groups; ++g) multiply_group<M>(p, g, false, rows, columns, owed);
+template <class M, Factors OF>
+TW_INLINE void multiply_unit(const TileProduct &p, bool rows, bool columns, OwedTiles &owed) {
+    multiply_group<M, OF>(p, 0, true, rows, columns, owed);
+    for (int64_t g = 1; g < p.groups; ++g) multiply_group<M, OF>(p, g, false, rows, columns, owed);
     owed.out = p.out;
     owed.stride = p.out_stride;
     owed.rows = rows;
     owed.columns = columns;
 }
 
-template <class M> TW_INLINE void multiply(TileProduct p, OwedTiles &owed) {
+template <class M, Factors OF> TW_INLINE void multiply(TileProduct p, OwedTiles &owed) {
     order_memory();
     for (; p.sixteens > 1; p.sixteens -= 2) {
-        multiply_unit<M>(p, true, true, owed);
+        multiply_unit<M, OF>(p, true, true, owed);
         p.a += p.a_next;
         p.b += p.b_next;
         p.out += p.out_next;
     }
     if (p.sixteens) {
         settle(owed); // its own tiles are not all that may be owed
-        multiply_unit<M>(p, !p.below, p.below, owed);
+        multiply_unit<M, OF>(p, !p.below, p.below, owed);
     }
     order_memory();
 }

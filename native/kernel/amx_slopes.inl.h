@@ -25,7 +25,7 @@ template <class M> struct TileSlopes {
 template <> struct SlopeWork<Tiles> : TileSlopes<Tiles> {};
 // Of a group where any are: the lanes whose pair with each key is strange. Parts hold neither their slopes, which may be as
 // little as their gradients or infinite, nor what these are multiplied by: they stay in the group's and are added one by one.
-template <> struct SlopeWork<Thirds> : TileSlopes<Thirds> {
+template <class T> struct SlopeWork<Parts<T>> : TileSlopes<Parts<T>> {
     uint64_t apart[tile_keys];
     bool strange;
 };
@@ -117,8 +117,9 @@ TW_INLINE vf without_faint(vf slope) {
 }
 
 // The same in parts, as exact as other pages are.
-template <ScorePath PATH, Pass PASS>
-static void slopes_of_group(Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t at) {
+template <ScorePath PATH, Pass PASS, class T>
+static void slopes_of_group(Slopes<Parts<T>> &s, const Tile<Parts<T>> &tile, int64_t at) {
+    using M = Parts<T>;
     const tw_problem &problem = *s.problem;
     SlopeGroup &group = s.work.group;
     const uint64_t *words = s.work.words[s.work.slot] + at;
@@ -128,7 +129,7 @@ static void slopes_of_group(Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t
     const Softcap<float> cap = softcap_of(problem, s.factor);
     const float inverse_keep = float(problem.dropout.inverse_keep);
     const vf by = splat(capped ? 1 : s.factor);
-    const int64_t own = s.work.slot * slot_units<Thirds> + at * tile_side;
+    const int64_t own = s.work.slot * slot_units<M> + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
     for (int n = 0; n < tile_keys; n += 2) {
         vf weights[2][2], slopes[2][2];
@@ -174,75 +175,77 @@ static void slopes_of_group(Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t
             }
         if constexpr (PASS != RESULTS) continue;
         TW_UNROLL(int i = 0; i < 2; ++i) {
-            store_parts_of_row((__m512)weights[i][0], (__m512)weights[i][1], p + (n + i) * tile_side,
-                               part_of_slot<Thirds>);
-            store_parts_of_row((__m512)slopes[i][0], (__m512)slopes[i][1], raw + (n + i) * tile_side,
-                               part_of_slot<Thirds>);
+            store_parts_of_row<M>((__m512)weights[i][0], (__m512)weights[i][1], p + (n + i) * tile_side,
+                                  part_of_slot<M>);
+            store_parts_of_row<M>((__m512)slopes[i][0], (__m512)slopes[i][1], raw + (n + i) * tile_side,
+                                  part_of_slot<M>);
         }
         TW_UNROLL(int z = 0; z < 2; ++z)
-            store_parts((__m512)slopes[0][z], (__m512)slopes[1][z], raw_across + n / 2 * tile_lanes + z * tile_side,
-                        part_of_slot<Thirds>);
+            store_parts<M>((__m512)slopes[0][z], (__m512)slopes[1][z], raw_across + n / 2 * tile_lanes + z * tile_side,
+                           part_of_slot<M>);
     }
 }
 
 // The product of two rows of n numbers; of NaN, the one that parts keep.
-TW_RARE float row_product(const float *a, const float *b, int64_t n) {
+template <class T> TW_RARE float row_product(const T *a, const T *b, int64_t n) {
     float sum = 0;
-    for (int64_t d = 0; d < n; ++d) sum += a[d] * b[d];
+    for (int64_t d = 0; d < n; ++d) sum += number(a[d]) * number(b[d]);
     return sum == sum ? sum : __builtin_nanf("");
 }
-TW_RARE bool has_strange(const float *row, int64_t n, uint32_t least = least_exponent) {
+template <class T> TW_RARE bool has_strange(const T *row, int64_t n) {
     for (int64_t d = 0; d < n; ++d)
-        if (is_strange(row[d], least)) return true;
+        if (is_strange(number(row[d]))) return true;
     return false;
 }
 
 // Calls at(j, l, k, v, q, d_out), of rows, for each pair of a group's key j and a lane l that see each other, where the
 // rows of either are strange.
-template <class F>
-TW_INLINE void each_strange_pair(const Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t key, const uint64_t *words,
-                                 F at) {
+template <class T, class F>
+TW_INLINE void each_strange_pair(const Slopes<Parts<T>> &s, const Tile<Parts<T>> &tile, int64_t key,
+                                 const uint64_t *words, F at) {
     const tw_problem &p = *s.problem;
     for (int64_t j = 0; j < tile_keys && key + j <= s.last; ++j) {
-        const float *k = tensor_row<const float>(p.k, s.b, s.kv_head, key + j),
-                    *v = tensor_row<const float>(p.v, s.b, s.kv_head, key + j);
+        const T *k = tensor_row<const T>(p.k, s.b, s.kv_head, key + j),
+                *v = tensor_row<const T>(p.v, s.b, s.kv_head, key + j);
         uint64_t lanes = words[j];
         if (!has_strange(k, p.head_dim) && !has_strange(v, p.value_dim)) lanes &= tile.strange;
         for (; lanes; lanes &= lanes - 1) {
             const int l = __builtin_ctzll(lanes);
-            at(j, l, k, v, tensor_row<const float>(p.q, s.b, tile.h[l], tile.i[l]),
-               tensor_row<const float>(s.gradients->d_out, s.b, tile.h[l], tile.i[l]));
+            at(j, l, k, v, tensor_row<const T>(p.q, s.b, tile.h[l], tile.i[l]),
+               tensor_row<const T>(s.gradients->d_out, s.b, tile.h[l], tile.i[l]));
         }
     }
 }
 
 // The products of such pairs, in place of what their parts gave; but scores stay as the forward pass had them where only
 // the value or the gradient is strange: lse is theirs.
-TW_RARE void multiply_strange(Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t key, const uint64_t *words) {
+template <class T>
+TW_RARE void multiply_strange(Slopes<Parts<T>> &s, const Tile<Parts<T>> &tile, int64_t key, const uint64_t *words) {
     const tw_problem &p = *s.problem;
     SlopeGroup &group = s.work.group;
     const float sign = scaling_of<float>(p).sign;
     const bool never_in_parts = scaling_of<float>(p).factor >= end_factor;
     __builtin_memset(s.work.apart, 0, sizeof s.work.apart);
-    each_strange_pair(s, tile, key, words,
-                      [&](int64_t j, int l, const float *k, const float *v, const float *q, const float *d_out) {
-                          if (never_in_parts || has_strange(q, p.head_dim) || has_strange(k, p.head_dim))
-                              group.scores[j * tile_lanes + l] = sign * row_product(q, k, p.head_dim);
-                          group.slopes[j * tile_lanes + l] = row_product(d_out, v, p.value_dim);
-                          s.work.apart[j] |= uint64_t(1) << l;
-                      });
+    each_strange_pair(s, tile, key, words, [&](int64_t j, int l, const T *k, const T *v, const T *q, const T *d_out) {
+        if (never_in_parts || has_strange(q, p.head_dim) || has_strange(k, p.head_dim))
+            group.scores[j * tile_lanes + l] = sign * row_product(q, k, p.head_dim);
+        group.slopes[j * tile_lanes + l] = row_product(d_out, v, p.value_dim);
+        s.work.apart[j] |= uint64_t(1) << l;
+    });
 }
 
 // What such pairs add to d_q and d_k, and p times their strange gradients of the output, which parts left out of the sums.
 // at: the group's place in the block.
-TW_RARE void add_strange(const Slopes<Thirds> &s, const Tile<Thirds> &tile, int64_t key, int64_t at) {
+template <class T>
+TW_RARE void add_strange(const Slopes<Parts<T>> &s, const Tile<Parts<T>> &tile, int64_t key, int64_t at) {
+    using M = Parts<T>;
     const tw_problem &p = *s.problem;
     const tw_gradients &g = *s.gradients;
     const auto weight_of = [&](int64_t j, int l) { // the sum of its parts
         float sum = 0;
-        for (int part = 2; part >= 0; --part) {
-            const int32_t unit = s.p[s.work.slot * slot_units<Thirds> + part * part_of_slot<Thirds> +
-                                     (at + j) * tile_side + l / 2],
+        for (int part = M::parts - 1; part >= 0; --part) {
+            const int32_t unit =
+                              s.p[s.work.slot * slot_units<M> + part * part_of_slot<M> + (at + j) * tile_side + l / 2],
                           bits = l % 2 ? unit & int32_t(0xFFFF0000) : int32_t(uint32_t(unit) << 16);
             float own;
             __builtin_memcpy(&own, &bits, sizeof own);
@@ -252,16 +255,16 @@ TW_RARE void add_strange(const Slopes<Thirds> &s, const Tile<Thirds> &tile, int6
     };
     each_strange_pair(
         s, tile, key, s.work.words[s.work.slot] + at,
-        [&](int64_t j, int l, const float *k, const float *, const float *q, const float *d_out) {
+        [&](int64_t j, int l, const T *k, const T *, const T *q, const T *d_out) {
             const float raw = s.work.group.slopes[j * tile_lanes + l], weight = weight_of(j, l);
             float *const d_k = s.d_k + (key - s.first + j) * s.head_width, *const d_v = s.d_v + (key - s.first + j) *
                                                                                                     s.value_width;
             for (int64_t d = 0; d < p.head_dim; ++d) {
-                if (g.d_k.data) d_k[d] += raw * q[d];
-                if (g.d_q.data) tile.out[d * tile_lanes + l] += raw * k[d];
+                if (g.d_k.data) d_k[d] += raw * number(q[d]);
+                if (g.d_q.data) tile.out[d * tile_lanes + l] += raw * number(k[d]);
             }
             for (int64_t e = 0; g.d_v.data && e < p.value_dim; ++e)
-                if (is_strange_gradient(d_out[e])) d_v[e] += weight * d_out[e];
+                if (is_strange_gradient(number(d_out[e]))) d_v[e] += weight * number(d_out[e]);
         });
 }
 
@@ -295,7 +298,7 @@ template <class M> static void add_to_tile(const Slopes<M> &s, Tile<M> &tile, in
         sums.sixteens = s.head_width / tile_side;
         sums.below = sums.adds = true;
         OwedTiles owed;
-        multiply<M>(sums, owed);
+        multiply<M, WEIGHTS>(sums, owed);
         return settle(owed);
     }
     order_memory();
@@ -331,7 +334,7 @@ TW_INLINE void add_rows_of_tiles(const int32_t *weights, const int32_t *rows, in
     sums.sixteens = width / tile_side;
     sums.below = false;
     sums.adds = true;
-    multiply<M>(sums, owed);
+    multiply<M, WEIGHTS>(sums, owed);
 }
 
 // d_k and d_v of the group of keys at place `at` of a block.
@@ -387,7 +390,7 @@ TW_INLINE void multiply_lanes(const int32_t *rows, int64_t stride, const int32_t
     product.sixteens = 2;
     product.below = true;
     product.adds = false;
-    multiply<M>(product, owed);
+    multiply<M, OPERANDS>(product, owed);
 }
 
 // The block at `key`, whose words (the lanes that see each key) and dropout are known, in the slot at hand.

@@ -93,7 +93,7 @@ static uint64_t weigh(Sweep<M> &s, Tile<M> &tile, const Group &group, const floa
                 if (PATH == MASKED || (PATH == GENERAL && words))
                     x = _mm512_mask_mov_ps(-infinity, __mmask16(words[n + i] >> z * tile_side), x);
                 within[z] = _mm512_mask_cmp_ps_mask(within[z], x, room[z], _CMP_NGT_UQ);
-                weight[i] = M::parts > 1 ? (__m512)exp2<float>((vf)x, least_in_parts) : exp2_where(0xFFFF, x);
+                weight[i] = M::parts == 3 ? (__m512)exp2<float>((vf)x, least_in_parts) : exp2_where(0xFFFF, x);
                 sums[z][i] = _mm512_add_ps(sums[z][i], weight[i]);
                 if constexpr (PATH == GENERAL) {
                     if (keep) weight[i] = _mm512_maskz_mov_ps(__mmask16(keep[n + i] >> z * tile_side), weight[i]);
@@ -105,7 +105,7 @@ static uint64_t weigh(Sweep<M> &s, Tile<M> &tile, const Group &group, const floa
             }
             int32_t *const unit = to + n / 2 * tile_lanes + z * tile_side;
             if constexpr (M::parts > 1)
-                store_parts(weight[0], weight[1], unit, part_of_run<M>);
+                store_parts<M>(weight[0], weight[1], unit, part_of_run<M>);
             else
                 store(unit, narrow_across((vf)weight[0], (vf)weight[1]));
         }
@@ -189,31 +189,34 @@ static void weigh_group(Sweep<M> &s, Tile<M> &tile, Group &group, const float *b
 // Adds the values of a group's keys `strange` that parts cannot hold, number by number, to the lanes that see them. All other
 // values of the run are added before. Probabilities are made again, since these values may be large enough to count beside
 // one that is 0 in parts. bias, keep: as of weigh_group.
-TW_RARE void add_strange_values(Sweep<Thirds> &s, Tile<Thirds> &tile, const Group &group, const float *bias,
-                                const uint64_t *keep, uint32_t strange) {
+template <class M>
+TW_RARE void add_strange_values(Sweep<M> &s, Tile<M> &tile, const Group &group, const float *bias, const uint64_t *keep,
+                                uint32_t strange) {
+    using T = typename M::element;
     const tw_problem &p = *s.problem;
     const __m512 factor = _mm512_set1_ps(factor_of<GENERAL>(s));
     const int64_t stop = group.key + tile_keys;
     end_run(s, tile, stop, stop);
     finish_work(s.background);
-    const float *each[block_keys];
+    const T *each[block_keys];
     const int64_t left = s.item->key_end - group.key;
     const int count = left < group.count ? int(left) : group.count;
-    const Rows<float> rows = key_rows(p, p.v, s.batch, s.kv_head, group.key, count, each);
+    const Rows<T> rows = key_rows(p, p.v, s.batch, s.kv_head, group.key, count, each);
     for (; strange; strange &= strange - 1) {
         const int n = __builtin_ctz(strange);
         const uint64_t seen = group.words ? group.words[n] : ~uint64_t(0);
         for (int z = 0; z < tile_lanes; z += tile_side) {
             const int place = n * tile_lanes + z;
             const __m512 shift = (__m512)load(tile.shift + z);
-            const __m512 x = exponents<GENERAL, Thirds>(group.scores + place, factor, bias ? bias + place : nullptr,
-                                                        shift, coarse_of<GENERAL>(shift));
+            const __m512 x = exponents<GENERAL, M>(group.scores + place, factor, bias ? bias + place : nullptr, shift,
+                                                   coarse_of<GENERAL>(shift));
             vf weight = exp2<float>((vf)x);
             if (keep) weight = select<float>(keep[n] >> z, weight, vf{});
             for (int64_t c = 0; c < p.value_dim; ++c) {
-                if (!is_strange(rows[n][c])) continue;
+                const float value = number(rows[n][c]);
+                if (!is_strange(value)) continue;
                 float *const to = tile.out + c * tile_lanes + z;
-                store(to, select<float>(seen >> z, add_product(load(to), splat(rows[n][c]), weight), load(to)));
+                store(to, select<float>(seen >> z, add_product(load(to), splat(value), weight), load(to)));
             }
         }
     }

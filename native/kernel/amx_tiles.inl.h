@@ -14,11 +14,12 @@ struct Tiles : Pairs {
     static constexpr bool tiled = true;
 };
 
-// float32 numbers, each the sum of three in bfloat16 (amx_thirds.inl.h).
-struct Thirds {
+// Numbers that are each the sum of some in bfloat16: three of float32, two of float16 (amx_parts.inl.h).
+template <class T> struct Parts {
+    using element = T;
     using sum = float;
     using unit = int32_t;
-    static constexpr int numbers = 2, parts = 3;
+    static constexpr int numbers = 2, parts = sizeof(T) == sizeof(float) ? 3 : 2;
     static constexpr bool tiled = true;
 };
 
@@ -38,7 +39,7 @@ template <> struct Registers<Tiles> {
     Registers(const Registers &) = delete;
     Registers &operator=(const Registers &) = delete;
 };
-template <> struct Registers<Thirds> : Registers<Tiles> {};
+template <class T> struct Registers<Parts<T>> : Registers<Tiles> {};
 
 // What stands before this in the text is in memory before a tile is loaded, and the other way about: compilers do not
 // all know that tile instructions touch memory.

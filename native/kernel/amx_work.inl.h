@@ -11,17 +11,31 @@
 // stored when its register is needed again, since a store that waits for its product keeps the processor from looking
 // further.
 
-// The products of parts, small ones first, in an order in which each has a part in common with the one before.
-template <class M> constexpr int products_of_parts = M::parts == 3 ? 6 : 1;
+// What is multiplied: the operands themselves, or one of them and what was made of others and is rounded to its parts.
+enum Factors { OPERANDS, WEIGHTS };
+
+// The products of parts, in an order in which each has a part in common with the one before. Of those left out the largest
+// is as small as the rounding: of a float32 product, or of a weight to two parts.
+struct ProductsOfParts {
+    int count;
+    int8_t left[6], right[6];
+};
+constexpr ProductsOfParts one_product = {1, {0}, {0}}, three_products = {3, {1, 0, 0}, {0, 0, 1}},
+                          four_products = {4, {1, 1, 0, 0}, {0, 1, 1, 0}},
+                          six_products = {6, {2, 1, 1, 0, 0, 0}, {0, 0, 1, 1, 2, 0}};
+template <class M, Factors OF>
+constexpr ProductsOfParts products_of_parts = M::parts == 1    ? one_product
+                                              : M::parts == 3  ? six_products
+                                              : OF == OPERANDS ? four_products
+                                                               : three_products;
 struct PartsOfProduct {
     int left, right;
     bool new_left, new_right; // whether the product before had others
 };
-template <class M> constexpr PartsOfProduct parts_of_product(int product) {
-    constexpr int8_t left[] = {2, 1, 1, 0, 0, 0}, right[] = {0, 0, 1, 1, 2, 0};
-    if (M::parts == 1) return {0, 0, true, true};
-    return {left[product], right[product], product == 0 || left[product] != left[product - 1],
-            product == 0 || right[product] != right[product - 1]};
+template <class M, Factors OF> constexpr PartsOfProduct parts_of_product(int product) {
+    constexpr ProductsOfParts of = products_of_parts<M, OF>;
+    return {of.left[product], of.right[product], product == 0 || of.left[product] != of.left[product - 1],
+            product == 0 || of.right[product] != of.right[product - 1]};
 }
 
 // From one part of a run's probabilities to the next.
@@ -41,7 +55,7 @@ struct TileWork {
     bool owed_half;                                   // whether only its first 16 rows
 };
 template <> struct Background<Tiles> : TileWork {};
-template <> struct Background<Thirds> : TileWork {};
+template <class T> struct Background<Parts<T>> : TileWork {};
 
 // The instructions of a part; their operands have to be written as numbers.
 template <int PART> TW_INLINE void clear_part() {
@@ -89,7 +103,7 @@ TW_INLINE void settle(TileWork &work) {
 }
 
 // Steps in which 16 units of 32 rows are multiplied by 16 units of 32 columns: a product each, or, of parts, four.
-template <class M> constexpr int steps_of_units = M::parts > 1 ? products_of_parts<M> : 4;
+template <class M, Factors OF> constexpr int steps_of_units = M::parts > 1 ? products_of_parts<M, OF>.count : 4;
 
 // Where the units of a step stand: 32 rows and 32 columns of 16 units each, and from one part to the next.
 struct StepPlace {
@@ -100,9 +114,9 @@ struct StepPlace {
 
 // A product of parts, for a quarter of a unit. begins: the first of the unit, whose sums begin with those at `from`, or with 0
 // (NULL).
-template <class M, int PRODUCT, int PART>
+template <class M, Factors OF, int PRODUCT, int PART>
 TW_INLINE void multiply_quarter(const TileWork &work, const StepPlace &at, bool begins, float *from) {
-    constexpr PartsOfProduct parts = parts_of_product<M>(PRODUCT);
+    constexpr PartsOfProduct parts = parts_of_product<M, OF>(PRODUCT);
     const int64_t a_bytes = at.a_stride * int64_t(sizeof(int32_t)), b_bytes = tile_lanes * int64_t(sizeof(int32_t));
     const int32_t *a = at.a + parts.left * at.a_part, *b = at.b + parts.right * at.b_part;
     if (PRODUCT == 0 && begins) settle_part<PART>(work);
@@ -119,32 +133,35 @@ TW_INLINE void multiply_quarter(const TileWork &work, const StepPlace &at, bool 
     if (PART == 2 && parts.new_left) _tile_loadd(5, a + tile_side * at.a_stride, a_bytes);
     multiply_part<PART>();
 }
-template <class M, int STEP>
+template <class M, Factors OF, int STEP>
 TW_INLINE void multiply_step(TileWork &work, const StepPlace &at, bool begins, float *from) {
-    if constexpr (M::parts > 1) {
-        multiply_quarter<M, STEP, 0>(work, at, begins, from);
-        multiply_quarter<M, STEP, 1>(work, at, begins, from);
-        multiply_quarter<M, STEP, 2>(work, at, begins, from);
-        multiply_quarter<M, STEP, 3>(work, at, begins, from);
-    } else if constexpr (STEP < 4) {
-        multiply_quarter<M, 0, STEP>(work, at, begins, from);
+    if constexpr (STEP >= steps_of_units<M, OF>) {
+        return;
+    } else if constexpr (M::parts > 1) {
+        multiply_quarter<M, OF, STEP, 0>(work, at, begins, from);
+        multiply_quarter<M, OF, STEP, 1>(work, at, begins, from);
+        multiply_quarter<M, OF, STEP, 2>(work, at, begins, from);
+        multiply_quarter<M, OF, STEP, 3>(work, at, begins, from);
+    } else {
+        multiply_quarter<M, OF, 0, STEP>(work, at, begins, from);
     }
     if (STEP == (M::parts > 1 ? 0 : 3) && begins) work.owed = nullptr;
 }
 
 // The next step of a unit. Returns whether these 16 units are all multiplied.
-template <class M> TW_INLINE bool step_of_unit(TileWork &work, const StepPlace &at, bool begins, float *from) {
+template <class M, Factors OF>
+TW_INLINE bool step_of_unit(TileWork &work, const StepPlace &at, bool begins, float *from) {
     order_memory();
     switch (work.step) {
-    case 0: multiply_step<M, 0>(work, at, begins, from); break;
-    case 1: multiply_step<M, 1>(work, at, begins, from); break;
-    case 2: multiply_step<M, 2>(work, at, begins, from); break;
-    case 3: multiply_step<M, 3>(work, at, begins, from); break;
-    case 4: multiply_step<M, 4>(work, at, begins, from); break;
-    default: multiply_step<M, 5>(work, at, begins, from);
+    case 0: multiply_step<M, OF, 0>(work, at, begins, from); break;
+    case 1: multiply_step<M, OF, 1>(work, at, begins, from); break;
+    case 2: multiply_step<M, OF, 2>(work, at, begins, from); break;
+    case 3: multiply_step<M, OF, 3>(work, at, begins, from); break;
+    case 4: multiply_step<M, OF, 4>(work, at, begins, from); break;
+    default: multiply_step<M, OF, 5>(work, at, begins, from);
     }
     order_memory();
-    if (++work.step < steps_of_units<M>) return false;
+    if (++work.step < steps_of_units<M, OF>) return false;
     work.step = 0;
     return true;
 }
@@ -152,7 +169,7 @@ template <class M> TW_INLINE bool step_of_unit(TileWork &work, const StepPlace &
 template <class M> TW_INLINE void step_of_scores(Background<M> &work) {
     const StepPlace at = {work.keys + work.d, work.query + work.d * tile_lanes, work.key_stride,
                           work.head_units,    work.head_units * tile_lanes,     work.half_scores};
-    if (!step_of_unit<M>(work, at, work.d == 0, nullptr) || (work.d += tile_side) < work.head_units) return;
+    if (!step_of_unit<M, OPERANDS>(work, at, work.d == 0, nullptr) || (work.d += tile_side) < work.head_units) return;
     work.d = 0;
     work.owed = work.scores;
     work.owed_half = work.half_scores;
@@ -167,7 +184,7 @@ template <class M> TW_INLINE void step_of_values(Background<M> &work) {
                           part_of_run<M>,
                           work.row + tile_side == work.rows};
     float *out = work.out + work.row * tile_lanes;
-    if (!step_of_unit<M>(work, at, work.group == 0, out) || ++work.group < work.groups) return;
+    if (!step_of_unit<M, WEIGHTS>(work, at, work.group == 0, out) || ++work.group < work.groups) return;
     work.group = 0;
     work.owed = out;
     work.owed_half = at.half;
@@ -188,8 +205,8 @@ template <class M> TW_INLINE void step(Background<M> &work) {
 // Steps that should be done while a group is weighed: the scores of the next, and of the values of a run as many as let
 // it be added while a run of its length is weighed.
 template <class M> TW_INLINE int64_t steps_beside_group(const Background<M> &work) {
-    constexpr int steps = steps_of_units<M>;
-    const int64_t scores = work.scores ? steps * work.head_units / tile_side : 0;
+    constexpr int steps = steps_of_units<M, WEIGHTS>;
+    const int64_t scores = work.scores ? steps_of_units<M, OPERANDS> * work.head_units / tile_side : 0;
     if (work.row >= work.rows) return scores;
     const int64_t share = steps * ((work.rows + tile_side) / (2 * tile_side));
     const int64_t values = steps * ((work.rows - work.row + tile_side) / (2 * tile_side) * work.groups - work.group);

@@ -6,6 +6,9 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
                       int64_t number, void *record, int64_t keys, void *scratch) {
     using A = sum_of<M>;
     const tw_problem &p = *problem;
+    if constexpr (M::parts > 1)
+        if (!differentiates_parts(p))
+            return open_tile<T, Singles<A>>(problem, gradients, b, kv_head, number, record, keys, scratch);
     const A infinity = A(__builtin_inf());
     Tile<M> &tile = *static_cast<Tile<M> *>(record);
     tile.query = reinterpret_cast<unit_of<M> *>(static_cast<char *>(record) + rounded(sizeof(Tile<M>)));
@@ -38,7 +41,8 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
     }
     if constexpr (M::parts > 1) {
         for (int l = 0; l < tile.width; l += lanes<A>)
-            tile.strange |= rows_to_lanes_in_parts(rows + l, p.value_dim, 1, d_out + l, tile.width, true) << l;
+            tile.strange |= rows_to_lanes_in_parts(rows + l, p.value_dim, 1, d_out + l, tile.width, least_gradient)
+                            << l;
         // Parts keep no other NaN.
         for (int l = 0; l < tile.width; ++l) {
             if (tile.shift[l] != tile.shift[l]) tile.shift[l] = __builtin_nanf("");
@@ -60,6 +64,8 @@ template <class T, class M>
 static void close_tile(const tw_problem *problem, const tw_gradients *gradients, int64_t b, void *record) {
     const tw_problem &p = *problem;
     using A = sum_of<M>;
+    if constexpr (M::parts > 1)
+        if (!differentiates_parts(p)) return close_tile<T, Singles<A>>(problem, gradients, b, record);
     const Tile<M> &tile = *static_cast<const Tile<M> *>(record);
     A factors[most_lanes];
     for (int l = 0; l < tile.width; ++l) factors[l] = A(p.scale);
@@ -72,6 +78,8 @@ static void close_tile(const tw_problem *problem, const tw_gradients *gradients,
 // A sink's gradient: the sum over rows of its probability times pull.
 template <class M> static void close_sinks(const tw_problem *problem, const tw_gradients *gradients, void *record) {
     using A = sum_of<M>;
+    if constexpr (M::parts > 1)
+        if (!differentiates_parts(*problem)) return close_sinks<Singles<A>>(problem, gradients, record);
     const Tile<M> &tile = *static_cast<const Tile<M> *>(record);
     A *to = static_cast<A *>(gradients->sinks);
     for (int l = 0; l < tile.rows; ++l) to[tile.h[l]] += sink_share<A>(*problem, tile, l) * tile.limit[l] * tile.sum[l];
@@ -120,12 +128,11 @@ template <class T, class M> static void write_rows(const Slopes<M> &s, const Til
             q[i] = tensor_row<const T>(p.q, s.b, tile.h[l + i], tile.i[l + i]);
             d_out[i] = tensor_row<const T>(s.gradients->d_out, s.b, tile.h[l + i], tile.i[l + i]);
         }
-        unit_of<M> *const q_to = q_rows + l / M::numbers * s.head_width, *const d_out_to =
-                                                                             d_out_rows +
-                                                                             l / M::numbers * s.value_width;
+        unit_of<M> *const q_to = q_rows + l / M::numbers * s.head_width;
+        unit_of<M> *const d_out_to = d_out_rows + l / M::numbers * s.value_width;
         if constexpr (M::parts > 1) {
-            pair_in_parts(q[0], q[1], p.head_dim, q_to, row_units * s.head_width, false);
-            pair_in_parts(d_out[0], d_out[1], p.value_dim, d_out_to, row_units * s.value_width, true);
+            pair_in_parts(q[0], q[1], p.head_dim, q_to, row_units * s.head_width, least_exponent);
+            pair_in_parts(d_out[0], d_out[1], p.value_dim, d_out_to, row_units * s.value_width, least_gradient);
         } else {
             write_across<M>(q, p.head_dim, q_to);
             write_across<M>(d_out, p.value_dim, d_out_to);
@@ -140,6 +147,8 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
     const tw_gradients &g = *gradients;
     using A = sum_of<M>;
     using U = unit_of<M>;
+    if constexpr (M::parts > 1)
+        if (!differentiates_parts(p)) return run_segment<T, Singles<A>>(problem, gradients, segment, scratch);
     const Registers<M> registers;
     Slopes<M> s;
     enter_segment<T>(s, problem, gradients, segment->b, segment->kv_head, segment->key_begin, segment->key_end,

@@ -44,7 +44,7 @@ template <class M> struct Sweep {
     void (*fetch)(Sweep &, int64_t key, int n); // NULL: read in place
     U *fetched_keys, *fetched_values;           // of the keys held
     int64_t held[most_held_blocks];             // the first key of the block at each place, or -1
-    uint64_t strange_keys[most_held_blocks];    // of that block: with numbers that parts cannot hold (amx_thirds.inl.h)
+    uint64_t strange_keys[most_held_blocks];    // of that block: with numbers that parts cannot hold (amx_parts.inl.h)
     uint64_t strange_values[most_held_blocks];
     U *probabilities;         // [waiting_keys in units][width], from chunk or, in tile registers, run_begin on
     U *other_probabilities;   // of the run before, where its values are added in the background

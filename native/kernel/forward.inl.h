@@ -17,16 +17,14 @@ template <class A> TW_INLINE bool takes_few_rows(const tw_problem &p) {
 // threads and many need not be.
 TW_INLINE bool joins_splits(const tw_problem &p) { return p.row_invariant && p.k_len > split_keys; }
 
-// Whether float32 numbers are multiplied in parts (amx_thirds.inl.h), forward and backward: but for few rows, and where rows
-// must not depend on their number, as few and many are then summed alike. The order of sums depends on these sizes anyway.
+// Whether numbers are multiplied in parts (amx_parts.inl.h): but for few rows, and where rows must not depend on their
+// number, as few and many are then summed alike. The order of sums depends on these sizes anyway.
 TW_INLINE bool takes_parts(const tw_problem &p) {
     return !p.row_invariant && p.kv_heads && !takes_few_rows<float>(p) &&
            !(rows_of(p) <= split_rows_at_most && p.k_len > split_keys);
 }
-// The same of the backward pass, whose sums do not depend on how many rows or keys there are, so neither may this.
+// The same of derivatives: their sums do not depend on how many rows or keys there are, so neither may this.
 TW_INLINE bool differentiates_parts(const tw_problem &p) { return !p.row_invariant; }
-// The same of tangents, whose rows are summed alike however many they are.
-TW_INLINE bool moves_parts(const tw_problem &p) { return !p.row_invariant; }
 
 template <class M> static int64_t keys_of_chunk(const tw_problem *p) {
     if constexpr (M::parts > 1)
@@ -189,7 +187,9 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
 #if defined(__AMX_BF16__)
 // Computes the rows of a tile anew that have or see a query or key which parts cannot hold, or a score that is not finite:
 // the tile's rows are those of the item from `row` on.
-static void leave_rows(const tw_problem &p, const tw_item &item, const Tile<Thirds> &tile, int64_t row, void *scratch) {
+template <class T>
+static void leave_rows(const tw_problem &p, const tw_item &item, const Tile<Parts<T>> &tile, int64_t row,
+                       void *scratch) {
     uint64_t left = tile.strange;
     for (int z = 0; z < tile_lanes; z += tile_side) {
         const vf sum = load(tile.sum + z);
@@ -203,7 +203,7 @@ static void leave_rows(const tw_problem &p, const tw_item &item, const Tile<Thir
         own.row_begin = row + begin;
         own.row_end = own.row_begin + count;
         own.next = nullptr;
-        forward<float, Singles<float>>(&p, &own, 1, scratch);
+        forward<T, Singles<float>>(&p, &own, 1, scratch);
     }
 }
 #endif

@@ -28,7 +28,7 @@ namespace {
 #if defined(__AMX_BF16__)
 #include "kernel/amx_tiles.inl.h"
 #include "kernel/amx_values.inl.h"
-#include "kernel/amx_thirds.inl.h"
+#include "kernel/amx_parts.inl.h"
 #endif
 #include "kernel/fetch.inl.h"
 #include "kernel/sweep.inl.h"
@@ -60,55 +60,13 @@ namespace {
 
 template <class T, class M> constexpr tw_kernels kernels_of() {
     using A = sum_of<M>;
-    return {tile_rows<A>,     keys_of_chunk<M>, parts_of_numbers<M>, scratch_bytes<T, M>, forward<T, M>,
-            merge<T, A>,      record_bytes<M>,  segment_bytes<T, M>, open_tile<T, M>,     run_segment<T, M>,
-            close_tile<T, M>, close_sinks<M>,   tangent_bytes<T, A>, tangent<T, A>};
+    return {tile_rows<A>,     keys_of_chunk<M>, parts_of_numbers<M>,    scratch_bytes<T, M>, forward<T, M>,
+            merge<T, A>,      record_bytes<M>,  segment_bytes<T, M>,    open_tile<T, M>,     run_segment<T, M>,
+            close_tile<T, M>, close_sinks<M>,   tangent_bytes<T, A, M>, tangent<T, A, M>};
 }
 
 #if defined(__AMX_BF16__)
 using bfloat_products = Tiles;
-
-// float32: in parts, or as other pages have it.
-using FloatsAlone = Singles<float>;
-static size_t float_record_bytes(const tw_problem *p) {
-    return differentiates_parts(*p) ? record_bytes<Thirds>(p) : record_bytes<FloatsAlone>(p);
-}
-static size_t float_segment_bytes(const tw_problem *p, int64_t keys) {
-    return differentiates_parts(*p) ? segment_bytes<float, Thirds>(p, keys)
-                                    : segment_bytes<float, FloatsAlone>(p, keys);
-}
-static void float_open_tile(const tw_problem *p, const tw_gradients *gradients, int64_t b, int64_t kv_head,
-                            int64_t tile, void *record, int64_t keys, void *scratch) {
-    (differentiates_parts(*p) ? open_tile<float, Thirds> : open_tile<float, FloatsAlone>)(p, gradients, b, kv_head,
-                                                                                          tile, record, keys, scratch);
-}
-static void float_run_segment(const tw_problem *p, const tw_gradients *gradients, const tw_segment *segment,
-                              void *scratch) {
-    (differentiates_parts(*p) ? run_segment<float, Thirds> : run_segment<float, FloatsAlone>)(p, gradients, segment,
-                                                                                              scratch);
-}
-static void float_close_tile(const tw_problem *p, const tw_gradients *gradients, int64_t b, void *record) {
-    (differentiates_parts(*p) ? close_tile<float, Thirds> : close_tile<float, FloatsAlone>)(p, gradients, b, record);
-}
-static void float_close_sinks(const tw_problem *p, const tw_gradients *gradients, void *record) {
-    (differentiates_parts(*p) ? close_sinks<Thirds> : close_sinks<FloatsAlone>)(p, gradients, record);
-}
-constexpr tw_kernels float_kernels() {
-    return {tile_rows<float>,
-            keys_of_chunk<Thirds>,
-            parts_of_numbers<Thirds>,
-            scratch_bytes<float, Thirds>,
-            forward<float, Thirds>,
-            merge<float, float>,
-            float_record_bytes,
-            float_segment_bytes,
-            float_open_tile,
-            float_run_segment,
-            float_close_tile,
-            float_close_sinks,
-            tangent_bytes<float, float, Thirds>,
-            tangent<float, float, Thirds>};
-}
 #elif defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 using bfloat_products = Pairs;
 #else
@@ -122,15 +80,15 @@ void philox(uint64_t seed, uint64_t stream, const uint64_t *index, int count, ui
 
 extern "C" {
 extern const tw_kernel_table TW_PAGE;
-const tw_kernel_table TW_PAGE = {TW_PAGE_NAME,
+const tw_kernel_table TW_PAGE = {
+    TW_PAGE_NAME,
 #if defined(__AMX_BF16__)
-                                 {float_kernels(), {}, {}, kernels_of<bfloat, bfloat_products>()},
-                                 {peak_probe<Thirds>, nullptr, nullptr, peak_probe<bfloat_products>},
+    {kernels_of<float, Parts<float>>(), {}, kernels_of<half, Parts<half>>(), kernels_of<bfloat, bfloat_products>()},
+    {peak_probe<Parts<float>>, nullptr, peak_probe<Parts<half>>, peak_probe<bfloat_products>},
 #else
-                                 {kernels_of<float, Singles<float>>(), kernels_of<double, Singles<double>>(),
-                                  kernels_of<half, Singles<float>>(), kernels_of<bfloat, bfloat_products>()},
-                                 {peak_probe<Singles<float>>, peak_probe<Singles<double>>, peak_probe<Singles<float>>,
-                                  peak_probe<bfloat_products>},
+    {kernels_of<float, Singles<float>>(), kernels_of<double, Singles<double>>(), kernels_of<half, Singles<float>>(),
+     kernels_of<bfloat, bfloat_products>()},
+    {peak_probe<Singles<float>>, peak_probe<Singles<double>>, peak_probe<Singles<float>>, peak_probe<bfloat_products>},
 #endif
-                                 philox};
+    philox};
 }

@@ -16,7 +16,9 @@ static double tile_peak_probe(int64_t steps) {
 // compiler can neither foresee a chain nor join two.
 template <class M> static double peak_probe(int64_t steps, float *start) {
 #if defined(__AMX_BF16__)
-    if constexpr (M::tiled) return tile_peak_probe(steps) / products_of_parts<M>;
+    if constexpr (M::tiled) // half of all products are of weights
+        return tile_peak_probe(steps) * 2 /
+               (products_of_parts<M, OPERANDS>.count + products_of_parts<M, WEIGHTS>.count);
 #endif
     using A = sum_of<M>;
     constexpr int chains = 12;

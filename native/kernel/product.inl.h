@@ -2,7 +2,7 @@
 //   M::sum      the accumulators' type        M::unit   what a lane of an operand holds
 //   M::numbers  how many numbers that is: they stand beside each other on the axis that is summed over
 //   M::tiled    whether prefill and the backward pass multiply in tile registers
-//   M::parts    how many units an operand's numbers are kept in, whose sum they are (amx_thirds.inl.h)
+//   M::parts    how many units an operand's numbers are kept in, whose sum they are (amx_parts.inl.h)
 
 // One number times one number, in the accumulator's own type.
 template <class A> struct Singles {

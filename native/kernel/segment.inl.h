@@ -8,6 +8,8 @@ template <class M> TW_INLINE size_t record_numbers(const tw_problem &p) {
            size_t(tile_rows<sum_of<M>>);
 }
 template <class M> static size_t record_bytes(const tw_problem *p) {
+    if constexpr (M::parts > 1)
+        if (!differentiates_parts(*p)) return record_bytes<Singles<sum_of<M>>>(p);
     return rounded(sizeof(Tile<M>)) + rounded(record_numbers<M>(*p) * sizeof(sum_of<M>));
 }
 
@@ -33,6 +35,8 @@ template <class T, class M> static size_t segment_numbers(const tw_problem &p, i
 }
 // The marks of its blocks follow them.
 template <class T, class M> static size_t segment_bytes(const tw_problem *p, int64_t keys) {
+    if constexpr (M::parts > 1)
+        if (!differentiates_parts(*p)) return segment_bytes<T, Singles<sum_of<M>>>(p, keys);
     return segment_numbers<T, M>(*p, keys) * sizeof(sum_of<M>) + rounded(size_t(keys / block_keys + 1));
 }
 

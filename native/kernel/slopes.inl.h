@@ -64,7 +64,7 @@ template <class M> struct Slopes {
 // numbers, which take the processor a hundred times as long, and vanish beside those of the row's other keys.
 template <class A> constexpr A faintest = exp_numbers<A>::smallest * A(0.8);
 
-// Not finite: or, in parts, strange (amx_thirds.inl.h).
+// Not finite: or, in parts, strange (amx_parts.inl.h).
 enum { BLOCK_UNMET, BLOCK_FINITE, BLOCK_NOT_FINITE };
 
 template <class M>
@@ -76,7 +76,7 @@ template <Pass PASS, class M>
 static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int n);
 #if defined(__AMX_BF16__)
 template <> struct SlopeWork<Tiles>;
-template <> struct SlopeWork<Thirds>;
+template <class T> struct SlopeWork<Parts<T>>;
 #endif
 
 // A score less the reference of the lanes from `lane` of a tile with far rows: exactly 0 for the largest score of such a row.

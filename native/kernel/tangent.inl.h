@@ -28,7 +28,7 @@ template <class A> struct Motion {
     A *bias, *d_bias;          // [block_keys][width]
     A *cap_slopes;             // [TW_GROUP_KEYS][width]: the softcap's
     A factor, scale;           // of the products, in units of scores and in natural ones
-    // Where scores are multiplied in parts (amx_thirds.inl.h): the block's keys, those that parts cannot hold, and the
+    // Where scores are multiplied in parts (amx_parts.inl.h): the block's keys, those that parts cannot hold, and the
     // products [block_keys][most lanes of a tile]; else NULL.
     int32_t *key_parts;
     uint64_t strange;
@@ -42,7 +42,7 @@ template <class A> struct Motion {
 };
 
 template <class A> struct MovingTile : Tile<Singles<A>> {
-    int32_t *query_parts; // [3][D in units][most lanes], where scores are multiplied in parts
+    int32_t *query_parts; // [parts][D in units][most lanes], where scores are multiplied in parts
     A *d_query;           // [D][width], with the sign that the queries have; read where d_q is given
     // Of far rows d_lse is found beforehand and taken from their scores' tangents: what is left beside a probability of
     // nearly 1 is then as small as it should be. 0 of others.
@@ -96,14 +96,14 @@ TW_INLINE void add_dots(vec<A> (&x)[TW_GROUP_KEYS][NZ], const KeyRows<A> &keys, 
 }
 
 // The products of the block's n keys in parts.
-template <class A, class M> static void multiply_block(Motion<A> &s, const MovingTile<A> &tile, int n);
+template <class M> static void multiply_block(Motion<float> &s, const MovingTile<float> &tile, int n);
 #if defined(__AMX_BF16__)
-template <> void multiply_block<float, Thirds>(Motion<float> &s, const MovingTile<float> &tile, int n) {
-    const Registers<Thirds> registers;
-    const int64_t stride = unit_rows<Thirds>(s.problem->head_dim);
+template <class M> static void multiply_block(Motion<float> &s, const MovingTile<float> &tile, int n) {
+    const Registers<M> registers;
+    const int64_t stride = unit_rows<M>(s.problem->head_dim);
     for (int g = 0; g < n; g += tile_keys) {
         OwedTiles owed;
-        multiply_lanes<Thirds>(s.key_parts + g * stride, stride, tile.query_parts, s.products + g * tile_lanes, owed);
+        multiply_lanes<M>(s.key_parts + g * stride, stride, tile.query_parts, s.products + g * tile_lanes, owed);
         settle(owed);
     }
 }
@@ -348,7 +348,7 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
 template <class T, class A, class M = Singles<A>> static size_t tangent_bytes(const tw_problem *p, int64_t tiles) {
     size_t parts = 0;
     if constexpr (M::parts > 1) {
-        if (!moves_parts(*p)) return tangent_bytes<T, A>(p, tiles);
+        if (!differentiates_parts(*p)) return tangent_bytes<T, A>(p, tiles);
         const size_t units = size_t(unit_rows<M>(p->head_dim));
         parts = (size_t(tiles) * units + block_keys) * tile_rows<A> + block_keys * units;
     }
@@ -364,7 +364,7 @@ template <class T, class A, class M = Singles<A>>
 static void tangent(const tw_problem *problem, const tw_tangents *tangents, const tw_item *item, int64_t most_tiles,
                     void *scratch) {
     if constexpr (M::parts > 1)
-        if (!moves_parts(*problem)) return tangent<T, A>(problem, tangents, item, most_tiles, scratch);
+        if (!differentiates_parts(*problem)) return tangent<T, A>(problem, tangents, item, most_tiles, scratch);
     constexpr int64_t width = tile_rows<A>;
     const tw_problem &p = *problem;
     const tw_tangents &t = *tangents;
@@ -406,7 +406,7 @@ static void tangent(const tw_problem *problem, const tw_tangents *tangents, cons
     }
 
     if constexpr (M::parts > 1) {
-        s.multiply = multiply_block<A, M>;
+        s.multiply = multiply_block<M>;
         s.products = take(block_keys * width);
         s.key_parts = reinterpret_cast<int32_t *>(take(block_keys * unit_rows<M>(p.head_dim)));
     }

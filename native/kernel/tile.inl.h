@@ -24,7 +24,7 @@ template <class M> struct Tile {
     bool masked;      // whether any lane was ever barred from a key that another saw
     bool coarse;      // whether any lane's reference is, or was (units.inl.h): then every group takes the general path
     bool far;         // backward: whether some rows are far, and `limit` holds their factors
-    uint64_t strange; // lanes that have met numbers which parts cannot hold (amx_thirds.inl.h)
+    uint64_t strange; // lanes that have met numbers which parts cannot hold (amx_parts.inl.h)
     int spans;        // key intervals that hold everything any lane sees, whole blocks, in order
     int64_t span_begin[TW_MAX_RANGES], span_end[TW_MAX_RANGES];
     // Each lane's ranges, where ranges are 32 bits wide; spare lanes have the last row's.

@@ -91,8 +91,8 @@ def openvino(case: Case, data: dict[str, np.ndarray], dtype: str) -> Prepared:
         inputs = [inputs[0].reshape(groups), *(x[:, :, None] for x in inputs[1:])]
     given = [opset13.parameter(x.shape, np.bool_ if x.dtype == np.bool_ else np.float32) for x in inputs]
     node = opset13.scaled_dot_product_attention(*given, causal=top_left)
-    # In bfloat16 it rounds float32 inputs itself, at each call: a small part of the time.
-    precision = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype]}
+    # In half types it rounds float32 inputs itself, at each call: a small part of the time.
+    precision = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]}
     compiled = openvino.Core().compile_model(openvino.Model([node], given, "attention"), "CPU", precision)
     request = compiled.create_infer_request()
 

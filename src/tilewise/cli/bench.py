@@ -17,7 +17,9 @@ _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 def bench(
     only: Annotated[list[str] | None, typer.Option("--case", help="Part of a case's name; may be repeated.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; may be repeated. Both if none.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, float16 or bfloat16; may be repeated. All but float16 if none.")
+    ] = None,
     peer: Annotated[
         list[str] | None, typer.Option(help="Only this one beside ours, such as torch; may be repeated.")
     ] = None,
@@ -36,8 +38,8 @@ def bench(
         if not cases:
             raise ValueError(f"--case: no case has {' or '.join(only or [])} in its name")
         dtypes = dtype or ["float32", "bfloat16"]
-        if unknown := [name for name in dtypes if name not in ("float32", "bfloat16")]:
-            raise ValueError(f"--dtype: got {unknown[0]!r}, expected float32 or bfloat16")
+        if unknown := [name for name in dtypes if name not in ("float32", "float16", "bfloat16")]:
+            raise ValueError(f"--dtype: got {unknown[0]!r}, expected float32, float16 or bfloat16")
         if quick:
             cases = [case.smaller(8) for case in cases]
         if against is not None:

@@ -1,36 +1,39 @@
-"""Derivatives of float32 in parts of bfloat16 (test_thirds.py): exact, and blind to what is masked."""
+"""Derivatives of float32 and float16 in parts of bfloat16 (test_parts.py): exact, and blind to what is masked."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from accuracy import assert_accurate
+from support.parts_cases import STRANGE_OF_TYPES
 
 import tilewise as tw
 
 torch = pytest.importorskip("torch")
-_native = pytest.importorskip("tilewise._native")
-PAGE = "amx_bf16"
-STRANGE = [np.nan, np.inf, float(np.finfo(np.float32).max), 2.0**56, -1e30, 1e-38, -1e-45, 2.0**-101]
+pytest.importorskip("tilewise._native")
+pytestmark = pytest.mark.usefixtures("tile_page")
+LARGEST = float(np.finfo(np.float32).max)
+STRANGE = [(dtype, number) for dtype, number in STRANGE_OF_TYPES if number != -np.inf]
 
 
 @pytest.fixture(autouse=True)
-def page(monkeypatch):
-    found = _native.build_info()
-    if PAGE not in found["supported_pages"]:
-        pytest.skip(found["refused_pages"].get(PAGE, "no AMX-BF16 in this processor or compiler"))
-    monkeypatch.setenv("TILEWISE_ISA", PAGE)
+def threads():
+    """The number of threads that torch had stands again after each test."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-def _numbers(q_len, k_len, dim, value, heads=(4, 2), batch=2):
+def _numbers(q_len, k_len, dim, value, heads=(4, 2), batch=2, dtype="float32"):
     """q, k, v and gradients of out and lse."""
     rng = np.random.default_rng(q_len * k_len)
     shapes = [(heads[0], q_len, dim), (heads[1], k_len, dim), (heads[1], k_len, value), (heads[0], q_len, value)]
+    types = [*[dtype] * 4, "float32"]
     shapes.append((heads[0], q_len))
-    return [torch.from_numpy(rng.standard_normal((batch, *shape)).astype(np.float32)) for shape in shapes]
+    return [
+        torch.from_numpy(rng.standard_normal((batch, *shape)).astype(own))
+        for shape, own in zip(shapes, types, strict=True)
+    ]
 
 
 def _native_attention(**options):
@@ -47,16 +50,17 @@ def _plain(seen=True, scale=None):
     return attention
 
 
-def _gradients(attention, q, k, v, d_out, d_lse=None, dtype=torch.float32):
-    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+def _gradients(attention, q, k, v, d_out, d_lse=None, dtype=None):
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (q, k, v)]
     out, lse = attention(*leaves)
     if d_lse is None:
-        return torch.autograd.grad(out, leaves, d_out.to(dtype))
-    return torch.autograd.grad([out, lse], leaves, [d_out.to(dtype), d_lse.to(dtype)])
+        return torch.autograd.grad(out, leaves, d_out.to(out.dtype))
+    return torch.autograd.grad([out, lse], leaves, [d_out.to(out.dtype), d_lse.to(lse.dtype)])
 
 
-def _tangents(attention, given, along, dtype=torch.float32):
-    return torch.func.jvp(attention, tuple(x.to(dtype) for x in given), tuple(x.to(dtype) for x in along))[1]
+def _tangents(attention, given, along, dtype=None):
+    given, along = (tuple(x.to(dtype or x.dtype) for x in each) for each in (given, along))
+    return torch.func.jvp(attention, given, along)[1]
 
 
 _BOTH = ((_native_attention(), torch.float32), (_plain(), torch.float64))
@@ -78,10 +82,11 @@ def _accurate(names, found, exact) -> None:
 SHAPES = [(9, 1, 1, 1), (33, 31, 5, 40), (200, 77, 16, 33), (70, 513, 40, 16), (65, 100, 128, 5), (17, 130, 300, 80)]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accuracy(shape, causal) -> None:
-    q, k, v, d_out, d_lse = _numbers(*shape, heads=[(4, 2), (3, 1), (2, 2)][shape[0] % 3])
+def test_accuracy(shape, causal, dtype) -> None:
+    q, k, v, d_out, d_lse = _numbers(*shape, heads=[(4, 2), (3, 1), (2, 2)][shape[0] % 3], dtype=dtype)
     causal = causal and shape[0] <= shape[1]  # else the first rows see nothing
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
     seen = seen.tril(k.shape[2] - q.shape[2]) if causal else seen
@@ -134,11 +139,11 @@ def _sights():
     }
 
 
-@pytest.mark.parametrize("number", STRANGE)
+@pytest.mark.parametrize("dtype, number", STRANGE)
 @pytest.mark.parametrize("sight", ["documents", "causal", "bits", "barring bias"])
-def test_what_is_not_seen_changes_no_bit(sight, number) -> None:
+def test_what_is_not_seen_changes_no_bit(sight, dtype, number) -> None:
     options, seen = _sights()[sight]
-    native, clean = _native_attention(**options), _numbers(150, 200, 40, 24)
+    native, clean = _native_attention(**options), _numbers(150, 200, 40, 24, dtype=dtype)
     expected = _gradients(native, *clean)
     for which, place in ((0, 99), (1, 160), (2, 160), (3, 99), (4, 99)):
         given = [x.clone() for x in clean]
@@ -157,10 +162,10 @@ def test_what_is_not_seen_changes_no_bit(sight, number) -> None:
             assert _bits(got[~touched]) == _bits(other[~touched])
 
 
-@pytest.mark.parametrize("number", STRANGE)
-def test_threads_and_batches_change_no_bit(number) -> None:
+@pytest.mark.parametrize("dtype, number", STRANGE)
+def test_threads_and_batches_change_no_bit(dtype, number) -> None:
     # They decide how many tiles pass over a segment of keys together.
-    given = _numbers(64, 333, 80, 24, heads=(2, 2))
+    given = _numbers(64, 333, 80, 24, heads=(2, 2), dtype=dtype)
     given[0][0, 1, [3, 40], 5] = given[3][1, 1, [40, 60], 7] = given[1][0, 0, 140, 9] = number
     native = _native_attention(mask=tw.causal("end"))
     answers = []
@@ -175,10 +180,10 @@ def test_threads_and_batches_change_no_bit(number) -> None:
         assert list(map(_bits, answer)) == list(map(_bits, answers[0]))
 
 
-@pytest.mark.parametrize("number", STRANGE)
-def test_tangents_of_what_is_not_seen(number) -> None:
+@pytest.mark.parametrize("dtype, number", STRANGE)
+def test_tangents_of_what_is_not_seen(dtype, number) -> None:
     options, seen = _sights()["causal"]
-    native, given = _native_attention(**options), _numbers(150, 200, 40, 24)[:3]
+    native, given = _native_attention(**options), _numbers(150, 200, 40, 24, dtype=dtype)[:3]
     along = [torch.flip(x, (-1,)) for x in given]
     expected = _tangents(native, given, along)
     untouched = ~seen[:, 160]
@@ -194,10 +199,10 @@ def test_tangents_of_what_is_not_seen(number) -> None:
 # -- what is seen -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [*STRANGE[:2], *STRANGE[3:]])
+@pytest.mark.parametrize("dtype, number", [case for case in STRANGE if case[1] != LARGEST])
 @pytest.mark.parametrize("which", range(5), ids=["q", "k", "v", "d_out", "d_lse"])
-def test_what_is_seen_is_as_on_other_pages(monkeypatch, which, number) -> None:
-    given = _numbers(70, 150, 40, 24)
+def test_what_is_seen_is_as_on_other_pages(monkeypatch, which, dtype, number) -> None:
+    given = _numbers(70, 150, 40, 24, dtype=dtype)
     given[which][(0, 1, 33, 5)[: given[which].ndim]] = number
     native = _native_attention(mask=tw.causal("end"))
     found = _gradients(native, *given)
@@ -208,4 +213,4 @@ def test_what_is_seen_is_as_on_other_pages(monkeypatch, which, number) -> None:
         assert torch.equal(got.isposinf(), other.isposinf()) and torch.equal(got.isneginf(), other.isneginf())
         finite = other.isfinite()
         top = other[finite].abs().max()
-        assert_accurate("gradient", got[finite] / top, (other[finite] / top).double())
+        assert_accurate("gradient", got[finite] / top, other[finite].double() / top)
