@@ -33,10 +33,11 @@ template <class A> struct Motion {
     int32_t *key_parts;
     uint64_t strange;
     A *products;
-    A *own_out;                                               // [Dv][width]: out of a tile's rows
     void (*meet)(Motion &, int64_t key, int n);               // finds the block's rows, when a tile first sees it
     void (*multiply)(Motion &, const MovingTile<A> &, int n); // the block's products, for a tile; NULL: none in parts
     bool met, facts, biased, biases_move, scores_move, general;
+    // Whether out is summed anew beside its tangent, from which it is taken off: where it is rounded to a narrower type.
+    bool sums_out;
     bool careful;      // leave out lane by lane what is not visible: some of it is not finite
     FarRows<A> *found; // of passes that look for it alone
 };
@@ -44,6 +45,7 @@ template <class A> struct Motion {
 template <class A> struct MovingTile : Tile<Singles<A>> {
     int32_t *query_parts; // [parts][D in units][most lanes], where scores are multiplied in parts
     A *d_query;           // [D][width], with the sign that the queries have; read where d_q is given
+    A *own_out;           // [Dv][width]: out of the rows; in the end, or summed
     // Of far rows d_lse is found beforehand and taken from their scores' tangents: what is left beside a probability of
     // nearly 1 is then as small as it should be. 0 of others.
     A known[most_lanes];
@@ -194,18 +196,18 @@ TW_INLINE void move_group(const Motion<A> &s, MovingTile<A> &tile, int at, int l
     }
 }
 
-// tile.out += weights [keys][width] times the rows of the places [begin, end).
+// out += weights [keys][width] times the rows of the places [begin, end).
 template <class A, int NZ>
-TW_INLINE void add_rows_of(const Motion<A> &s, MovingTile<A> &tile, const A *weights, const KeyRows<A> &of, int begin,
-                           int end, const uint64_t *words) {
+TW_INLINE void add_rows_of(const Motion<A> &s, const A *weights, const KeyRows<A> &of, int begin, int end,
+                           const uint64_t *words, A *out) {
     constexpr int width = NZ * lanes<A>;
     const A *from = of.rows + begin * of.stride;
     weights += begin * width;
     if (s.careful)
         add_keys_carefully<Singles<A>>(weights, width, from, of.stride, end - begin, s.problem->value_dim,
-                                       words + begin, tile.out);
+                                       words + begin, out);
     else
-        add_values<Singles<A>, NZ, false>(weights, from, of.stride, end - begin, s.problem->value_dim, tile.out);
+        add_values<Singles<A>, NZ, false>(weights, from, of.stride, end - begin, s.problem->value_dim, out);
 }
 
 // One block of 64 keys (n <= 64 of them exist).
@@ -245,8 +247,9 @@ template <class A, int NZ, Pass PASS> static void move_block(Motion<A> &s, Movin
             move_group<A, NZ, PLAIN, RESULTS>(s, tile, g, n - 1, nullptr, nullptr);
     }
     if (PASS != RESULTS || begin >= end) return;
-    if (s.scores_move) add_rows_of<A, NZ>(s, tile, s.weights, s.v, begin, end, words);
-    if (s.d_v.rows) add_rows_of<A, NZ>(s, tile, s.p, s.d_v, begin, end, words);
+    if (s.scores_move) add_rows_of<A, NZ>(s, s.weights, s.v, begin, end, words, tile.out);
+    if (s.d_v.rows) add_rows_of<A, NZ>(s, s.p, s.d_v, begin, end, words, tile.out);
+    if (s.sums_out) add_rows_of<A, NZ>(s, s.p, s.v, begin, end, words, tile.own_out);
 }
 
 // Takes `count` tiles over all keys that they see.
@@ -300,6 +303,7 @@ template <class A> static void weigh_far_rows(Motion<A> &s, MovingTile<A> &tile)
 template <class A> static void begin_motion(Motion<A> &s, MovingTile<A> &tile) {
     const A infinity = A(__builtin_inf());
     reset(tile, s.problem->value_dim);
+    if (s.sums_out) __builtin_memset(tile.own_out, 0, size_t(s.problem->value_dim * tile.width) * sizeof(A));
     for (int l = 0; l < tile.width; ++l) {
         const A lse = static_cast<const A *>(s.problem->lse)[lse_at(*s.problem, s.b, tile.h[l], tile.i[l])];
         tile.shift[l] = lse == -infinity ? infinity : in_units<A>(*s.problem, lse);
@@ -333,12 +337,12 @@ template <class E, class A> static void finish_motion(const Motion<A> &s, Moving
         left[l] = far && s.scores_move ? A(0) : d_lse[l]; // still to be taken off
         static_cast<A *>(t.lse)[lse_at(p, s.b, h, i)] = d_lse[l];
     }
-    for (int l = 0; l < tile.width; l += W)
-        rows_to_lanes<Singles<A>>(out + l, p.value_dim, A(1), s.own_out + l, tile.width);
+    for (int l = 0; l < tile.width && !s.sums_out; l += W)
+        rows_to_lanes<Singles<A>>(out + l, p.value_dim, A(1), tile.own_out + l, tile.width);
     for (int64_t d = 0; d < p.value_dim; ++d)
         for (int l = 0; l < tile.width; l += W) {
             A *const sums = tile.out + d * tile.width + l;
-            const vec<A> moved = load(sums) - load(left + l) * load(s.own_out + d * tile.width + l);
+            const vec<A> moved = load(sums) - load(left + l) * load(tile.own_out + d * tile.width + l);
             store(sums, load(tile.shift + l) == A(__builtin_inf()) ? vec<A>{} : moved);
         }
     tile_to_rows<E>(t.out, s.b, tile, whole, p.value_dim);
@@ -356,7 +360,8 @@ template <class T, class A, class M = Singles<A>> static size_t tangent_bytes(co
     const size_t tile = rounded(sizeof(MovingTile<A>)) + size_t(2 * p->head_dim + p->value_dim) * width;
     const int64_t copies =
         sizeof(T) == sizeof(A) ? 0 : 2 * block_keys * (padded<A>(p->head_dim) + padded<A>(p->value_dim));
-    return size_t(tiles) * tile + size_t(4 * block_keys + TW_GROUP_KEYS + p->value_dim) * width +
+    const size_t outs = size_t(p->value_dim) * (sizeof(T) == sizeof(A) ? 1 : size_t(tiles));
+    return size_t(tiles) * tile + (size_t(4 * block_keys + TW_GROUP_KEYS) + outs) * width +
            (size_t(copies) + parts) * sizeof(A);
 }
 
@@ -397,7 +402,8 @@ static void tangent(const tw_problem *problem, const tw_tangents *tangents, cons
     s.bias = take(block_keys * width);
     s.d_bias = take(block_keys * width);
     s.cap_slopes = take(TW_GROUP_KEYS * width);
-    s.own_out = take(p.value_dim * width);
+    s.sums_out = sizeof(T) != sizeof(A) && s.scores_move && !p.part; // of a part of the keys there are no sums of out
+    A *const one_out = s.sums_out ? nullptr : take(p.value_dim * width);
     if (sizeof(T) != sizeof(A)) {
         s.k.copy = take(block_keys * padded<A>(p.head_dim));
         s.v.copy = take(block_keys * padded<A>(p.value_dim));
@@ -420,6 +426,7 @@ static void tangent(const tw_problem *problem, const tw_tangents *tangents, cons
         tile.query = take(p.head_dim * width);
         tile.d_query = take(p.head_dim * width);
         tile.out = take(p.value_dim * width);
+        tile.own_out = s.sums_out ? take(p.value_dim * width) : one_out;
         const int64_t row = item->row_begin + n * width, left = item->row_end - row;
         fill_tile<T, Singles<A>>(p, *item, row, left < width ? left : width, tile);
         if constexpr (M::parts > 1) {

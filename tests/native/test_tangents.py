@@ -101,6 +101,17 @@ def test_a_part_keeps_the_accumulators() -> None:
     _check(replace(plan, problem=replace(plan.problem, part=True)), operands)
 
 
+@pytest.mark.parametrize("dtype, place", [("float16", 2.0**-11), ("bfloat16", 2.0**-8)])
+def test_a_rounded_out_is_not_taken_off(page, dtype, place) -> None:
+    # Of two keys, each with a factor of 10: out and what is taken off with it are much larger than the tangent.
+    qkv = {key: array.astype(dtype) for key, array in arrays(0, 2, 2, 2, 40, 2, 9, 32).items()}
+    plan, operands = planned(**qkv, kernel="native", tiles=None, dropout=tw.Dropout(0.9, seed=1))
+    moving = replace(_along(operands), v=None)
+    found = _push(plan, operands, moving)
+    exact = reference.tangents(reference.attention(plan.problem, operands), moving)
+    assert np.all(abs(found[0].astype("float64") - exact[0]) <= place * abs(exact[0]) + 1e-4)
+
+
 def test_rows_in_parts(monkeypatch) -> None:
     plan, operands = _large(mask=tw.predicate(lambda b, h, i, j: (3 * i + j + h + b) % 4 != 0))
     moving = _along(operands)
