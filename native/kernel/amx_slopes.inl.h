@@ -3,8 +3,9 @@
 //
 // Four tiles pass over a block one after another. What their lanes add to its keys and values waits until all are done, so
 // that these sums are read and written once for all, as a tile's own are once for the block. Products cut into steps between
-// the vectors' instructions, as forward (amx_work.inl.h), were measured here too: the vectors' time and the tile registers'
-// added up, and the steps cost more than they hid.
+// the vectors' instructions, as forward (amx_work.inl.h), were measured here too: of bfloat16 the vectors' time and the tile
+// registers' added up, and the steps cost more than they hid. Of parts, whose products take longer, the next group's scores
+// and slopes beside the vectors' work save 7 % of all.
 
 // S^T and dP^T of a group, until they are turned into p, ds and raw.
 struct SlopeGroup {
@@ -16,33 +17,52 @@ template <class M> constexpr int64_t part_of_slot = score_places<M> / M::numbers
 template <class M> constexpr int64_t slot_units = M::parts * part_of_slot<M>;
 
 template <class M> struct TileSlopes {
-    SlopeGroup group;
+    SlopeGroup groups[2];
+    int turn = 0; // which of them is at hand
     uint64_t words[tiles_together<M>][block_keys], keep[block_keys];
     const Tile<M> *tiles[tiles_together<M>];
     uint32_t met[tiles_together<M>] = {}; // which groups any lane sees
     int slot = 0;                         // the tile's at hand
 };
 template <> struct SlopeWork<Tiles> : TileSlopes<Tiles> {};
+
+// The products of a group, made in steps: its scores, then its slopes.
+template <class M> struct SlopeProducts : Background<M> {
+    float *slopes; // still to be begun, or NULL
+    const int32_t *values, *d_out;
+    int64_t value_stride, value_units, steps; // steps: of all
+};
+// A group whose products are made. It is weighed while those of the next are.
+template <class M> struct WaitingSlopes {
+    Tile<M> *tile = nullptr; // NULL: none waits
+    SlopeGroup *group;
+    int64_t block, at;
+    int slot;
+    bool masked, last; // last: of its tile in the block
+};
+
 // Of a group where any are: the lanes whose pair with each key is strange. Parts hold neither their slopes, which may be as
 // little as their gradients or infinite, nor what these are multiplied by: they stay in the group's and are added one by one.
 template <class T> struct SlopeWork<Parts<T>> : TileSlopes<Parts<T>> {
     uint64_t apart[tile_keys];
     bool strange;
+    SlopeProducts<Parts<T>> products;
+    WaitingSlopes<Parts<T>> waiting;
 };
 
-// p, ds and raw of the group of 32 keys at place `at` of the block, in the slot at hand; or what another pass looks for.
+// p, ds and raw of a group of 32 keys at place `at` of the block, in a slot; or what another pass looks for.
 template <ScorePath PATH, Pass PASS>
-static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int64_t at) {
+static void slopes_of_group(const Slopes<Tiles> &s, const Tile<Tiles> &tile, int64_t at, int slot,
+                            const SlopeGroup &group) {
     const tw_problem &problem = *s.problem;
-    const SlopeGroup &group = s.work.group;
-    const uint64_t *words = s.work.words[s.work.slot] + at;
+    const uint64_t *words = s.work.words[slot] + at;
     const uint64_t *keep = problem.dropout.enabled ? s.work.keep + at : nullptr;
     const float *bias = s.bias + at * tile_lanes;
     const bool capped = PATH == GENERAL && problem.softcap > 0, gathered = s.gradients->gather_count > 0;
     const bool biased = PATH == GENERAL && s.biased;
     const Softcap<float> cap = softcap_of(problem, s.factor);
     const __m512 inverse_keep = _mm512_set1_ps(float(problem.dropout.inverse_keep)), factor = _mm512_set1_ps(s.factor);
-    const int64_t own = s.work.slot * slot_units<Tiles> + at * tile_side;
+    const int64_t own = slot * slot_units<Tiles> + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
     const __m512 to_log2 = _mm512_set1_ps(log2_e<float>);
     __m512 shift[2], pull[2], share[2];
@@ -116,20 +136,55 @@ TW_INLINE vf without_faint(vf slope) {
     return (vf)_mm512_maskz_mov_epi32(_mm512_cmpge_epu32_mask(size, _mm512_set1_epi32(25 << 24)), bits);
 }
 
-// The same in parts, as exact as other pages are.
+// Begins S^T and dP^T of the group of keys from place `first` of the segment.
+template <class M>
+TW_INLINE void begin_products(Slopes<M> &s, const Tile<M> &tile, const int32_t *d_out, int64_t first,
+                              SlopeGroup &group) {
+    SlopeProducts<M> &work = s.work.products;
+    work.scores = group.scores;
+    work.half_scores = false;
+    work.keys = s.k + first * s.k_stride;
+    work.key_stride = s.k_stride;
+    work.query = tile.query;
+    work.head_units = s.k_stride / M::parts;
+    work.slopes = group.slopes;
+    work.values = s.v + first * s.v_stride;
+    work.d_out = d_out;
+    work.value_stride = s.v_stride;
+    work.value_units = s.v_stride / M::parts;
+    work.steps = steps_of_units<M, OPERANDS> * (work.head_units + work.value_units) / tile_side;
+}
+template <class M> TW_INLINE void step_of_products(SlopeProducts<M> &work) {
+    step_of_scores<M>(work);
+    if (work.scores || !work.slopes) return;
+    work.scores = work.slopes;
+    work.keys = work.values;
+    work.key_stride = work.value_stride;
+    work.query = work.d_out;
+    work.head_units = work.value_units;
+    work.slopes = nullptr;
+}
+template <class M> static __attribute__((noinline)) void finish_products(SlopeProducts<M> &work) {
+    while (work.scores) step_of_products(work);
+    settle(work);
+    order_memory();
+}
+
+// The same in parts, as exact as other pages are. Beside it the products of the next group, where they are begun.
 template <ScorePath PATH, Pass PASS, class T>
-static void slopes_of_group(Slopes<Parts<T>> &s, const Tile<Parts<T>> &tile, int64_t at) {
+static void slopes_of_group(Slopes<Parts<T>> &s, const Tile<Parts<T>> &tile, int64_t at, int slot, SlopeGroup &group) {
     using M = Parts<T>;
     const tw_problem &problem = *s.problem;
-    SlopeGroup &group = s.work.group;
-    const uint64_t *words = s.work.words[s.work.slot] + at;
+    const int64_t steps = PATH != GENERAL && s.work.products.scores ? s.work.products.steps : 0;
+    int64_t due = 0;
+    const uint64_t *words = s.work.words[slot] + at;
     const uint64_t *keep = PATH == GENERAL && problem.dropout.enabled ? s.work.keep + at : nullptr;
     const uint64_t *apart = s.work.strange ? s.work.apart : nullptr;
     const bool capped = PATH == GENERAL && problem.softcap > 0, gathered = s.gradients->gather_count > 0;
     const Softcap<float> cap = softcap_of(problem, s.factor);
     const float inverse_keep = float(problem.dropout.inverse_keep);
     const vf by = splat(capped ? 1 : s.factor);
-    const int64_t own = s.work.slot * slot_units<M> + at * tile_side;
+    const int64_t own = slot * slot_units<M> + at * tile_side;
     int32_t *p = s.p + own, *raw = s.raw + own, *raw_across = s.raw_across + at / 2 * tile_lanes;
     for (int n = 0; n < tile_keys; n += 2) {
         vf weights[2][2], slopes[2][2];
@@ -183,6 +238,7 @@ static void slopes_of_group(Slopes<Parts<T>> &s, const Tile<Parts<T>> &tile, int
         TW_UNROLL(int z = 0; z < 2; ++z)
             store_parts<M>((__m512)slopes[0][z], (__m512)slopes[1][z], raw_across + n / 2 * tile_lanes + z * tile_side,
                            part_of_slot<M>);
+        for (due += 2 * steps; due >= tile_keys; due -= tile_keys) step_of_products(s.work.products);
     }
 }
 
@@ -222,7 +278,7 @@ TW_INLINE void each_strange_pair(const Slopes<Parts<T>> &s, const Tile<Parts<T>>
 template <class T>
 TW_RARE void multiply_strange(Slopes<Parts<T>> &s, const Tile<Parts<T>> &tile, int64_t key, const uint64_t *words) {
     const tw_problem &p = *s.problem;
-    SlopeGroup &group = s.work.group;
+    SlopeGroup &group = s.work.groups[s.work.turn];
     const float sign = scaling_of<float>(p).sign;
     const bool never_in_parts = scaling_of<float>(p).factor >= end_factor;
     __builtin_memset(s.work.apart, 0, sizeof s.work.apart);
@@ -256,7 +312,7 @@ TW_RARE void add_strange(const Slopes<Parts<T>> &s, const Tile<Parts<T>> &tile, 
     each_strange_pair(
         s, tile, key, s.work.words[s.work.slot] + at,
         [&](int64_t j, int l, const T *k, const T *, const T *q, const T *d_out) {
-            const float raw = s.work.group.slopes[j * tile_lanes + l], weight = weight_of(j, l);
+            const float raw = s.work.groups[s.work.turn].slopes[j * tile_lanes + l], weight = weight_of(j, l);
             float *const d_k = s.d_k + (key - s.first + j) * s.head_width, *const d_v = s.d_v + (key - s.first + j) *
                                                                                                     s.value_width;
             for (int64_t d = 0; d < p.head_dim; ++d) {
@@ -274,9 +330,9 @@ template <class M> TW_INLINE bool careful(const Slopes<M> &s, const Tile<M> &til
     return tile.masked || s.blocks[(block - s.first) / block_keys] == BLOCK_NOT_FINITE;
 }
 
-// d_q of the block, in the slot at hand.
-template <class M> static void add_to_tile(const Slopes<M> &s, Tile<M> &tile, int64_t block) {
-    const uint32_t met = s.work.met[s.work.slot];
+// d_q of the block, in a slot.
+template <class M> static void add_to_tile(const Slopes<M> &s, Tile<M> &tile, int64_t block, int slot) {
+    const uint32_t met = s.work.met[slot];
     const int64_t begin = met & 1 ? 0 : tile_keys, end = met & 2 ? int64_t(block_keys) : tile_keys;
     const int32_t *raw_across = s.raw_across + begin / 2 * tile_lanes;
     const int32_t *k = s.k_across + (block - s.first + begin) / 2 * s.across_stride;
@@ -303,7 +359,7 @@ template <class M> static void add_to_tile(const Slopes<M> &s, Tile<M> &tile, in
     }
     order_memory();
     for (int64_t at = begin; at < end; at += tile_keys) {
-        const uint64_t *words = s.work.words[s.work.slot] + at;
+        const uint64_t *words = s.work.words[slot] + at;
         uint32_t by_lane[tile_lanes] = {};
         for (int j = 0; j < tile_keys; ++j)
             for (int l = 0; l < tile_lanes; ++l) by_lane[l] |= uint32_t(words[j] >> l & 1) << j;
@@ -393,6 +449,22 @@ TW_INLINE void multiply_lanes(const int32_t *rows, int64_t stride, const int32_t
     multiply<M, OPERANDS>(product, owed);
 }
 
+// Weighs the group that waits, if any, beside the products of the next, and adds to its tile after the last of a block.
+template <class T> static void weigh_waiting(Slopes<Parts<T>> &s) {
+    WaitingSlopes<Parts<T>> &waiting = s.work.waiting;
+    if (!waiting.tile) return;
+    s.work.strange = false;
+    if (waiting.masked)
+        slopes_of_group<MASKED, RESULTS>(s, *waiting.tile, waiting.at, waiting.slot, *waiting.group);
+    else
+        slopes_of_group<PLAIN, RESULTS>(s, *waiting.tile, waiting.at, waiting.slot, *waiting.group);
+    if (waiting.last && s.gradients->d_q.data) {
+        finish_products(s.work.products);
+        add_to_tile(s, *waiting.tile, waiting.block, waiting.slot);
+    }
+    waiting.tile = nullptr;
+}
+
 // The block at `key`, whose words (the lanes that see each key) and dropout are known, in the slot at hand.
 template <Pass PASS, class M>
 static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out, int64_t key, int n) {
@@ -413,22 +485,34 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
         if (!some) continue;
         if constexpr (PASS == RESULTS) met |= 1u << g / tile_keys;
         const int64_t first = key - s.first + g;
-        OwedTiles owed;
-        multiply_lanes<M>(s.k + first * s.k_stride, s.k_stride, tile.query, work.group.scores, owed);
-        multiply_lanes<M>(s.v + first * s.v_stride, s.v_stride, d_out, work.group.slopes, owed);
-        settle(owed);
+        SlopeGroup &group = work.groups[work.turn];
         [[maybe_unused]] bool strange = false;
+        if constexpr (M::parts > 1 && PASS == RESULTS) {
+            begin_products(s, tile, d_out, first, group);
+            weigh_waiting(s);
+            finish_products(work.products);
+        } else {
+            OwedTiles owed;
+            multiply_lanes<M>(s.k + first * s.k_stride, s.k_stride, tile.query, group.scores, owed);
+            multiply_lanes<M>(s.v + first * s.v_stride, s.v_stride, d_out, group.slopes, owed);
+            settle(owed);
+        }
         if constexpr (M::parts > 1) {
             strange = tile.strange || s.blocks[(key - s.first) / block_keys] == BLOCK_NOT_FINITE;
-            s.work.strange = strange;
+            if (PASS == RESULTS && !strange && !s.general && !tile.far && !s.gradients->gather_count) {
+                work.waiting = {&tile, &group, key, g, work.slot, all != every_lane, false};
+                work.turn ^= 1;
+                continue;
+            }
+            work.strange = strange;
             if (strange) multiply_strange(s, tile, key + g, words + g);
         }
         if (PASS != RESULTS || s.general || tile.far)
-            slopes_of_group<GENERAL, PASS>(s, tile, g);
+            slopes_of_group<GENERAL, PASS>(s, tile, g, work.slot, group);
         else if (all != every_lane)
-            slopes_of_group<MASKED, RESULTS>(s, tile, g);
+            slopes_of_group<MASKED, RESULTS>(s, tile, g, work.slot, group);
         else
-            slopes_of_group<PLAIN, RESULTS>(s, tile, g);
+            slopes_of_group<PLAIN, RESULTS>(s, tile, g, work.slot, group);
         if constexpr (M::parts > 1 && PASS == RESULTS)
             if (strange) {
                 // However many tiles pass together, a key's sums take first what the tiles before this one add.
@@ -441,11 +525,18 @@ static void slopes_in_tiles(Slopes<M> &s, Tile<M> &tile, const unit_of<M> *d_out
         if constexpr (PASS == RESULTS)
             gather_slopes(s, tile, key + g, g + tile_keys < n ? tile_keys : n - g, s.ds + g * tile_lanes);
     }
-    if (met && s.gradients->d_q.data) add_to_tile(s, tile, key);
+    if (!met) return;
+    if constexpr (M::parts > 1)
+        if (work.waiting.tile) {
+            work.waiting.last = true;
+            return;
+        }
+    if (s.gradients->d_q.data) add_to_tile(s, tile, key, work.slot);
 }
 
 // After all tiles' turns with the block at `key`.
 template <class M> static void end_block_in_tiles(Slopes<M> &s, int64_t key) {
+    if constexpr (M::parts > 1) weigh_waiting(s);
     add_slots_to_keys(s, key);
     s.work.slot = 0;
 }
