@@ -57,7 +57,8 @@ static void open_tile(const tw_problem *problem, const tw_gradients *gradients, 
     }
     for (int l = 0; l < tile.width; ++l) tile.limit[l] = 1, tile.rest[l] = 0;
     tile.far = false;
-    if (has_far_rows(tile) && !p.part) weigh_far_rows<T>(problem, gradients, b, kv_head, tile, keys, scratch);
+    if ((has_far_rows(tile) || sums_pull<T, A>(p)) && !p.part)
+        weigh_far_rows<T>(problem, gradients, b, kv_head, tile, keys, scratch);
 }
 
 template <class T, class M>

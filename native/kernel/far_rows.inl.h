@@ -53,6 +53,12 @@ static void pass_over(Slopes<M> &s, const tw_problem *problem, const tw_gradient
     }
 }
 
+// Whether out, where it is rounded to a narrower type, would leave too little of pull: its rounding counts as often as
+// dropout's factor says. Then all rows have their pull from the sums of their own probabilities.
+template <class T, class A> TW_INLINE bool sums_pull(const tw_problem &p) {
+    return sizeof(T) != sizeof(A) && p.dropout.enabled && p.dropout.inverse_keep >= 4;
+}
+
 // Gives the far rows of a tile their largest score for lse, the reciprocal of their sum for a factor, and their pull.
 // Of a part of the keys these cannot be told.
 template <class T, class M>
@@ -68,8 +74,10 @@ static void weigh_far_rows(const tw_problem *problem, const tw_gradients *gradie
     end_peaks(p, found, tile);
     pass_over<T, SUMS>(s, problem, gradients, b, kv_head, tile, keys, found, scratch);
     for (int l = 0; l < tile.rows; ++l) {
-        if (!is_far(found.lse[l])) continue;
-        tile.limit[l] = 1 / (found.sum[l] + (p.sinks ? sink_share<A>(p, tile, l) : A(0)));
+        if (is_far(found.lse[l]))
+            tile.limit[l] = 1 / (found.sum[l] + (p.sinks ? sink_share<A>(p, tile, l) : A(0)));
+        else if (!sums_pull<T, A>(p) || tile.shift[l] == A(__builtin_inf()))
+            continue;
         const A d_lse =
             gradients->d_lse ? static_cast<const A *>(gradients->d_lse)[lse_at(p, b, tile.h[l], tile.i[l])] : A(0);
         tile.sum[l] = d_lse - found.pull[l] * tile.limit[l];

@@ -200,6 +200,17 @@ def test_probabilities_near_the_end_of_the_exponent(page) -> None:
     _check(*planned(**qkv, bias=tw.alibi(np.linspace(0.2, 2.0, 4), "end"), kernel="native", tiles=None))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("keys", [1, 3, 100])
+def test_the_rounding_of_out_is_not_multiplied_by_dropout(page, keys, dtype) -> None:
+    # A bias that all keys of a row share moves nothing but lse, however large the factor of what dropout keeps.
+    qkv = {key: array.astype(dtype) for key, array in arrays(0, 2, 4, 2, 40, keys, 20, 32).items()}
+    options = {"bias": np.zeros((1, 1, 40, 1)), "dropout": tw.Dropout(0.9, seed=1), "mask": tw.causal("end")}
+    plan, operands = planned(**qkv, **options, kernel="native", tiles=None)
+    found, _ = _differentiate(plan, operands, d_lse=np.zeros((2, 4, 40), np.float32))
+    np.testing.assert_allclose(found.dense[0], 0, atol=2e-3)
+
+
 def test_rows_in_parts(monkeypatch) -> None:
     mask = tw.predicate(lambda b, h, i, j: (3 * i + j + h + b) % 4 != 0)
     monkeypatch.setattr("tilewise.kernels.native.call.BITS_BYTES", 1)
