@@ -122,14 +122,40 @@ static Ahead<T> block_after(const tw_problem &p, const tw_item &item, int64_t ke
     return ahead;
 }
 
-template <class M> static size_t few_rows_bytes(const tw_problem &p) {
+// Whether several rows take their scores from keys that are widened once for all: it changes no bit.
+template <class T, class M> constexpr bool widens_keys = M::numbers == 1 && sizeof(T) != sizeof(unit_of<M>);
+
+// Numbers of W widened keys.
+template <class T, class M> TW_INLINE int64_t widened_numbers(const tw_problem &p) {
     using A = sum_of<M>;
-    return size_t(few_rows<A>) * row_bytes<M>(p) + size_t(FewTiles<M>::space(p)) * sizeof(A);
+    return widens_keys<T, M> ? lanes<A> * padded<A>(p.head_dim) : 0;
+}
+
+template <class T, class M> static size_t few_rows_bytes(const tw_problem &p) {
+    using A = sum_of<M>;
+    return size_t(few_rows<A>) * row_bytes<M>(p) + size_t(FewTiles<M>::space(p) + widened_numbers<T, M>(p)) * sizeof(A);
+}
+
+// Scores of W keys with all rows, where widened keys do.
+template <class T, class M>
+TW_INLINE void widened_products(const tw_problem &p, const T *const *keys, Row<M> *const *rows, int64_t count, int j,
+                                sum_of<M> *widened, Ahead<T> &ahead) {
+    using A = sum_of<M>;
+    const A *own[lanes<A>];
+    TW_UNROLL(int l = 0; l < lanes<A>; ++l) {
+        A *const to = widened + l * padded<A>(p.head_dim);
+        widen_row(keys[l], p.head_dim, to);
+        own[l] = to;
+    }
+    for (int64_t r = 0; r < count; ++r) {
+        ahead.ask();
+        store(rows[r]->scores + j, dot_products<M>(own, rows[r]->query, p.head_dim));
+    }
 }
 
 template <class T, class M>
 static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &tiles, Row<M> *const *rows, int64_t count,
-                       bool careful) {
+                       sum_of<M> *widened, bool careful) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
     const T *each_key[block_keys], *each_value[block_keys]; // where rows lie in pages
@@ -151,6 +177,11 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
         for (int j = 0; j < n && !in_tiles; j += W) {
             const T *own[W]; // a ragged end repeats the last key; no row sees the repetitions
             TW_UNROLL(int l = 0; l < W; ++l) own[l] = keys[j + l < n ? j + l : n - 1];
+            if constexpr (widens_keys<T, M>)
+                if (count > 1) {
+                    widened_products(p, own, rows, count, j, widened, ahead);
+                    continue;
+                }
             for (int64_t r = 0; r < count; ++r) {
                 ahead.ask();
                 store(rows[r]->scores + j, dot_products<M>(own, rows[r]->query, p.head_dim));
@@ -202,9 +233,9 @@ static void forward_few_rows(const tw_problem *problem, const tw_item *item, voi
     const Registers<M> registers;
     Row<M> *rows[few_rows<A>] = {};
     FewTiles<M> tiles;
-    if constexpr (M::tiled)
-        place(p, rows_of(p), tiles,
-              reinterpret_cast<int32_t *>(static_cast<char *>(scratch) + few_rows<A> * row_bytes<M>(p)));
+    char *const beside = static_cast<char *>(scratch) + few_rows<A> * row_bytes<M>(p);
+    A *const widened = reinterpret_cast<A *>(beside);
+    if constexpr (M::tiled) place(p, rows_of(p), tiles, reinterpret_cast<int32_t *>(beside));
     for (int64_t r = 0; r < count; ++r) {
         char *memory = static_cast<char *>(scratch) + size_t(r) * row_bytes<M>(p);
         Row<M> &row = *(rows[r] = reinterpret_cast<Row<M> *>(memory));
@@ -221,7 +252,7 @@ static void forward_few_rows(const tw_problem *problem, const tw_item *item, voi
     }
     if constexpr (M::tiled)
         if (tiles.used) turn_queries(tiles, rows, count);
-    sweep_rows<T>(p, *item, tiles, rows, count, false);
+    sweep_rows<T>(p, *item, tiles, rows, count, widened, false);
     for (int64_t r = 0; r < count; ++r) {
         Row<M> &row = *rows[r];
         bool doubtful = row.masked || p.bias_count || p.table.data;
@@ -233,7 +264,7 @@ static void forward_few_rows(const tw_problem *problem, const tw_item *item, voi
                     turn_queries(tiles, rows + r, 1);
                 }
             reset(p, row);
-            sweep_rows<T>(p, *item, tiles, rows + r, 1, true);
+            sweep_rows<T>(p, *item, tiles, rows + r, 1, widened, true);
         }
         bool in_order = M::numbers == 1;
         if constexpr (M::tiled)

@@ -45,7 +45,7 @@ template <class T, class M> static size_t scratch_bytes(const tw_problem *p, int
         again = scratch_bytes<T, Singles<A>>(p, 1);
     }
     if constexpr (M::parts == 1)
-        if (takes_few_rows<A>(*p)) return few_rows_bytes<M>(*p);
+        if (takes_few_rows<A>(*p)) return few_rows_bytes<T, M>(*p);
     const int64_t runs = M::tiled ? 2 : 1; // whose probabilities are kept
     const int64_t scores = M::parts * runs * (waiting_keys<M> + TW_GROUP_KEYS) / M::numbers + block_keys +
                            TW_GROUP_KEYS; // and their biases
