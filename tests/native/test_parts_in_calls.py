@@ -179,7 +179,9 @@ print(promised, guard.bytes_asked())
 
 
 @pytest.mark.parametrize("invariance, dtype", [("batch", "float32"), ("batch", "float16"), ("row", "float32")])
-@pytest.mark.parametrize("call", [*CALLS.values(), (2, 2, 9, 64, 1, 1), (2, 2, 284, 220, 512, 256)], ids=str)
+@pytest.mark.parametrize(
+    "call", [*CALLS.values(), (2, 2, 9, 64, 1, 1), (2, 2, 284, 220, 512, 256), (6, 2, 1, 3000, 40, 24)], ids=str
+)
 def test_the_workspace_is_what_is_promised(call, invariance, dtype, tmp_path: Path) -> None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler or not sys.platform.startswith("linux"):
@@ -197,4 +199,4 @@ def test_the_workspace_is_what_is_promised(call, invariance, dtype, tmp_path: Pa
     )
     assert ended.returncode == 0, ended.stderr or f"ended by signal {-ended.returncode}"
     promised, asked = map(int, ended.stdout.split())
-    assert asked - 64 <= promised <= 2 * asked  # 64 bytes, so that a piece is aligned wherever it is cut
+    assert asked - 128 < promised <= 2 * asked  # whole lines of 64 bytes, and one more: a piece is aligned where it is cut
