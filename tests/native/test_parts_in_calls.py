@@ -199,4 +199,4 @@ def test_the_workspace_is_what_is_promised(call, invariance, dtype, tmp_path: Pa
     )
     assert ended.returncode == 0, ended.stderr or f"ended by signal {-ended.returncode}"
     promised, asked = map(int, ended.stdout.split())
-    assert asked - 128 < promised <= 2 * asked  # whole lines of 64 bytes, and one more: a piece is aligned where it is cut
+    assert asked - 128 < promised <= 2 * asked  # whole lines of 64, and one to align the first
