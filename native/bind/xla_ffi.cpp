@@ -12,8 +12,8 @@
 //   64      seed              (4,) u32: the seed as (low, high), the number of the first pair as (low, high)
 // Attributes, all required: present, bias_count, layout, bits_q_offset, dropout_threshold, dropout_stream,
 //   dropout_stride_{b,h,i,j}, threads, part, row_invariant (i64); scale, softcap, dropout_inverse_keep (f64).
-// Results of forward: out as q with Dv for D (the accumulator's type where
-// `part` is 1, as d_q then); lse (B,Hq,Sq), accumulator's type.
+// Results of forward: out as q with Dv for D (the accumulator's type where `part` is 1, as d_q then); lse (B,Hq,Sq),
+// accumulator's type.
 // Backward takes what both take, then out, lse, d_out (as out) and d_lse (as lse), and one more attribute, wanted (i64). Its
 // results are those whose bit of `wanted` is 1, in this order; all but the first in the accumulator's type:
 //   1 d_q as q   2 d_k as k   4 d_v as v   16 d_table (B,Hq,Sq+Sk-1)   32 d_sinks (Hq,)

@@ -126,8 +126,8 @@ TW_INLINE void load_weights(const int32_t *weights) {
 }
 
 // out [32 keys][columns] += weights [32 keys][16 units of rows] times rows [16 units][columns], where some rows are not
-// finite: words[key] says which rows see the key, and for one that does not, the row is
-// 0. Keys that are seen by the same bad rows are summed together.
+// finite: words[key] says which rows see the key, and for one that does not, the row is 0. Keys that are seen by the same bad
+// rows are summed together.
 TW_RARE void add_rows_seen(const int32_t *weights, const int32_t *rows, const uint64_t *words, int64_t columns,
                            float *out) {
     alignas(64) int32_t kept[tile_units];

@@ -4,8 +4,8 @@
 //   d_lse = sum p ds, and the sink's probability times its tangent       d_out = sum p z (ds v + d_v) - d_lse out
 // The layout is that of the sweep, queries in lanes, with lse in the place of a moving reference. Products are summed in
 // accumulators (`Singles`) for every element type, but for scores that the forward pass multiplies in parts: these are its
-// own, to the bit, since out is taken from sums that are nearly the same. A block of 64 keys adds all ds v before its first d_v, and blocks
-// stand at fixed places, so that a row's bits depend on the row alone.
+// own, to the bit, since out is taken from sums that are nearly the same. A block of 64 keys adds all ds v before its first
+// d_v, and blocks stand at fixed places, so that a row's bits depend on the row alone.
 
 // The rows of one array in a block of keys: in place, or widened into `copy`. NULL: there is no such array.
 template <class A> struct KeyRows {
