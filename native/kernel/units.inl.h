@@ -22,8 +22,8 @@ template <class A> TW_INLINE Scaling<A> scaling_of(const tw_problem &p) {
     return {sign, factor, size / double(factor), -__builtin_fma(size, log2_e<double>, -double(factor)) / size};
 }
 
-// Numbers that parts hold (amx_parts.inl.h): from 2^-100 to below 2^56, as their bits with the sign shifted out. Of gradients of
-// the output from 2^-70 on: what probabilities make of them should be whole, too.
+// Numbers that parts hold (amx_parts.inl.h): from 2^-100 to below 2^56, as their bits with the sign shifted out. Of gradients
+// of the output from 2^-70 on: what probabilities make of them should be whole, too.
 constexpr uint32_t least_exponent = 27u << 24, end_exponent = 183u << 24, least_gradient = 57u << 24;
 
 // From this factor on what is lost below 2^-126, where tile registers make 0 of sums and of products of parts, would count
