@@ -17,12 +17,9 @@ template <class A> TW_INLINE bool takes_few_rows(const tw_problem &p) {
 // threads and many need not be.
 TW_INLINE bool joins_splits(const tw_problem &p) { return p.row_invariant && p.k_len > split_keys; }
 
-// Whether numbers are multiplied in parts (amx_parts.inl.h): but for few rows, and where rows must not depend on their
-// number, as few and many are then summed alike. The order of sums depends on these sizes anyway.
-TW_INLINE bool takes_parts(const tw_problem &p) {
-    return !p.row_invariant && p.kv_heads && !takes_few_rows<float>(p) &&
-           !(rows_of(p) <= split_rows_at_most && p.k_len > split_keys);
-}
+// Whether numbers are multiplied in parts (amx_parts.inl.h): but for few rows, whose sums have another order anyway, and
+// where rows must not depend on their number, as few and many are then summed alike.
+TW_INLINE bool takes_parts(const tw_problem &p) { return !p.row_invariant && p.kv_heads && !takes_few_rows<float>(p); }
 // The same of derivatives: their sums do not depend on how many rows or keys there are, so neither may this.
 TW_INLINE bool differentiates_parts(const tw_problem &p) { return !p.row_invariant; }
 
@@ -203,6 +200,8 @@ static void leave_rows(const tw_problem &p, const tw_item &item, const Tile<Part
         own.row_begin = row + begin;
         own.row_end = own.row_begin + count;
         own.next = nullptr;
+        if (item.partial)
+            own.partial = static_cast<float *>(item.partial) + (own.row_begin - item.row_begin) * (p.value_dim + 3);
         forward<T, Singles<float>>(&p, &own, 1, scratch);
     }
 }
