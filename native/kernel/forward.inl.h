@@ -17,9 +17,11 @@ template <class A> TW_INLINE bool takes_few_rows(const tw_problem &p) {
 // threads and many need not be.
 TW_INLINE bool joins_splits(const tw_problem &p) { return p.row_invariant && p.k_len > split_keys; }
 
-// Whether numbers are multiplied in parts (amx_parts.inl.h): where a kv head has more rows than a vector holds, since tiles
-// of 32 would be half empty, and rows may depend on their number. It must not depend on how many keys there are.
-TW_INLINE bool takes_parts(const tw_problem &p) { return !p.row_invariant && p.kv_heads && rows_of(p) > lanes<float>; }
+// Whether numbers are multiplied in parts (amx_parts.inl.h): but for few rows, whose sums have another order anyway, and
+// where rows must not depend on their number, as few and many are then summed alike. It must not depend on how many keys
+// there are, and on rows not beyond the border of few ones.
+TW_INLINE bool takes_parts(const tw_problem &p) { return !p.row_invariant && p.kv_heads && !takes_few_rows<float>(p); }
+
 // The same of derivatives: their sums do not depend on how many rows or keys there are, so neither may this.
 TW_INLINE bool differentiates_parts(const tw_problem &p) { return !p.row_invariant; }
 

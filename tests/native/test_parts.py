@@ -1,6 +1,6 @@
 """float32 and float16 in tile registers, in parts of bfloat16: as near to float64 as their type must be.
 
-A problem is multiplied in parts if its kv heads have more than 16 rows (query heads of the group times queries), and
+A problem is multiplied in parts if its kv heads have more than 8 rows (query heads of the group times queries), and
 rows may depend on their number. So the number of rows may change bits across this border; nothing else may.
 """
 
