@@ -12,6 +12,7 @@ import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 import pytest
 from accuracy import assert_accurate
+from support.parts_cases import run, same
 
 import tilewise as tw
 from tilewise.kernels.reference.arrays import float64
@@ -24,15 +25,6 @@ def _arrays(q_len: int, k_len: int, dim: int, value: int, dtype: str = "bfloat16
     rng = np.random.default_rng(q_len)
     shapes = [(1, 2, q_len, dim), (1, 2, k_len, dim), (1, 2, k_len, value)]
     return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
-
-
-def _run(q, k, v, **options):
-    return tw.attention(q, k, v, kernel="native", return_lse=True, **options)
-
-
-def _same(found, expected) -> None:
-    for got, other in zip(found, expected, strict=True):
-        assert got.tobytes() == other.tobytes()
 
 
 def _gradients(torch, q, k, v, d_out, **options):
@@ -75,7 +67,7 @@ def test_the_registers_are_given_back(tmp_path: Path) -> None:
     assert not helper.in_use() & tiles
     q, k, v = _arrays(100, 200, 64, 64)
     tw.set_num_threads(1)
-    _run(q, k, v, mask=tw.causal("end"))
+    run(q, k, v, mask=tw.causal("end"))
     after_forward = helper.in_use()
     _gradients(torch, q, k, v, q)
     tw.set_num_threads(0)
@@ -86,10 +78,10 @@ def test_beside_another_user_of_the_registers() -> None:
     torch = pytest.importorskip("torch")
     q, k, v = _arrays(100, 300, 64, 96)
     matrix = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected, product = _run(q, k, v), matrix @ matrix
+    expected, product = run(q, k, v), matrix @ matrix
     for _ in range(3):
         assert torch.equal(matrix @ matrix, product)
-        _same(_run(q, k, v), expected)
+        same(run(q, k, v), expected)
 
 
 _REFUSED = """
@@ -117,8 +109,8 @@ except RuntimeError as error:
 
 def test_a_refusal_is_said() -> None:
     # Linux grants no thread tiles that has a stack for signals on which they could not be saved.
-    run = subprocess.run([sys.executable, "-c", _REFUSED], capture_output=True, text=True, check=True)
-    lines = run.stdout.splitlines()
+    ended = subprocess.run([sys.executable, "-c", _REFUSED], capture_output=True, text=True, check=True)
+    lines = ended.stdout.splitlines()
     if lines == ["no such stack"]:
         pytest.skip("this system lets nobody have a signal stack that is too small for the registers")
     assert lines[0] == "False True avx512_bf16"
@@ -129,10 +121,10 @@ def test_a_refusal_is_said() -> None:
 @pytest.mark.parametrize("dtype, q_len", [("float32", 5), ("float64", 40), ("float16", 5)])
 def test_what_tiles_do_not_take_is_left_to_the_next_page(monkeypatch, dtype, q_len) -> None:
     q, k, v = _arrays(q_len, 70, 24, 24, dtype)
-    found = _run(q, k, v, mask=tw.causal("end"))
+    found = run(q, k, v, mask=tw.causal("end"))
     pages = _native.build_info()["supported_pages"]  # of a build for work on some pages, other ones
     monkeypatch.setenv("TILEWISE_ISA", pages[pages.index("amx_bf16") + 1])
-    _same(found, _run(q, k, v, mask=tw.causal("end")))
+    same(found, run(q, k, v, mask=tw.causal("end")))
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.7])
@@ -143,7 +135,7 @@ def test_scales_that_are_not_positive(scale, q_len, k_len) -> None:
     options = {"scale": scale, "mask": tw.window(20, 5, "end")}
     wide = [x.astype("float64") for x in (q, k, v)]
     exact = tw.attention(*wide, kernel="reference", allow_quadratic=True, return_lse=True, **options)
-    found = _run(q, k, v, **options)
+    found = run(q, k, v, **options)
     assert_accurate("out", found[0], exact[0])
     assert_accurate("lse", found[1], exact[1], dtype="float32")
 
@@ -155,7 +147,7 @@ def test_keys_far_below_add_nothing() -> None:
     k[:, :, 10:90, 0] = -90
     seen = np.ones((40, 96), bool)
     seen[:, 10:90] = False
-    _same(_run(q, k, v, scale=1.0), _run(q, k, v, scale=1.0, mask=tw.dense(seen)))
+    same(run(q, k, v, scale=1.0), run(q, k, v, scale=1.0, mask=tw.dense(seen)))
 
 
 def _spoilt(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -172,9 +164,9 @@ def test_values_that_only_some_rows_see(options) -> None:
     seen, keys = _spoilt(0)
     q, k, v = _arrays(45, 70, 24, 40)
     options = {"mask": tw.dense(seen), **options}
-    clean = _run(q, k, v, **options)
+    clean = run(q, k, v, **options)
     v[:, :, keys, 5], v[:, :, keys, 21] = np.nan, np.inf
-    out, lse = _run(q, k, v, **options)
+    out, lse = run(q, k, v, **options)
     assert lse.tobytes() == clean[1].tobytes()
     sees = seen[:, keys].any(1)
     assert sees.any() and not sees.all()
@@ -224,6 +216,6 @@ def test_threads_have_their_own_registers() -> None:
     answers = []
     for threads in (1, 3):
         tw.set_num_threads(threads)
-        answers.append(_run(q, k, v, mask=tw.causal("start")))
+        answers.append(run(q, k, v, mask=tw.causal("start")))
     tw.set_num_threads(0)
-    _same(answers[1], answers[0])
+    same(answers[1], answers[0])
