@@ -136,20 +136,13 @@ template <class T, class M> static size_t few_rows_bytes(const tw_problem &p) {
     return size_t(few_rows<A>) * row_bytes<M>(p) + size_t(FewTiles<M>::space(p) + widened_numbers<T, M>(p)) * sizeof(A);
 }
 
-// Scores of W keys with all rows, where widened keys do.
-template <class T, class M>
-TW_INLINE void widened_products(const tw_problem &p, const T *const *keys, Row<M> *const *rows, int64_t count, int j,
-                                sum_of<M> *widened, Ahead<T> &ahead) {
-    using A = sum_of<M>;
-    const A *own[lanes<A>];
-    TW_UNROLL(int l = 0; l < lanes<A>; ++l) {
-        A *const to = widened + l * padded<A>(p.head_dim);
-        widen_row(keys[l], p.head_dim, to);
-        own[l] = to;
-    }
+// Products of W keys with all rows; own: as they stand, or widened.
+template <class M, class K, class T>
+TW_INLINE void products_of_keys(const K *const *own, Row<M> *const *rows, int64_t count, int64_t dim, int j,
+                                Ahead<T> &ahead) {
     for (int64_t r = 0; r < count; ++r) {
         ahead.ask();
-        store(rows[r]->scores + j, dot_products<M>(own, rows[r]->query, p.head_dim));
+        store(rows[r]->scores + j, dot_products<M>(own, rows[r]->query, dim));
     }
 }
 
@@ -179,13 +172,13 @@ static void sweep_rows(const tw_problem &p, const tw_item &item, FewTiles<M> &ti
             TW_UNROLL(int l = 0; l < W; ++l) own[l] = keys[j + l < n ? j + l : n - 1];
             if constexpr (widens_keys<T, M>)
                 if (count > 1) {
-                    widened_products(p, own, rows, count, j, widened, ahead);
+                    const A *wide[W];
+                    TW_UNROLL(int l = 0; l < W; ++l) wide[l] = widened + l * padded<A>(p.head_dim);
+                    TW_UNROLL(int l = 0; l < W; ++l) widen_row(own[l], p.head_dim, widened + l * padded<A>(p.head_dim));
+                    products_of_keys(wide, rows, count, p.head_dim, j, ahead);
                     continue;
                 }
-            for (int64_t r = 0; r < count; ++r) {
-                ahead.ask();
-                store(rows[r]->scores + j, dot_products<M>(own, rows[r]->query, p.head_dim));
-            }
+            products_of_keys(own, rows, count, p.head_dim, j, ahead);
         }
         if (in_tiles) ahead.spread(1, count);
         for (int64_t r = 0; r < count; ++r) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from accuracy import assert_accurate
-from support.parts_cases import STRANGE_OF_TYPES
+from support.parts_cases import STRANGE_OF_TYPES, arrays
 
 import tilewise as tw
 
@@ -26,14 +26,11 @@ def threads():
 
 def _numbers(q_len, k_len, dim, value, heads=(4, 2), batch=2, dtype="float32"):
     """q, k, v and gradients of out and lse."""
-    rng = np.random.default_rng(q_len * k_len)
-    shapes = [(heads[0], q_len, dim), (heads[1], k_len, dim), (heads[1], k_len, value), (heads[0], q_len, value)]
-    types = [*[dtype] * 4, "float32"]
-    shapes.append((heads[0], q_len))
-    return [
-        torch.from_numpy(rng.standard_normal((batch, *shape)).astype(own))
-        for shape, own in zip(shapes, types, strict=True)
-    ]
+    rng = np.random.default_rng(q_len + k_len)
+    d_out = rng.standard_normal((batch, heads[0], q_len, value)).astype(dtype)
+    d_lse = rng.standard_normal((batch, heads[0], q_len)).astype("float32")
+    numbers = [*arrays(q_len, k_len, dim, value, heads, batch, dtype), d_out, d_lse]
+    return [torch.from_numpy(x) for x in numbers]
 
 
 def _native_attention(**options):

@@ -66,6 +66,8 @@ def onnxruntime(case: Case, data: dict[str, np.ndarray], dtype: str) -> Prepared
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # Its threads would wait in a loop after a run, on the cores of whoever is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         engine = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
     except Exception as error:  # the classes of its errors differ between versions
