@@ -1,5 +1,7 @@
 #include "core/cpu_features.h"
 
+#include "core/kernel_table.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -70,3 +72,13 @@ bool host_runs_neon_bf16() {
 }
 
 } // namespace tilewise
+
+// Measured by decoding from memory: on Zen 4 one stream was 1.15 to 1.3 times as fast as four and as fast as plain loads, on
+// Granite Rapids four were 1.16 times as fast as plain loads in order.
+int tw_read_streams(void) {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("amd") ? 1 : 4;
+#else
+    return 4;
+#endif
+}

@@ -35,6 +35,9 @@ struct tw_segment {
 // Kernels that may run for a tenth of a second ask it now and then; most often it costs reading a clock.
 int tw_given_up(void);
 
+// From how many places at once this processor reads memory fastest, its own prefetchers helping: 1 or 4.
+int tw_read_streams(void);
+
 // The kernels of one element type; none, where a page leaves it to the next one.
 struct tw_kernels {
     int64_t tile_rows;                         // query rows of one tile

@@ -109,8 +109,9 @@ template <class A> constexpr A log2_e = A(1.4426950408889634074);
 // A bias or a sink, of which a finite number stays finite in log2 units: beyond 2^125 (2^1021 in double) it becomes that,
 // which all scores vanish beside, too, and which all biases of a pair together (four and a table) may be. So the smallest
 // number of a type, often written for "unseen", is not taken for -inf.
+template <class A> constexpr A most_bias = sizeof(A) == 4 ? A(0x1p125f) : A(0x1p1021);
 template <class A> TW_INLINE vec<A> bounded(vec<A> x) {
-    const A most = sizeof(A) == 4 ? A(0x1p125f) : A(0x1p1021);
+    const A most = most_bias<A>;
 #if defined(__AVX512DQ__)
     // The smaller in size with the sign of the first, but for infinities and NaN.
     constexpr int smaller_in_size = 2, not_finite = 0x99;

@@ -86,41 +86,52 @@ TW_INLINE void values_across(Rows<T> rows, int j, int64_t d, int64_t left, uint6
 }
 
 // Keys and values of the block that is wanted next, asked for along the work on the one before: memory is the bound here.
-// The processor's own prefetchers follow addresses within a page of 4 KB and start anew in the next, and several pages at
-// once come faster than one after another; so each step takes a line of keys and of values from each quarter of the block.
+// The processor's own prefetchers follow addresses within a page of 4 KB and start anew in the next. Where several pages at
+// once come faster than one after another (tw_read_streams), the block is taken in four parts, and each step asks for a line
+// of keys and of values from each.
 template <class T> struct Ahead {
-    static constexpr int64_t quarter = block_keys / 4, line = 64 / int64_t(sizeof(T));
+    static constexpr int64_t line = 64 / int64_t(sizeof(T)), most_parts = 4;
     Rows<T> keys, values;
-    int64_t key_numbers, value_numbers; // of a row
-    int64_t row, column;                // of each quarter, the next to ask for; row = quarter: nothing is left
-    const T *key[4], *value[4];         // where that row begins
-    int64_t steps;                      // of each call of ask
+    int64_t key_numbers, value_numbers;           // of a row
+    int64_t parts, rows;                          // of the block: 1 or 4; of each part
+    int64_t row, column;                          // of each part, the next to ask for; row = rows: nothing is left
+    const T *key[most_parts], *value[most_parts]; // where that row begins
+    int64_t steps;                                // of each call of ask
 
     __attribute__((always_inline)) void enter_row(int64_t i) {
         row = i;
         column = 0;
-        TW_UNROLL(int q = 0; q < 4 && row < quarter; ++q) {
-            key[q] = keys[q * quarter + row];
-            value[q] = values[q * quarter + row];
+        if (row >= rows) return;
+        key[0] = keys[row];
+        value[0] = values[row];
+        if (parts == 1) return;
+        TW_UNROLL(int part = 1; part < most_parts; ++part) {
+            key[part] = keys[part * rows + row];
+            value[part] = values[part * rows + row];
         }
     }
 
-    // So many quarters of the lines will be asked for in so many calls.
+    // So many quarters of the lines will be asked for in so many calls: a few in each, for many at once would wait for one
+    // another.
     __attribute__((always_inline)) void spread(int64_t quarters, int64_t calls) {
         const int64_t longest = key_numbers > value_numbers ? key_numbers : value_numbers;
-        const int64_t all = (longest + line - 1) / line * quarters * (quarter / 4);
+        const int64_t all = (longest + line - 1) / line * rows * quarters / 4;
         steps = (all + calls - 1) / calls;
     }
 
     __attribute__((always_inline)) void ask() {
-        for (int64_t n = 0; n < steps && row < quarter; ++n) {
-            TW_UNROLL(int q = 0; q < 4; ++q) {
-                if (column < key_numbers) __builtin_prefetch(key[q] + column, 0, 2);
-                if (column < value_numbers) __builtin_prefetch(value[q] + column, 0, 2);
-            }
+        for (int64_t n = 0; n < steps && row < rows; ++n) {
+            ask_for_lines(0);
+            if (parts != 1)
+                TW_UNROLL(int part = 1; part < most_parts; ++part) ask_for_lines(part);
             column += line;
             if (column >= key_numbers && column >= value_numbers) enter_row(row + 1);
         }
+    }
+
+    __attribute__((always_inline)) void ask_for_lines(int part) {
+        if (column < key_numbers) __builtin_prefetch(key[part] + column, 0, 2);
+        if (column < value_numbers) __builtin_prefetch(value[part] + column, 0, 2);
     }
 };
 

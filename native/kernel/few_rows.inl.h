@@ -105,7 +105,6 @@ template <class T>
 static Ahead<T> block_after(const tw_problem &p, const tw_item &item, int64_t key, const T **each_key,
                             const T **each_value) {
     Ahead<T> ahead = {};
-    ahead.row = ahead.quarter;
     const tw_item *of = &item;
     key += block_keys;
     if (key >= item.key_end) {
@@ -118,6 +117,8 @@ static Ahead<T> block_after(const tw_problem &p, const tw_item &item, int64_t ke
     ahead.values = key_rows(p, p.v, of->b, of->kv_head, key, block_keys, each_value);
     ahead.key_numbers = p.head_dim;
     ahead.value_numbers = p.value_dim;
+    ahead.parts = tw_read_streams();
+    ahead.rows = block_keys / ahead.parts;
     ahead.enter_row(0);
     return ahead;
 }

@@ -38,89 +38,98 @@ TW_INLINE const T *bias_row(const tw_bias &own, int64_t b, const Tile<M> &tile, 
            tile.i[lane] * own.stride_i + key * own.stride_j;
 }
 
-// A block's sum of biases as it is made: the first array is written, the others are added to what is there. What adds to it
-// returns the least of its numbers in some lane, or 0.
-template <class A> struct BiasSum {
-    A *bias; // [keys][width]
+// Where a block's numbers of one array go: [keys][width]. What puts them there returns the largest of their sizes in some
+// lane, as bits, which of infinities and NaN are larger than any number's: what is not as `bounded` leaves it is seen to
+// afterwards, and rarely (`bound_block`).
+template <class A> struct BiasBlock {
+    A *bias;
     int width;
-    bool adds;
 };
-template <class A> TW_INLINE vec<A> smaller(vec<A> a, vec<A> b) { return b < a ? b : a; }
-template <class A> TW_INLINE void put(const BiasSum<A> &sum, int64_t at, vec<A> x, vec<A> &least) {
-    least = smaller<A>(least, x);
-    store(sum.bias + at, sum.adds ? load(sum.bias + at) + x : x);
+template <class A> TW_INLINE ivec<A> size_of(vec<A> x) { return (ivec<A>)x & ~((ivec<A>)splat(A(-0.0))); }
+template <class A> TW_INLINE ivec<A> larger_size(ivec<A> a, ivec<A> b) { return a > b ? a : b; }
+template <class A> TW_INLINE void put(const BiasBlock<A> &block, int64_t at, vec<A> x, ivec<A> &size) {
+    size = larger_size<A>(size, size_of<A>(x));
+    store(block.bias + at, x);
 }
 
 // W rows' biases for n keys, where each row's keys stand beside each other, in the lanes from `first`: W by W numbers at a
 // time, through a transposition in registers.
-template <class A, class T> static vec<A> put_rows(const T *const *rows, int n, int first, BiasSum<A> sum) {
+template <class A, class T> static ivec<A> put_rows(const T *const *rows, int n, int first, BiasBlock<A> block) {
     constexpr int W = lanes<A>;
-    vec<A> least = {};
-    for (int j = 0; j < n; j += W) {
-        vec<A> x[W];
-        TW_UNROLL(int l = 0; l < W; ++l) x[l] = j + W <= n ? widen(rows[l] + j) : widen_first(rows[l] + j, n - j);
+    ivec<A> size = {};
+    vec<A> x[W];
+    int j = 0;
+    for (; j + W <= n; j += W) {
+        TW_UNROLL(int l = 0; l < W; ++l) x[l] = widen(rows[l] + j);
         transpose<A>(x);
-        TW_UNROLL(int i = 0; i < W; ++i)
-            if (j + i < n) put(sum, (j + i) * sum.width + first, bounded<A>(x[i]), least);
+        TW_UNROLL(int i = 0; i < W; ++i) put(block, (j + i) * block.width + first, x[i], size);
     }
-    return least;
+    if (j == n) return size;
+    TW_UNROLL(int l = 0; l < W; ++l) x[l] = widen_first(rows[l] + j, n - j);
+    transpose<A>(x);
+    TW_UNROLL(int i = 0; i < W; ++i)
+        if (j + i < n) put(block, (j + i) * block.width + first, x[i], size);
+    return size;
 }
 
 // The same where the lanes stand beside each other, `stride` numbers from key to key.
-template <class A, class T> static vec<A> put_keys(const T *row, int64_t stride, int n, int first, BiasSum<A> sum) {
-    vec<A> least = {};
-    for (int j = 0; j < n; ++j, row += stride) put(sum, j * sum.width + first, bounded<A>(widen(row)), least);
-    return least;
+template <class A, class T>
+static ivec<A> put_keys(const T *row, int64_t stride, int n, int first, BiasBlock<A> block) {
+    ivec<A> size = {};
+    for (int j = 0; j < n; ++j, row += stride) put(block, j * block.width + first, widen(row), size);
+    return size;
 }
 
 // The same where all lanes read one row.
-template <class A, class T> static vec<A> put_row(const T *row, int n, int first, BiasSum<A> sum) {
+template <class A, class T> static ivec<A> put_row(const T *row, int n, int first, BiasBlock<A> block) {
     constexpr int W = lanes<A>;
-    vec<A> least = {};
+    ivec<A> size = {};
     for (int j = 0; j < n; j += W) {
         A numbers[W];
-        store(numbers, bounded<A>(j + W <= n ? widen(row + j) : widen_first(row + j, n - j)));
-        for (int i = 0; i < W && j + i < n; ++i) put(sum, (j + i) * sum.width + first, splat(numbers[i]), least);
+        store(numbers, j + W <= n ? widen(row + j) : widen_first(row + j, n - j));
+        for (int i = 0; i < W && j + i < n; ++i) put(block, (j + i) * block.width + first, splat(numbers[i]), size);
     }
-    return least;
+    return size;
 }
 
 // The same in one lane, number after number.
 template <class A>
-static vec<A> put_numbers(const void *data, int32_t dtype, int64_t row, int64_t stride, int n, int lane,
-                          BiasSum<A> sum) {
-    A least = 0;
+static ivec<A> put_numbers(const void *data, int32_t dtype, int64_t row, int64_t stride, int n, int lane,
+                           BiasBlock<A> block) {
+    ivec<A> size = {};
     for (int j = 0; j < n; ++j) {
-        const A x = bounded<A>(bias_at<A>(data, dtype, row + j * stride));
-        A &to = sum.bias[j * sum.width + lane];
-        to = sum.adds ? to + x : x;
-        least = x < least ? x : least;
+        const A x = bias_at<A>(data, dtype, row + j * stride);
+        block.bias[j * block.width + lane] = x;
+        size = larger_size<A>(size, size_of<A>(splat(x)));
     }
-    return splat(least);
+    return size;
 }
 
 // Adds every bias of row (b, h, i) for n keys from `key` to bias[0], bias[1], ...
 template <class A>
 TW_INLINE void add_biases(const tw_problem &p, int64_t b, int64_t h, int64_t i, int64_t key, int n, A *bias) {
-    const BiasSum<A> sum = {bias, 1, true};
+    const auto add = [&](const void *data, int32_t dtype, int64_t row, int64_t stride) {
+        for (int j = 0; j < n; ++j) bias[j] += bounded<A>(bias_at<A>(data, dtype, row + j * stride));
+    };
     for (int t = 0; t < p.bias_count; ++t) {
         const tw_bias &own = p.bias[t];
         const int64_t row = b * own.stride_b + h * own.stride_h + i * own.stride_i + key * own.stride_j;
-        put_numbers<A>(own.data, own.dtype, row, own.stride_j, n, 0, sum);
+        add(own.data, own.dtype, row, own.stride_j);
     }
     if (p.table.data) {
         const int64_t row = b * p.table.stride_b + h * p.table.stride_h + key - i + p.q_len - 1;
-        put_numbers<A>(p.table.data, sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64, row, 1, n, 0, sum);
+        add(p.table.data, sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64, row, 1);
     }
 }
 
 // One bias, of type T, in all lanes.
 template <class T, class M>
-static vec<sum_of<M>> put_bias(const tw_bias &own, int64_t b, const Tile<M> &tile, int64_t key, int n,
-                               BiasSum<sum_of<M>> sum) {
+static ivec<sum_of<M>> put_bias(const tw_bias &own, int64_t b, const Tile<M> &tile, int64_t key, int n,
+                                BiasBlock<sum_of<M>> block) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
-    vec<A> least = {};
+    ivec<A> size = {};
+    const auto note = [&](ivec<A> own) { size = larger_size<A>(size, own); };
     for (int first = 0; first < tile.width; first += W) {
         const T *rows[W];
         bool beside = true, same = true; // whether the lanes' rows stand beside each other, or are one
@@ -130,25 +139,42 @@ static vec<sum_of<M>> put_bias(const tw_bias &own, int64_t b, const Tile<M> &til
             same = same && rows[l] == rows[0];
         }
         if (own.stride_j == 1 && same)
-            least = smaller<A>(least, put_row<A>(rows[0], n, first, sum));
+            note(put_row<A>(rows[0], n, first, block));
         else if (own.stride_j == 1)
-            least = smaller<A>(least, put_rows<A>(rows, n, first, sum));
+            note(put_rows<A>(rows, n, first, block));
         else if (beside)
-            least = smaller<A>(least, put_keys<A>(rows[0], own.stride_j, n, first, sum));
+            note(put_keys<A>(rows[0], own.stride_j, n, first, block));
         else
-            for (int l = 0; l < W; ++l)
-                least = smaller<A>(least, put_numbers<A>(rows[l], own.dtype, 0, own.stride_j, n, first + l, sum));
+            for (int l = 0; l < W; ++l) note(put_numbers<A>(rows[l], own.dtype, 0, own.stride_j, n, first + l, block));
     }
-    return least;
+    return size;
+}
+
+// One bias, of whatever type.
+template <class M>
+static ivec<sum_of<M>> put_array(const tw_bias &own, int64_t b, const Tile<M> &tile, int64_t key, int n,
+                                 BiasBlock<sum_of<M>> block) {
+    using A = sum_of<M>;
+    if (own.dtype == (sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64)) return put_bias<A>(own, b, tile, key, n, block);
+    if constexpr (sizeof(A) == 4) {
+        if (own.dtype == TW_BFLOAT16) return put_bias<bfloat>(own, b, tile, key, n, block);
+        if (own.dtype == TW_FLOAT16) return put_bias<half>(own, b, tile, key, n, block);
+    }
+    ivec<A> size = {};
+    for (int l = 0; l < tile.width; ++l) {
+        const int64_t row = b * own.stride_b + tile.h[l] * own.stride_h + tile.i[l] * own.stride_i + key * own.stride_j;
+        size = larger_size<A>(size, put_numbers<A>(own.data, own.dtype, row, own.stride_j, n, l, block));
+    }
+    return size;
 }
 
 // The table: lanes of consecutive queries read consecutive numbers of it, the last query first.
 template <class M>
-static vec<sum_of<M>> put_table(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n,
-                                BiasSum<sum_of<M>> sum) {
+static ivec<sum_of<M>> put_table(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n,
+                                 BiasBlock<sum_of<M>> block) {
     using A = sum_of<M>;
     constexpr int W = lanes<A>;
-    vec<A> least = {};
+    ivec<A> size = {};
     for (int first = 0; first < tile.width; first += W) {
         const A *rows[W];
         bool beside = true;
@@ -159,46 +185,42 @@ static vec<sum_of<M>> put_table(const tw_problem &p, int64_t b, const Tile<M> &t
             beside = beside && rows[l] == rows[0] - l;
         }
         if (!beside) {
-            least = smaller<A>(least, put_rows<A>(rows, n, first, sum));
+            size = larger_size<A>(size, put_rows<A>(rows, n, first, block));
             continue;
         }
         for (int j = 0; j < n; ++j)
-            put(sum, j * sum.width + first, bounded<A>(reversed<A>(load(rows[W - 1] + j), first_indices<W>{})), least);
+            put(block, j * block.width + first, reversed<A>(load(rows[W - 1] + j), first_indices<W>{}), size);
     }
-    return least;
+    return size;
+}
+
+// Makes the numbers of a block what they are in scores (`bounded`). Returns whether -inf is among them.
+template <class A> TW_RARE bool bound_block(BiasBlock<A> block, int n) {
+    ivec<A> barring = {};
+    for (int64_t at = 0; at < int64_t(n) * block.width; at += lanes<A>) {
+        const vec<A> x = bounded<A>(load(block.bias + at));
+        barring |= x == -A(__builtin_inf());
+        store(block.bias + at, x);
+    }
+    return lane_bits(barring) != 0;
 }
 
 // The sum of all biases and the table for n keys. Returns whether -inf is among them.
 template <class M>
 static bool gather_bias(const tw_problem &p, int64_t b, const Tile<M> &tile, int64_t key, int n, sum_of<M> *bias) {
     using A = sum_of<M>;
-    BiasSum<A> sum = {bias, tile.width, false};
-    vec<A> least = {};
-    const auto note = [&](vec<A> x) { least = smaller<A>(least, x); };
-    for (int t = 0; t < p.bias_count; ++t, sum.adds = true) {
-        const tw_bias &own = p.bias[t];
-        if (own.dtype == (sizeof(A) == 4 ? TW_FLOAT32 : TW_FLOAT64)) {
-            note(put_bias<A>(own, b, tile, key, n, sum));
-            continue;
-        }
-        if constexpr (sizeof(A) == 4) {
-            if (own.dtype == TW_BFLOAT16) {
-                note(put_bias<bfloat>(own, b, tile, key, n, sum));
-                continue;
-            }
-            if (own.dtype == TW_FLOAT16) {
-                note(put_bias<half>(own, b, tile, key, n, sum));
-                continue;
-            }
-        }
-        for (int l = 0; l < tile.width; ++l) {
-            const int64_t row =
-                b * own.stride_b + tile.h[l] * own.stride_h + tile.i[l] * own.stride_i + key * own.stride_j;
-            note(put_numbers<A>(own.data, own.dtype, row, own.stride_j, n, l, sum));
-        }
+    const int arrays = p.bias_count + (p.table.data != nullptr);
+    A another[TW_TILE_VECTORS * lanes<A> * block_keys];
+    bool bars = false;
+    for (int t = 0; t < arrays; ++t) {
+        const BiasBlock<A> block = {t ? another : bias, tile.width};
+        const ivec<A> size =
+            t < p.bias_count ? put_array(p.bias[t], b, tile, key, n, block) : put_table(p, b, tile, key, n, block);
+        if (lane_bits(size > (ivec<A>)splat(most_bias<A>))) bars |= bound_block(block, n);
+        for (int64_t at = 0; t && at < int64_t(n) * tile.width; at += lanes<A>)
+            store(bias + at, load(bias + at) + load(another + at));
     }
-    if (p.table.data) note(put_table(p, b, tile, key, n, sum));
-    return lane_bits(least == -A(__builtin_inf())) != 0;
+    return bars;
 }
 
 // Asks for what gather_bias will read of the tile's next block, a share of its rows at each of `turns` turns: most often it
