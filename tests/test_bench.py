@@ -89,8 +89,9 @@ def test_pages_are_each_sequences_own():
 
 def test_options_are_held_against_the_same_case_without_them():
     case = Case("", 1, 2, 2, 40, 40, 8, "causal, dense", "training", True)
-    result = measure.measure(case, "float32", ["tilewise", PLAIN, "torch"], 100.0, 0.0, lambda text: None)
+    result = measure.measure(case, "float32", ["tilewise", PLAIN, "torch"], lambda: 100.0, 0.0, lambda text: None)
     assert set(result.seconds) == {"tilewise", PLAIN} and set(result.refusals) == {"torch"}
+    assert result.peak == 100 and result.share == pytest.approx(result.rate / 100)
     assert question(PLAIN, replace(case, options=False)) is None
     # What the options change is noticed: without them the result is another.
     run, answers = PEERS[PLAIN][1](case.plain(), arrays(case), "float32")
@@ -103,7 +104,7 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
     monkeypatch.setitem(
         PEERS, "wrong", (("torch",), lambda case, data, dtype: right[1](replace(case, mask="full"), data, dtype))
     )
-    result = measure.measure(case, "float32", ["tilewise", "wrong"], 100.0, 0.0, lambda text: None)
+    result = measure.measure(case, "float32", ["tilewise", "wrong"], lambda: 100.0, 0.0, lambda text: None)
     assert set(result.seconds) == {"tilewise"} and result.refusals["wrong"].startswith("wrong by")
 
 

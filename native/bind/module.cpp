@@ -210,6 +210,26 @@ double peak_gflops(int threads, double seconds, int dtype) {
     return total;
 }
 
+// GB/s at which `threads` threads read `count` numbers, each its own part of them in order.
+double read_gbps(uintptr_t address, int64_t count, int threads) {
+    if (threads <= 0) threads = default_threads();
+    struct Probe {
+        const float *numbers;
+        int64_t share;
+    } probe{reinterpret_cast<const float *>(address), count / threads};
+    nb::gil_scoped_release unlocked;
+    const auto begin = std::chrono::steady_clock::now();
+    parallel_for(
+        threads, threads,
+        [](void *context, int64_t index, int) {
+            const Probe &own = *static_cast<Probe *>(context);
+            page_of(TW_FLOAT32)->read_probe(own.numbers + index * own.share, own.share);
+        },
+        &probe);
+    const double passed = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    return double(probe.share * threads) * sizeof(float) / passed / 1e9;
+}
+
 void set_num_threads(int threads) {
     if (threads < 0) throw nb::value_error("threads: must be positive, or 0 for the default");
     set_default_threads(threads);
@@ -253,6 +273,8 @@ NB_MODULE(_native, m) {
         "address"_a, "bytes"_a, "For memory that is about to be filled; less than 4 MB is left alone.");
     m.def("peak_gflops", &peak_gflops, "threads"_a = 0, "seconds"_a = 0.05, "dtype"_a = 0,
           "Measured peak of the products that the kernels of a dtype (a tw_dtype number) are made of, GFLOP/s.");
+    m.def("read_gbps", &read_gbps, "address"_a, "count"_a, "threads"_a = 0,
+          "GB/s at which all threads together read `count` float32 numbers, each its own part in order.");
     m.def("philox_word", &philox_word, "seed"_a, "stream"_a, "index"_a,
           "First word of Philox4x32-10 for counter (index, stream), as the page in use draws it.");
     m.def("xla_forward", [] { return nb::capsule(reinterpret_cast<void *>(&tw_xla_forward)); }, "Capsule for jax.ffi.");

@@ -68,6 +68,8 @@ struct tw_kernel_table {
     // For each type: keeps the units that its products run on busy for `steps` rounds on twelve numbers; returns the
     // operations done.
     double (*peak_probes[TW_DTYPES])(int64_t steps, float *twelve);
+    // Reads `count` numbers as fast as plain loads do, and returns something of them.
+    float (*read_probe)(const float *numbers, int64_t count);
     // The first Philox word of `count` counters (index[l], stream): the dropout of the kernels, for tests.
     void (*philox)(uint64_t seed, uint64_t stream, const uint64_t *index, int count, uint32_t *words);
 };

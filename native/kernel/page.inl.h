@@ -90,5 +90,6 @@ const tw_kernel_table TW_PAGE = {
      kernels_of<bfloat, bfloat_products>()},
     {peak_probe<Singles<float>>, peak_probe<Singles<double>>, peak_probe<Singles<float>>, peak_probe<bfloat_products>},
 #endif
+    read_probe,
     philox};
 }

@@ -11,6 +11,15 @@ static double tile_peak_probe(int64_t steps) {
 }
 #endif
 
+// Reads numbers, whole vectors of them, four at a time, in the order of memory.
+static float read_probe(const float *from, int64_t count) {
+    constexpr int W = lanes<float>;
+    vf sum[4] = {};
+    for (int64_t at = 0; at + 4 * W <= count; at += 4 * W)
+        TW_UNROLL(int i = 0; i < 4; ++i) sum[i] += load(from + at + i * W);
+    return ((sum[0] + sum[1]) + (sum[2] + sum[3]))[0];
+}
+
 // The peak of this page: twelve independent chains of the products that a type's kernels are made of, nothing loaded,
 // nothing stored; for tile registers four, as many as there are for sums. Their starts come from memory, so that the
 // compiler can neither foresee a chain nor join two.

@@ -156,6 +156,11 @@ def test_peak_is_measured(dtype) -> None:
         _native.peak_gflops(1, 0.01, 4)
 
 
+def test_reading_is_measured() -> None:
+    numbers = np.ones(1 << 20, np.float32)
+    assert _native.read_gbps(numbers.ctypes.data, numbers.size, 2) > 0.1
+
+
 def test_a_caller_that_flushes_denormals_changes_no_bit():
     """XLA's threads do; and a worker starts with the mode of the thread that started it."""
     program = """if True:

@@ -61,12 +61,12 @@ def _bench(cases: list[Case], dtypes: list[str], peer: list[str] | None, seconds
     results = []
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), transient=True) as progress:
         task = progress.add_task("the machine's own peaks", total=len(cases) * len(dtypes))
-        peaks = measure.peaks()
+        peaks, limits = measure.peaks(), measure.limits()
         for case in cases:
             for dtype in dtypes:
-                peak = peaks["read" if case.kind == "decode" else dtype]
+                limit = limits["read" if case.kind == "decode" else dtype]
                 result = measure.measure(
-                    case, dtype, names, peak, seconds, lambda text: progress.update(task, description=text)
+                    case, dtype, names, limit, seconds, lambda text: progress.update(task, description=text)
                 )
                 results.append(result)
                 progress.advance(task)
