@@ -19,8 +19,8 @@ from .peers import PEERS, Refused, question
 from .runs import Answers
 
 _ROWS = 10  # query rows that are held against float64, beside the first and the last
-# Of these, relative; inputs are rounded too. Who rounds float16 to bfloat16 on the way, as OpenVINO does where the processor
-# multiplies that faster, is wrong by 4e-3 and more, others by less than 1e-3.
+# Of these, relative; inputs are rounded too. Who rounds float16 to bfloat16 on the way, as OpenVINO does where the
+# processor multiplies that faster, is wrong by 4e-3 and more, others by less than 1e-3.
 _MOST_ERROR = {"float32": 2e-5, "float16": 2.5e-3, "bfloat16": 4e-2}
 
 
