@@ -6,7 +6,7 @@
 struct Pairs {
     using sum = float;
     using unit = int32_t; // the first number in the low half
-    static constexpr int numbers = 2;
+    static constexpr int numbers = 2, parts = 1;
     static constexpr bool tiled = false;
 };
 
