@@ -72,7 +72,14 @@ FORBIDDEN = ["ses" + "sion", "ag" + "ent", "work" + "place", "/wo" + "rk/", "/tm
              "anthro" + "pic", "language" + " model wrote", "pypi-" + "more", "opt/" + "pypi"]  # fmt: skip
 # A word may stand inside a name that is not ours to choose.
 ALLOWED = re.compile(
-    r"cpu_ag" + r"ent|user-ag" + r"ent|InferenceSes" + r"sion|pytest_ses" + r"sion\w*|scope=.ses" + r"sion", re.I
+    r"cpu_ag"
+    + r"ent|user-ag"
+    + r"ent|InferenceSes"
+    + r"sion|pytest_ses"
+    + r"sion\w*|scope=.ses"
+    + r"sion|ses"
+    + r"sion\.force_spinning_stop",
+    re.I,
 )
 
 

@@ -291,7 +291,12 @@ def isa() -> str:
 def build_info() -> dict[str, Any]:
     """As tilewise._native.build_info, as far as tests ask."""
     compiled, supported, _ = ask(PAGES)[0].split(";")
-    return {"compiler": "cross", "pages": tuple(compiled.split()), "supported_pages": tuple(supported.split())}
+    return {
+        "compiler": "cross",
+        "pages": tuple(compiled.split()),
+        "supported_pages": tuple(supported.split()),
+        "refused_pages": {},
+    }
 
 
 def num_threads() -> int:
