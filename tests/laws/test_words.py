@@ -72,13 +72,9 @@ FORBIDDEN = ["ses" + "sion", "ag" + "ent", "work" + "place", "/wo" + "rk/", "/tm
              "anthro" + "pic", "language" + " model wrote", "pypi-" + "more", "opt/" + "pypi"]  # fmt: skip
 # A word may stand inside a name that is not ours to choose.
 ALLOWED = re.compile(
-    r"cpu_ag"
-    + r"ent|user-ag"
-    + r"ent|InferenceSes"
-    + r"sion|pytest_ses"
-    + r"sion\w*|scope=.ses"
-    + r"sion|ses"
-    + r"sion\.force_spinning_stop",
+    r"cpu_AG|user-AG|InferenceSES|pytest_SES\w*|scope=.SES|add_SES_config_entry|SES\.force_spinning_stop".replace(
+        "AG", "ag" + "ent"
+    ).replace("SES", "ses" + "sion"),
     re.I,
 )
 
