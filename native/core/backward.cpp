@@ -4,7 +4,8 @@
 // segment in key order: a segment that comes too early waits at that tile. Segments are started in that order, so the
 // one waited for is always running, and no sum depends on how many segments or threads there are. A sum along a
 // diagonal has later rows in later segments: when a segment comes to a tile, those before it have passed that tile, and
-// so every earlier row, too.
+// so every earlier row, too. Heads that add to the same array (a bias broadcast over them) do so in their order, by the
+// same rule: a head waits at each tile for the one before, behind which it runs.
 #include <string.h>
 
 #include <algorithm>
@@ -23,15 +24,14 @@ namespace {
 constexpr int64_t segment_keys = 512, shortest_segment = 128, most_segments = 64; // a bit each in tw_segment.done
 constexpr size_t wave_bytes = size_t(32) << 20; // records of the heads that run together
 
-// Heads run in waves, so that records take bounded memory. Heads that add into the same array (a bias broadcast over
-// them) form one class, and run one after another within each segment.
+// Heads run in waves, so that records take bounded memory.
 struct Call {
     const tw_problem *problem;
     const tw_gradients *gradients;
     const tw_kernels *kernels;
-    bool shared_b, shared_h;
+    bool shared_b, shared_h;       // whether batch rows, or kv heads, add to the same array
     int64_t first_head, last_head; // of the wave; head = b * kv_heads + kv_head
-    int64_t tiles, segments, keys, classes;
+    int64_t tiles, segments, keys;
     size_t record_bytes, scratch_bytes;
     uint64_t *done;
     char *records, *scratch;
@@ -39,10 +39,16 @@ struct Call {
     char *record(int64_t head, int64_t tile) const {
         return records + size_t((head - first_head) * tiles + tile) * record_bytes;
     }
-    int64_t class_of(int64_t head) const {
+    uint64_t *done_of(int64_t head) const { return done + (head - first_head) * tiles; }
+    // The same of the head of this wave that adds to the same array before `head`, or NULL.
+    const uint64_t *done_before(int64_t head) const {
         const int64_t kv_heads = problem->kv_heads;
-        if (shared_b) return shared_h ? 0 : head % kv_heads;
-        return shared_h ? head / kv_heads - first_head / kv_heads : head - first_head;
+        int64_t before = -1;
+        if (shared_h && (shared_b || head % kv_heads))
+            before = head - 1;
+        else if (shared_b)
+            before = head - kv_heads;
+        return before < first_head ? nullptr : done_of(before);
     }
 };
 
@@ -60,20 +66,19 @@ void open_tile(void *context, int64_t index, int worker) {
 
 void run_segment(void *context, int64_t index, int worker) {
     const Call &c = *static_cast<const Call *>(context);
-    const int64_t number = index / c.classes, begin = number * c.keys, kv_heads = c.problem->kv_heads;
-    for (int64_t head = c.first_head; head < c.last_head; ++head) {
-        if (c.class_of(head) != index % c.classes) continue;
-        const tw_segment segment = {head / kv_heads,
-                                    head % kv_heads,
-                                    begin,
-                                    std::min(c.problem->k_len, begin + c.keys),
-                                    c.record(head, 0),
-                                    c.done + (head - c.first_head) * c.tiles,
-                                    number,
-                                    c.tiles,
-                                    rest};
-        c.kernels->run_segment(c.problem, c.gradients, &segment, c.scratch + size_t(worker) * c.scratch_bytes);
-    }
+    const int64_t heads = c.last_head - c.first_head, head = c.first_head + index % heads;
+    const int64_t number = index / heads, begin = number * c.keys, kv_heads = c.problem->kv_heads;
+    const tw_segment segment = {head / kv_heads,
+                                head % kv_heads,
+                                begin,
+                                std::min(c.problem->k_len, begin + c.keys),
+                                c.record(head, 0),
+                                c.done_of(head),
+                                c.done_before(head),
+                                number,
+                                c.tiles,
+                                rest};
+    c.kernels->run_segment(c.problem, c.gradients, &segment, c.scratch + size_t(worker) * c.scratch_bytes);
 }
 
 void close_tile(void *context, int64_t index, int) {
@@ -117,7 +122,7 @@ int run_backward(const tw_problem &p, const tw_gradients &g, const char **messag
     // Short segments where heads alone do not fill the threads.
     const auto segments_of = [&p](int64_t keys) { return std::max<int64_t>(1, (p.k_len + keys - 1) / keys); };
     c.keys = segment_keys;
-    while (c.keys > shortest_segment && wave * segments_of(c.keys) < 2 * int64_t(threads)) c.keys /= 2;
+    while (c.keys > shortest_segment && wave * segments_of(c.keys) < 4 * int64_t(threads)) c.keys /= 2;
     const int64_t fewest = (p.k_len + most_segments - 1) / most_segments;
     c.keys = std::max(c.keys, (fewest + TW_BIT_TILE - 1) / TW_BIT_TILE * TW_BIT_TILE);
     c.segments = segments_of(c.keys);
@@ -135,11 +140,10 @@ int run_backward(const tw_problem &p, const tw_gradients &g, const char **messag
 
     for (c.first_head = 0; c.first_head < heads; c.first_head = c.last_head) {
         c.last_head = std::min(heads, c.first_head + wave);
-        c.classes = c.shared_b ? (c.shared_h ? 1 : p.kv_heads) : c.class_of(c.last_head - 1) + 1;
-        const int64_t tiles = (c.last_head - c.first_head) * c.tiles;
+        const int64_t wave_heads = c.last_head - c.first_head, tiles = wave_heads * c.tiles;
         memset(c.done, 0, size_t(tiles) * sizeof(uint64_t));
         parallel_for(tiles, threads, open_tile, &c);
-        if (p.k_len) parallel_for(c.segments * c.classes, threads, run_segment, &c);
+        if (p.k_len) parallel_for(c.segments * wave_heads, threads, run_segment, &c);
         if (g.d_q.data) parallel_for(tiles, threads, close_tile, &c);
         if (g.sinks) parallel_for(p.kv_heads, threads, close_sinks, &c);
     }

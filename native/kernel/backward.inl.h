@@ -102,13 +102,16 @@ static void add_gradients(const tw_tensor &to, const Slopes<M> &s, const sum_of<
     }
 }
 
-// Waits until the segments before this one have passed a tile: what it gathers, they add in the order of keys. False where
-// the call was given up, as perhaps was the segment waited for.
+// Waits until the segments before this one have passed a tile: what it gathers, they add in the order of keys; and until
+// the head before has been here, if heads add to the same array. False where the call was given up, as perhaps was the
+// segment waited for.
 TW_INLINE bool wait_for_turn(const tw_segment &segment, int64_t tile) {
-    const uint64_t before = (uint64_t(1) << segment.number) - 1;
+    const uint64_t own = uint64_t(1) << segment.number, lower = own - 1;
     for (int tries = 0;; ++tries) {
         if (tw_given_up()) return false;
-        if ((__atomic_load_n(segment.done + tile, __ATOMIC_ACQUIRE) & before) == before) return true;
+        if ((__atomic_load_n(segment.done + tile, __ATOMIC_ACQUIRE) & lower) == lower &&
+            (!segment.before || __atomic_load_n(segment.before + tile, __ATOMIC_ACQUIRE) & own))
+            return true;
         segment.rest(tries);
     }
 }
