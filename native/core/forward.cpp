@@ -80,6 +80,22 @@ int64_t tiles_of(const tw_problem &p, const tw_kernels &kernels) {
     return tiles;
 }
 
+// Tiles of an item, at most `most` and at least half of it, so that as many items fall on one thread as on another: `heads`
+// heads of `tiles` tiles each are cut alike. An item's own cost, above all to bring its keys, is taken for that of a tile.
+int64_t even_tiles(int64_t tiles, int64_t most, int64_t heads, int threads) {
+    int64_t best = most;
+    double least = 0;
+    const int64_t fewest = (tiles + most - 1) / most;
+    for (int64_t cuts = fewest; cuts <= std::min(2 * fewest, tiles); ++cuts) {
+        const double cost = double((heads * cuts + threads - 1) / threads) * (double(tiles) / double(cuts) + 1);
+        if (least == 0 || cost < least) {
+            least = cost;
+            best = (tiles + cuts - 1) / cuts;
+        }
+    }
+    return best;
+}
+
 // How a problem is cut. The cut into splits depends on its own sizes alone; that into items changes no bit.
 struct Cut {
     int64_t rows = 0, heads = 0, group = 1, tiles = 0, splits = 1, rows_per_item = 0, cuts = 0, count = 0;
@@ -103,6 +119,7 @@ Cut cut_of(const tw_problem &p, const tw_kernels &kernels, int64_t tiles_in_call
     c.tiles = std::clamp<int64_t>(int64_t(tiles_bytes() / tile_bytes), 1, most_tiles_of_item);
     c.tiles = std::min(c.tiles, std::max<int64_t>(1, tiles_in_call / (4 * int64_t(threads))));
     c.tiles = std::min(c.tiles, tiles_in_all);
+    if (tiles_in_call == c.heads * tiles_in_all) c.tiles = even_tiles(tiles_in_all, c.tiles, c.heads, threads);
 
     const bool split = c.group * p.q_len <= split_rows_at_most && p.k_len > split_keys;
     if (split) {
