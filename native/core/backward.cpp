@@ -5,11 +5,12 @@
 // one waited for is always running, and no sum depends on how many segments or threads there are. A sum along a
 // diagonal has later rows in later segments: when a segment comes to a tile, those before it have passed that tile, and
 // so every earlier row, too. Heads that add to the same array (a bias broadcast over them) do so in their order, by the
-// same rule: a head waits at each tile for the one before, behind which it runs.
+// same rule; so that few wait, a segment of one head runs beside the segment before of the next head.
 #include <string.h>
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -34,21 +35,23 @@ struct Call {
     int64_t tiles, segments, keys;
     size_t record_bytes, scratch_bytes;
     uint64_t *done;
+    int64_t *order; // of the wave's segments: number * heads + head
     char *records, *scratch;
 
     char *record(int64_t head, int64_t tile) const {
         return records + size_t((head - first_head) * tiles + tile) * record_bytes;
     }
+    // How many heads of those that add to the same array come before this one.
+    int64_t rank(int64_t head) const {
+        const int64_t kv_heads = problem->kv_heads;
+        if (shared_b) return shared_h ? head : head / kv_heads;
+        return shared_h ? head % kv_heads : 0;
+    }
     uint64_t *done_of(int64_t head) const { return done + (head - first_head) * tiles; }
     // The same of the head of this wave that adds to the same array before `head`, or NULL.
     const uint64_t *done_before(int64_t head) const {
-        const int64_t kv_heads = problem->kv_heads;
-        int64_t before = -1;
-        if (shared_h && (shared_b || head % kv_heads))
-            before = head - 1;
-        else if (shared_b)
-            before = head - kv_heads;
-        return before < first_head ? nullptr : done_of(before);
+        const int64_t before = head - (shared_h ? 1 : problem->kv_heads);
+        return rank(head) == 0 || before < first_head ? nullptr : done_of(before);
     }
 };
 
@@ -66,8 +69,8 @@ void open_tile(void *context, int64_t index, int worker) {
 
 void run_segment(void *context, int64_t index, int worker) {
     const Call &c = *static_cast<const Call *>(context);
-    const int64_t heads = c.last_head - c.first_head, head = c.first_head + index % heads;
-    const int64_t number = index / heads, begin = number * c.keys, kv_heads = c.problem->kv_heads;
+    const int64_t heads = c.last_head - c.first_head, item = c.order[index], head = c.first_head + item % heads;
+    const int64_t number = item / heads, begin = number * c.keys, kv_heads = c.problem->kv_heads;
     const tw_segment segment = {head / kv_heads,
                                 head % kv_heads,
                                 begin,
@@ -128,14 +131,16 @@ int run_backward(const tw_problem &p, const tw_gradients &g, const char **messag
     c.segments = segments_of(c.keys);
     c.scratch_bytes = (kernels->segment_bytes(&p, std::min(c.keys, p.k_len)) + 127) / 128 * 128;
 
-    const size_t done_bytes = (size_t(wave * c.tiles) * sizeof(uint64_t) + 63) / 64 * 64;
-    Scratch memory(done_bytes + size_t(wave) * head_bytes + c.scratch_bytes * size_t(threads));
+    const auto whole_lines = [](int64_t numbers) { return (size_t(numbers) * sizeof(int64_t) + 63) / 64 * 64; };
+    const size_t done_bytes = whole_lines(wave * c.tiles), order_bytes = whole_lines(wave * c.segments);
+    Scratch memory(done_bytes + order_bytes + size_t(wave) * head_bytes + c.scratch_bytes * size_t(threads));
     if (!memory.memory()) {
         *message = "workspace: out of memory";
         return TW_OUT_OF_MEMORY;
     }
     c.done = static_cast<uint64_t *>(memory.memory());
-    c.records = static_cast<char *>(memory.memory()) + done_bytes;
+    c.order = reinterpret_cast<int64_t *>(static_cast<char *>(memory.memory()) + done_bytes);
+    c.records = static_cast<char *>(memory.memory()) + done_bytes + order_bytes;
     c.scratch = c.records + size_t(wave) * head_bytes;
 
     for (c.first_head = 0; c.first_head < heads; c.first_head = c.last_head) {
@@ -143,7 +148,15 @@ int run_backward(const tw_problem &p, const tw_gradients &g, const char **messag
         const int64_t wave_heads = c.last_head - c.first_head, tiles = wave_heads * c.tiles;
         memset(c.done, 0, size_t(tiles) * sizeof(uint64_t));
         parallel_for(tiles, threads, open_tile, &c);
-        if (p.k_len) parallel_for(c.segments * wave_heads, threads, run_segment, &c);
+        int64_t *const end = c.order + c.segments * wave_heads;
+        std::iota(c.order, end, int64_t(0));
+        if (c.shared_b || c.shared_h)
+            std::sort(c.order, end, [&](int64_t a, int64_t b) {
+                const int64_t turn_a = a / wave_heads + c.rank(c.first_head + a % wave_heads);
+                const int64_t turn_b = b / wave_heads + c.rank(c.first_head + b % wave_heads);
+                return turn_a != turn_b ? turn_a < turn_b : a < b;
+            });
+        if (p.k_len) parallel_for(end - c.order, threads, run_segment, &c);
         if (g.d_q.data) parallel_for(tiles, threads, close_tile, &c);
         if (g.sinks) parallel_for(p.kv_heads, threads, close_sinks, &c);
     }

@@ -27,7 +27,7 @@ struct tw_segment {
     int64_t b, kv_head, key_begin, key_end;
     char *records;           // of the head's tiles, record_bytes each
     uint64_t *done;          // for each tile, a bit per segment of the head that has added to what the tile gathers
-    const uint64_t *before;  // the same of the head before, where that adds to the same array of a bias; or NULL
+    const uint64_t *before;  // the same of the head before, where that adds to the same array of a bias, or NULL
     int64_t number, tiles;   // of this segment; of the head
     void (*rest)(int tries); // called while waiting for a segment that comes before this one
 };

@@ -102,15 +102,23 @@ static void add_gradients(const tw_tensor &to, const Slopes<M> &s, const sum_of<
     }
 }
 
+// The last tile of a kv head in which queries of `tile` stand again, for other heads of the group.
+template <class A> TW_INLINE int64_t last_tile_of_queries(const tw_problem &p, int64_t tile) {
+    const int64_t rows = rows_in_call(p), per_head = p.row_end - p.row_begin, first = tile * tile_rows<A>;
+    const int64_t end = first + tile_rows<A> < rows ? first + tile_rows<A> : rows;
+    const bool whole = first / per_head != (end - 1) / per_head; // several heads stand in the tile: any query may
+    return (whole ? rows - 1 : rows - per_head + (end - 1) % per_head) / tile_rows<A>;
+}
+
 // Waits until the segments before this one have passed a tile: what it gathers, they add in the order of keys; and until
-// the head before has been here, if heads add to the same array. False where the call was given up, as perhaps was the
-// segment waited for.
-TW_INLINE bool wait_for_turn(const tw_segment &segment, int64_t tile) {
+// the head before has passed the tile `last`, if heads add to the same array. False where the call was given up, as perhaps
+// was the segment waited for.
+TW_INLINE bool wait_for_turn(const tw_segment &segment, int64_t tile, int64_t last) {
     const uint64_t own = uint64_t(1) << segment.number, lower = own - 1;
     for (int tries = 0;; ++tries) {
         if (tw_given_up()) return false;
         if ((__atomic_load_n(segment.done + tile, __ATOMIC_ACQUIRE) & lower) == lower &&
-            (!segment.before || __atomic_load_n(segment.before + tile, __ATOMIC_ACQUIRE) & own))
+            (!segment.before || __atomic_load_n(segment.before + last, __ATOMIC_ACQUIRE) & own))
             return true;
         segment.rest(tries);
     }
@@ -169,7 +177,7 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
         const int64_t stop_tile = t + together < segment->tiles ? t + together : segment->tiles;
         int64_t key = s.last + 1;
         for (int64_t u = t; u < stop_tile; ++u) {
-            if (!wait_for_turn(*segment, u)) return;
+            if (!wait_for_turn(*segment, u, last_tile_of_queries<A>(p, u))) return;
             const int64_t first = next_key(*record(u), s.first, s.last + 1);
             if (first > s.last) continue;
             key = first < key ? first : key;
