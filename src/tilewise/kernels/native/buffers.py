@@ -26,10 +26,12 @@ def memory(array: Array) -> Memory:
     """Where the array lies. A NumPy array of swapped bytes or odd strides is copied."""
     if family_of(array) == "torch":
         return Memory(array.data_ptr(), tuple(array.stride()), array)
-    item = array.dtype.itemsize
-    if not array.dtype.isnative or not array.flags.aligned or any(stride % item for stride in array.strides):
+    item, flags = array.itemsize, array.flags
+    odd = not flags.c_contiguous and any(stride % item for stride in array.strides)
+    if odd or not flags.aligned or not array.dtype.isnative:
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
-    return Memory(array.__array_interface__["data"][0], tuple(stride // item for stride in array.strides), array)
+    # Lists are faster than generators, and this is asked of each array of each call.
+    return Memory(array.__array_interface__["data"][0], tuple([stride // item for stride in array.strides]), array)
 
 
 def rows(array: Array) -> Memory:
