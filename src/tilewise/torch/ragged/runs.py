@@ -6,6 +6,7 @@ Written in tensors and without looking at values, so that a compiled program can
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def run_of(mask: Mask, row: Row) -> tuple[Tensor, Tensor]:
     none, every = torch.zeros_like(row.keys), row.keys
     if isinstance(mask, And):
         starts, stops = zip(*[run_of(part, row) for part in mask.parts], strict=True)
-        return torch.stack(starts).amax(0), torch.stack(stops).amin(0)
+        return reduce(torch.maximum, starts), reduce(torch.minimum, stops)
     if isinstance(mask, Causal):
         return none, row.key(mask) + 1
     if isinstance(mask, Window):
