@@ -109,7 +109,7 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
 
 
 def test_a_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "peaks", lambda: PEAKS)
+    monkeypatch.setattr(measure, "peaks", lambda found: PEAKS)
     words = "bench --quick --seconds 0 --peer torch --case cross --case 512 --dtype float32 --out"
     done = CliRunner().invoke(app, [*words.split(), str(tmp_path)])
     assert done.exit_code == 0, done.output

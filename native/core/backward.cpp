@@ -12,6 +12,7 @@
 #include <atomic>
 #include <numeric>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "core/problem_check.h"
@@ -152,9 +153,10 @@ int run_backward(const tw_problem &p, const tw_gradients &g, const char **messag
         std::iota(c.order, end, int64_t(0));
         if (c.shared_b || c.shared_h)
             std::sort(c.order, end, [&](int64_t a, int64_t b) {
-                const int64_t turn_a = a / wave_heads + c.rank(c.first_head + a % wave_heads);
-                const int64_t turn_b = b / wave_heads + c.rank(c.first_head + b % wave_heads);
-                return turn_a != turn_b ? turn_a < turn_b : a < b;
+                const auto turn = [&](int64_t item) {
+                    return item / wave_heads + c.rank(c.first_head + item % wave_heads);
+                };
+                return std::make_pair(turn(a), a) < std::make_pair(turn(b), b);
             });
         if (p.k_len) parallel_for(end - c.order, threads, run_segment, &c);
         if (g.d_q.data) parallel_for(tiles, threads, close_tile, &c);

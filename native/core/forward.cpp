@@ -119,12 +119,13 @@ Cut cut_of(const tw_problem &p, const tw_kernels &kernels, int64_t tiles_in_call
     c.tiles = std::clamp<int64_t>(int64_t(tiles_bytes() / tile_bytes), 1, most_tiles_of_item);
     c.tiles = std::min(c.tiles, std::max<int64_t>(1, tiles_in_call / (4 * int64_t(threads))));
     c.tiles = std::min(c.tiles, tiles_in_all);
-    if (tiles_in_call == c.heads * tiles_in_all) c.tiles = even_tiles(tiles_in_all, c.tiles, c.heads, threads);
 
     const bool split = c.group * p.q_len <= split_rows_at_most && p.k_len > split_keys;
     if (split) {
         c.splits = (p.k_len + split_keys - 1) / split_keys;
         c.tiles = tiles_in_all;
+    } else if (tiles_in_call == c.heads * tiles_in_all) {
+        c.tiles = even_tiles(tiles_in_all, c.tiles, c.heads, threads);
     }
     c.rows_per_item = c.tiles * kernels.tile_rows;
     c.cuts = (c.rows + c.rows_per_item - 1) / c.rows_per_item;

@@ -1,15 +1,8 @@
 // `Pairs` of product.inl.h on NEON with BFDOT: what product.inl.h has for AVX-512, eight numbers to a vector.
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 
-// Two bfloat16 numbers times two, both products added to a float. The instruction takes denormals for 0 and makes none,
-// and rounds to odd, whatever the thread's mode; infinities and NaN are treated as multiplication and addition do.
-struct Pairs {
-    using sum = float;
-    using unit = int32_t; // the first number in the low half
-    static constexpr int numbers = 2, parts = 1;
-    static constexpr bool tiled = false;
-};
-
+// The instruction takes denormals for 0 and makes none, and rounds to odd, whatever the thread's mode; infinities and NaN
+// are treated as multiplication and addition do.
 TW_INLINE vf add_product(vf sum, vi32 a, vi32 b) {
     return (vf)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
 }

@@ -12,6 +12,16 @@ template <class A> struct Singles {
     static constexpr bool tiled = false;
 };
 
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+// Two bfloat16 numbers times two, both products added to a float: the machine's dot product.
+struct Pairs {
+    using sum = float;
+    using unit = int32_t; // the first number in the low half
+    static constexpr int numbers = 2, parts = 1;
+    static constexpr bool tiled = false;
+};
+#endif
+
 template <class M> using unit_of = typename M::unit;
 template <class M> using sum_of = typename M::sum;
 
@@ -41,15 +51,8 @@ TW_INLINE vf add_seen(vf sum, vf value, vf weight) { return weight == unseen<flo
 TW_INLINE vd add_seen(vd sum, vd value, vd weight) { return weight == unseen<double> ? sum : sum + value * weight; }
 
 #if defined(__AVX512BF16__)
-// Two bfloat16 numbers times two, both products added to a float: the machine's dot product. It takes denormals for 0
-// and makes none, rounds to nearest, and treats infinities and NaN as multiplication and addition do.
-struct Pairs {
-    using sum = float;
-    using unit = int32_t; // the first number in the low half
-    static constexpr int numbers = 2, parts = 1;
-    static constexpr bool tiled = false;
-};
-
+// The instruction takes denormals for 0 and makes none, rounds to nearest, and treats infinities and NaN as multiplication
+// and addition do.
 TW_INLINE vf add_product(vf sum, vi32 a, vi32 b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 
 // An unseen half is 0 times 0 here, as a seen one of weight 0 is 0 times its value: the sums have the same bits.

@@ -150,15 +150,16 @@ def _exact_row(
     return (weights * kept) @ v, gradient
 
 
-def peaks() -> dict[str, float]:
-    """The machine's own limits: GFLOP/s of multiply-adds in registers by dtype, GB/s of reads from memory."""
-    return {name: max(limit() for _ in range(3)) for name, limit in limits().items()}
+def peaks(found: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """The best that each of `limits` shows in some measurements."""
+    return {name: max(limit() for _ in range(3)) for name, limit in found.items()}
 
 
 def limits() -> dict[str, Callable[[], float]]:
-    """What measures each of them, in some hundredths of a second. They change as neighbours come and go.
+    """The machine's own limits: GFLOP/s of multiply-adds in registers by dtype, GB/s of reads from memory ("read").
 
-    The best of some tries, since the threads of the peer before may still wait in a loop.
+    Each is measured when it is called, in some hundredths of a second, as they change while neighbours come and go: the
+    best of some tries, since the threads of the peer before may still wait in a loop.
     """
     import torch
 

@@ -61,7 +61,8 @@ def _bench(cases: list[Case], dtypes: list[str], peer: list[str] | None, seconds
     results = []
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), transient=True) as progress:
         task = progress.add_task("the machine's own peaks", total=len(cases) * len(dtypes))
-        peaks, limits = measure.peaks(), measure.limits()
+        limits = measure.limits()
+        peaks = measure.peaks(limits)
         for case in cases:
             for dtype in dtypes:
                 limit = limits["read" if case.kind == "decode" else dtype]
