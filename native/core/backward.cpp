@@ -6,6 +6,8 @@
 // diagonal has later rows in later segments: when a segment comes to a tile, those before it have passed that tile, and
 // so every earlier row, too. Heads that add to the same array (a bias broadcast over them) do so in their order, by the
 // same rule; so that few wait, a segment of one head runs beside the segment before of the next head.
+// Many short heads that add to arrays of their own run from beginning to end on one thread each, and their tiles stay in
+// its cache.
 #include <string.h>
 
 #include <algorithm>
@@ -24,9 +26,10 @@ namespace tilewise {
 namespace {
 
 constexpr int64_t segment_keys = 512, shortest_segment = 128, most_segments = 64; // a bit each in tw_segment.done
-constexpr size_t wave_bytes = size_t(32) << 20; // records of the heads that run together
+constexpr size_t wave_bytes = size_t(32) << 20;      // records of the heads that run together
+constexpr size_t short_head_bytes = size_t(2) << 20; // records of a head that stays in a thread's caches, or about
 
-// Heads run in waves, so that records take bounded memory.
+// Heads run in waves, so that records take bounded memory; or one by one on each thread, each a wave of its own.
 struct Call {
     const tw_problem *problem;
     const tw_gradients *gradients;
@@ -98,6 +101,21 @@ void close_sinks(void *context, int64_t kv_head, int) {
             c.kernels->close_sinks(c.problem, c.gradients, c.record(head, tile));
 }
 
+size_t whole_lines(int64_t numbers) { return (size_t(numbers) * sizeof(int64_t) + 63) / 64 * 64; }
+
+// A wave of one head, on one thread.
+void run_head(void *context, int64_t head, int worker) {
+    Call c = *static_cast<const Call *>(context);
+    c.first_head = head;
+    c.last_head = head + 1;
+    c.done += size_t(worker) * whole_lines(c.tiles) / sizeof(uint64_t);
+    c.records += size_t(worker) * size_t(c.tiles) * c.record_bytes;
+    memset(c.done, 0, size_t(c.tiles) * sizeof(uint64_t));
+    for (int64_t t = 0; t < c.tiles; ++t) open_tile(&c, t, worker);
+    for (int64_t n = 0; n < c.segments && c.problem->k_len; ++n) run_segment(&c, n, worker);
+    for (int64_t t = 0; t < c.tiles && c.gradients->d_q.data; ++t) close_tile(&c, t, worker);
+}
+
 int run_backward(const tw_problem &p, const tw_gradients &g, const char **message) {
     int status;
     const tw_kernels *kernels = kernels_for(p, &status, message);
@@ -117,23 +135,26 @@ int run_backward(const tw_problem &p, const tw_gradients &g, const char **messag
     c.tiles = (rows + kernels->tile_rows - 1) / kernels->tile_rows;
     c.record_bytes = kernels->record_bytes(&p);
     const size_t head_bytes = size_t(c.tiles) * c.record_bytes;
-    const int64_t wave = std::clamp<int64_t>(int64_t(wave_bytes / head_bytes), 1, heads);
 
     int threads = p.threads > 0 ? p.threads : default_threads();
     const double operations = 5.0 * double(heads) * double(rows) * double(p.k_len) * double(p.head_dim + p.value_dim);
     threads = threads_worth(threads, work_of(p, operations));
 
+    // Heads one by one, where it does not matter that a thread may have one more than another.
+    const bool even = threads == 1 || heads >= (heads % threads ? 8 : 4) * int64_t(threads);
+    const bool alone = even && head_bytes <= short_head_bytes && !c.shared_b && !c.shared_h && !g.sinks;
+    const int64_t wave = alone ? threads : std::clamp<int64_t>(int64_t(wave_bytes / head_bytes), 1, heads);
+
     // Short segments where heads alone do not fill the threads.
     const auto segments_of = [&p](int64_t keys) { return std::max<int64_t>(1, (p.k_len + keys - 1) / keys); };
     c.keys = segment_keys;
-    while (c.keys > shortest_segment && wave * segments_of(c.keys) < 4 * int64_t(threads)) c.keys /= 2;
+    while (!alone && c.keys > shortest_segment && wave * segments_of(c.keys) < 4 * int64_t(threads)) c.keys /= 2;
     const int64_t fewest = (p.k_len + most_segments - 1) / most_segments;
     c.keys = std::max(c.keys, (fewest + TW_BIT_TILE - 1) / TW_BIT_TILE * TW_BIT_TILE);
     c.segments = segments_of(c.keys);
     c.scratch_bytes = (kernels->segment_bytes(&p, std::min(c.keys, p.k_len)) + 127) / 128 * 128;
 
-    const auto whole_lines = [](int64_t numbers) { return (size_t(numbers) * sizeof(int64_t) + 63) / 64 * 64; };
-    const size_t done_bytes = whole_lines(wave * c.tiles), order_bytes = whole_lines(wave * c.segments);
+    const size_t done_bytes = size_t(wave) * whole_lines(c.tiles), order_bytes = whole_lines(wave * c.segments);
     Scratch memory(done_bytes + order_bytes + size_t(wave) * head_bytes + c.scratch_bytes * size_t(threads));
     if (!memory.memory()) {
         *message = "workspace: out of memory";
@@ -144,6 +165,11 @@ int run_backward(const tw_problem &p, const tw_gradients &g, const char **messag
     c.records = static_cast<char *>(memory.memory()) + done_bytes + order_bytes;
     c.scratch = c.records + size_t(wave) * head_bytes;
 
+    if (alone) {
+        std::iota(c.order, c.order + c.segments, int64_t(0));
+        parallel_for(heads, threads, run_head, &c);
+        return TW_OK;
+    }
     for (c.first_head = 0; c.first_head < heads; c.first_head = c.last_head) {
         c.last_head = std::min(heads, c.first_head + wave);
         const int64_t wave_heads = c.last_head - c.first_head, tiles = wave_heads * c.tiles;

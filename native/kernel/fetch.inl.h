@@ -24,9 +24,13 @@ template <class M> TW_INLINE int64_t chunk_keys(const tw_problem &p) {
 template <class M> TW_INLINE int64_t held_keys(const tw_problem &p) { return chunk_keys<M>(p) * (M::tiled ? 2 : 1); }
 enum { most_held_blocks = 8 * run_keys / block_keys };
 
+// Keys of a group.
+template <class M> constexpr int64_t group_keys = M::tiled ? 32 : TW_GROUP_KEYS;
+
 // Rows of keys and values that will be wanted next: the next chunk's, the next block's, or those of the item that follows.
-// They are asked for along the sweep, since memory is slow to begin and the processor's own prefetchers end where an
-// array's rows do. In tile registers alone: other products take longer than memory.
+// They are asked for along the sweep, since memory and the last cache are slow to begin and the processor's own
+// prefetchers end where an array's rows do. Without tile registers, for several tiles that share a chunk: what is read as it
+// is used comes faster by those prefetchers.
 struct RowsAhead {
     const char *k, *v;
     int64_t k_stride, v_stride, k_bytes, v_bytes; // in bytes
@@ -59,8 +63,8 @@ template <class M> struct Sweep {
     int64_t span;             // keys that have places beside each other: the chunk's, or all held
     int64_t chunk, run_begin; // chunk: the first key of the span entered, or -1
     const tw_item *item;
-    int64_t tiles;   // of the item
-    RowsAhead ahead; // of tile registers
+    int64_t tiles; // of the item
+    RowsAhead ahead;
     Background<M> background;
 };
 
@@ -69,10 +73,10 @@ TW_INLINE void ask_for(const void *from, int64_t bytes) {
 }
 
 // For tiles that are finished one after another: spreads the rows to ask for over the groups of keys.
-template <class M> TW_INLINE void plan_asking(Sweep<M> &s, const Tile<M> &tile, int64_t group_keys) {
+template <class M> TW_INLINE void plan_asking(Sweep<M> &s, const Tile<M> &tile) {
     int64_t keys = 0;
     for (int n = 0; n < tile.spans; ++n) keys += tile.span_end[n] - tile.span_begin[n];
-    s.groups = keys > 2 * group_keys ? keys / group_keys - 1 : 1;
+    s.groups = keys > 2 * group_keys<M> ? keys / group_keys<M> - 1 : 1;
     s.asked = 0;
     const int64_t early = (3 * s.groups + 3) / 4; // the first of them, as what is asked for at the end comes late
     s.ask_at_once = int((tile.width + early - 1) / early);
@@ -85,13 +89,16 @@ template <class M> TW_INLINE void ask_for_rows(Sweep<M> &s, const Tile<M> &tile)
     const int begin = s.asked, end = begin + s.ask_at_once < tile.width ? begin + s.ask_at_once : tile.width;
     s.asked = end;
     const tw_problem &p = *s.problem;
-    const auto row = [&](const tw_tensor &x, int64_t h, int64_t i) {
-        return static_cast<const char *>(x.data) +
-               (s.batch * x.stride_b + h * x.stride_h + i * x.stride_s) * s.element_asked;
+    const auto row = [&](const tw_tensor &x, int64_t b, int64_t h, int64_t i) {
+        return static_cast<const char *>(x.data) + (b * x.stride_b + h * x.stride_h + i * x.stride_s) * s.element_asked;
     };
+    const tw_item *after = s.item->next ? s.item->next : s.item;
+    const int64_t head_after = after->kv_head * (p.q_heads / p.kv_heads), rows = p.row_end - p.row_begin;
     for (int l = begin; l < end; ++l) {
-        ask_for(row(p.out, tile.h[l], tile.i[l]), p.value_dim * s.element_asked);
-        ask_for(row(p.q, tile.h[l], tile.i[l] + tile.width), p.head_dim * s.element_asked);
+        ask_for(row(p.out, s.batch, tile.h[l], tile.i[l]), p.value_dim * s.element_asked);
+        const int64_t i = tile.i[l] + tile.width;
+        ask_for(i < p.row_end ? row(p.q, s.batch, tile.h[l], i) : row(p.q, after->b, head_after, i - rows),
+                p.head_dim * s.element_asked);
     }
 }
 
@@ -136,7 +143,7 @@ template <class T, class M> static void look_ahead(Sweep<M> &s, int64_t next, in
         item = after;
         next = item->key_begin;
     }
-    ask_along<T>(s, item, next, chunk, tiles * (chunk / 32)); // a group of tile registers has 32 keys
+    ask_along<T>(s, item, next, chunk, tiles * (chunk / group_keys<M>));
 }
 
 // Goes to the span that begins at `key`, unless it is there.

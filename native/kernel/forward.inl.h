@@ -112,17 +112,16 @@ static void sweep_all(Sweep<M> &s, Tile<M> *const *tiles, int64_t count, int64_t
         }
         return next;
     };
-    if (count == 1) plan_asking(s, *tiles[0], M::tiled ? 32 : TW_GROUP_KEYS);
+    if (count == 1) plan_asking(s, *tiles[0]);
     for (int64_t key = begin, next = first_key(key); next < end && !tw_given_up();) {
         const int64_t first = next - next % s.span;
         key = first + s.span < end ? first + s.span : end;
         next = first_key(key);
-        if constexpr (M::tiled)
-            if (!s.moving && s.chunk != first) {
-                int64_t meeting = 0; // tiles that see some of the chunk
-                for (int64_t t = 0; t < count; ++t) meeting += next_key(*tiles[t], first, end) < key;
-                look_ahead<T>(s, next, count > 1 ? meeting : s.tiles);
-            }
+        if (!s.moving && s.chunk != first && (M::tiled || s.tiles >= 4)) {
+            int64_t meeting = 0; // tiles that see some of the chunk
+            for (int64_t t = 0; t < count; ++t) meeting += next_key(*tiles[t], first, end) < key;
+            look_ahead<T>(s, next, count > 1 ? meeting : s.tiles);
+        }
         enter_span<T>(s, first);
         for (int64_t t = 0; t < count; ++t) sweep(s, *tiles[t], first, key);
         if constexpr (M::tiled)
@@ -130,13 +129,17 @@ static void sweep_all(Sweep<M> &s, Tile<M> *const *tiles, int64_t count, int64_t
     }
 }
 
+// Keys and values of a head that stay in the second-level cache where they are read in place.
+template <class T> TW_INLINE int64_t keys_in_place(const tw_problem &p) {
+    return (512 << 10) / ((p.head_dim + p.value_dim) * int64_t(sizeof(T)));
+}
+
 // Whether the rows of an item see so few keys that what a tile sees stays in cache for the next: in the copy, or, where
 // they are read in place, in the second level. It changes no bit. Asked of one row of each tile.
 template <class T, class M> static bool sees_few_keys(const tw_problem &p, const tw_item &item, bool copied) {
-    constexpr int64_t bytes_in_place = 512 << 10;
     const tw_ranges &ranges = p.ranges;
     if (copied && !M::tiled) return false;
-    const int64_t keys = copied ? held_keys<M>(p) : bytes_in_place / ((p.head_dim + p.value_dim) * int64_t(sizeof(T)));
+    const int64_t keys = copied ? held_keys<M>(p) : keys_in_place<T>(p);
     if (!ranges.count) return !M::tiled && item.key_end - item.key_begin <= keys; // a chunk of tile registers is long
     const int64_t room = keys - 2 * block_keys * ranges.count, per_head = p.row_end - p.row_begin;
     for (int64_t row = item.row_begin; row < item.row_end; row += tile_rows<sum_of<M>>) {
@@ -151,6 +154,15 @@ template <class T, class M> static bool sees_few_keys(const tw_problem &p, const
         if (keys > room) return false;
     }
     return true;
+}
+
+// For tiles that pass one after another over a short head, read in place: along their sweeps, the head that follows.
+template <class T, class M> static void look_beyond_head(Sweep<M> &s) {
+    const tw_item &item = *s.item, *after = item.next;
+    if (!after || after->number != item.number || (after->b == item.b && after->kv_head == item.kv_head)) return;
+    const int64_t keys = after->key_end - after->key_begin;
+    const double groups = item.cost / double(2 * tile_rows<sum_of<M>> * group_keys<M>);
+    if (keys <= keys_in_place<T>(*s.problem)) ask_along<T>(s, after, after->key_begin, keys, int64_t(groups) + 1);
 }
 
 // Something that no finite input explains: a value that is not finite may have reached rows that must not see it.
@@ -252,6 +264,7 @@ static void forward(const tw_problem *problem, const tw_item *item, int64_t most
     // takes its memory.
     s.moving = sees_few_keys<T, M>(p, *item, s.fetch != nullptr);
     s.span = s.moving ? held_keys<M>(p) : chunk_keys<M>(p);
+    if (s.moving && !s.fetch) look_beyond_head<T>(s);
     const int64_t together = s.moving || item->key_end - item->key_begin <= s.span ? 1 : count;
     s.element_asked = together == 1 && !p.part ? sizeof(T) : 0;
     Tile<M> *tiles[most_tiles_of_item] = {};

@@ -205,6 +205,7 @@ template <class M, int NZ> static void sweep_block(Sweep<M> &s, Tile<M> &tile, i
 
     for (int g = 0; g < n; g += NK) {
         ask_for_rows(s, tile);
+        ask_ahead(s.ahead);
         if (p.bias_count) ask_for_bias(p, s.batch, tile, key + block_keys, g / NK, block_keys / NK);
         bool masked = sight == SEES_SOME;
         if (masked) {
