@@ -77,7 +77,7 @@ void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple
               nb::tuple out, uintptr_t lse, double scale, double softcap, nb::object ranges, nb::object labels,
               nb::object mask, nb::object bits, nb::tuple biases, nb::object table, uintptr_t sinks, nb::object dropout,
               bool part, nb::object pages, nb::object sequences, nb::tuple d_out, uintptr_t d_lse, nb::tuple d_q,
-              nb::tuple d_k, nb::tuple d_v, nb::tuple gather, uintptr_t d_sinks, bool row_invariant) {
+              nb::tuple d_k, nb::tuple d_v, bool adds, nb::tuple gather, uintptr_t d_sinks, bool row_invariant) {
     tw_problem p = problem_of(dtype, threads, sizes, rows, q, k, v, out, lse, scale, softcap);
     p.part = part;
     p.row_invariant = row_invariant;
@@ -88,6 +88,7 @@ void backward(int dtype, int threads, nb::tuple sizes, nb::tuple rows, nb::tuple
     g.d_q = tensor_of(d_q);
     g.d_k = tensor_of(d_k);
     g.d_v = tensor_of(d_v);
+    g.adds = adds;
     if (nb::len(gather) > TW_MAX_BIASES + 1) throw nb::value_error("bias: at most 4 dense biases");
     for (nb::handle array : gather) {
         Fields f(array);
@@ -249,7 +250,7 @@ NB_MODULE(_native, m) {
           "out"_a, "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(),
           "bits"_a.none(), "biases"_a, "table"_a.none(), "sinks"_a, "dropout"_a.none(), "part"_a,
           "pages"_a = nb::none(), "sequences"_a = nb::none(), "d_out"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a,
-          "gather"_a, "d_sinks"_a, "row_invariant"_a = false,
+          "adds"_a = false, "gather"_a, "d_sinks"_a, "row_invariant"_a = false,
           "One backward pass, after the same keywords: tw_gradients of native/core/problem.h, address 0: not wanted.");
     m.def("tangent", &tangent, nb::kw_only(), "dtype"_a, "threads"_a, "sizes"_a, "rows"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "scale"_a, "softcap"_a, "ranges"_a.none(), "labels"_a.none(), "mask"_a.none(), "bits"_a.none(),

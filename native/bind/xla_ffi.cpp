@@ -102,16 +102,13 @@ void read_backward(Reader &r, tw_problem &p, tw_gradients &g) {
         g.d_q = read_tensor(r, r.result(4, as_q), layout, p.part ? accumulator : dtype, p, p.q_heads, p.q_len,
                             p.head_dim, as_q);
     }
-    // The core adds to these.
-    const char *otherwise = "d_k, d_v: expected the accumulator's type and the shapes of k and v";
-    const auto read_added = [&](int64_t width) {
-        const Buffer *sum = r.result(4, otherwise);
-        const tw_tensor to = read_tensor(r, sum, layout, accumulator, p, p.kv_heads, p.k_len, width, otherwise);
-        if (!r.complaint) clear(sum, accumulator);
-        return to;
+    const char *as_keys = "d_k, d_v: expected the shapes of k and v, and their dtype or, in a part, the accumulator's";
+    const auto read_given = [&](int64_t width) {
+        return read_tensor(r, r.result(4, as_keys), layout, p.part ? accumulator : dtype, p, p.kv_heads, p.k_len, width,
+                           as_keys);
     };
-    if (wanted & D_K) g.d_k = read_added(p.head_dim);
-    if (wanted & D_V) g.d_v = read_added(p.value_dim);
+    if (wanted & D_K) g.d_k = read_given(p.head_dim);
+    if (wanted & D_V) g.d_v = read_given(p.value_dim);
     if (!r.complaint) read_sums(r, wanted, p, g);
     r.want(r.all_read(), "operands: more of them than `present`, `bias_count` and `wanted` announce");
 }

@@ -116,12 +116,25 @@ void run_head(void *context, int64_t head, int worker) {
     for (int64_t t = 0; t < c.tiles && c.gradients->d_q.data; ++t) close_tile(&c, t, worker);
 }
 
+// Gradients of keys and values that no query sees.
+void write_zeros(const tw_problem &p, const tw_tensor &x, int64_t width) {
+    const int64_t element = p.part ? accumulator_bytes(p) : bytes_of(p.dtype);
+    for (int64_t row = 0; x.data && row < p.batch * p.kv_heads * p.k_len; ++row) {
+        const int64_t head = row / p.k_len, b = head / p.kv_heads, h = head % p.kv_heads, key = row % p.k_len;
+        memset(static_cast<char *>(x.data) + (b * x.stride_b + h * x.stride_h + key * x.stride_s) * element, 0,
+               size_t(width * element));
+    }
+}
+
 int run_backward(const tw_problem &p, const tw_gradients &g, const char **message) {
     int status;
     const tw_kernels *kernels = kernels_for(p, &status, message);
     if (!kernels) return status;
     const int64_t heads = p.batch * p.kv_heads, per_head = p.row_end - p.row_begin;
-    if (!heads || !p.q_heads || !per_head) return TW_OK;
+    if (!heads || !p.q_heads || !per_head) {
+        if (!g.adds) write_zeros(p, g.d_k, p.head_dim), write_zeros(p, g.d_v, p.value_dim);
+        return TW_OK;
+    }
 
     Call c = {};
     c.problem = &p;

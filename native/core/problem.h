@@ -130,10 +130,11 @@ struct tw_gather {
 // What the backward pass takes beside the problem, whose out and lse are then the results of the forward pass, and what
 // it gives. data = NULL: not wanted. What is added to, calls over parts of the rows add up in.
 struct tw_gradients {
-    tw_tensor d_out;                     // as out
-    const void *d_lse;                   // as lse, or NULL for zeros
-    tw_tensor d_q;                       // elements (accumulators where the problem is a part), written
-    tw_tensor d_k, d_v;                  // accumulator's type, added to
+    tw_tensor d_out;    // as out
+    const void *d_lse;  // as lse, or NULL for zeros
+    tw_tensor d_q;      // elements (accumulators where the problem is a part), written
+    tw_tensor d_k, d_v; // the same for every key; with `adds` accumulators, added to
+    int32_t adds;
     tw_gather gather[TW_MAX_BIASES + 1]; // gradients of dense biases and of the table
     int32_t gather_count;
     void *sinks; // (Hq,) in the accumulator's type, added to

@@ -61,8 +61,8 @@ tw_gradients gradients_of(const tw_problem &p, const tw_gradients &g, int64_t n)
     advance(own.d_out, n, q_begin, element);
     advance(own.d_lse, (n * p.lse_stride_b + q_begin) * accumulator);
     advance(own.d_q, n, q_begin, p.part ? accumulator : element);
-    advance(own.d_k, n, k_begin, accumulator);
-    advance(own.d_v, n, k_begin, accumulator);
+    advance(own.d_k, n, k_begin, p.part || g.adds ? accumulator : element);
+    advance(own.d_v, n, k_begin, p.part || g.adds ? accumulator : element);
     return own;
 }
 

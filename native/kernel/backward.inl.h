@@ -89,15 +89,24 @@ template <class M> static void close_sinks(const tw_problem *problem, const tw_g
 // Where a segment is longer than this, a tile asks on its way through it too whether the call was given up.
 constexpr int64_t asking_keys = 4096;
 
-// Adds a segment's rows, times `factor`, to what the caller has.
+// Gives the caller a segment's rows times `factor`: written as elements E, or added to what is there.
+template <class E, class M>
+static void give_rows(const tw_tensor &to, const Slopes<M> &s, const sum_of<M> *from, int64_t width, int64_t columns,
+                      sum_of<M> factor) {
+    for (int64_t key = s.first; key <= s.last; ++key, from += width) {
+        E *row = tensor_row<E>(to, s.b, s.kv_head, key);
+        if (s.blocks[(key - s.first) / block_keys] == BLOCK_UNMET)
+            __builtin_memset(row, 0, size_t(columns) * sizeof(E));
+        else
+            narrow_row(from, factor, columns, row);
+    }
+}
 template <class M>
-static void add_gradients(const tw_tensor &to, const Slopes<M> &s, const sum_of<M> *from, int64_t width,
-                          int64_t columns, sum_of<M> factor) {
-    using A = sum_of<M>;
-    if (!to.data) return;
+static void add_rows_given(const tw_tensor &to, const Slopes<M> &s, const sum_of<M> *from, int64_t width,
+                           int64_t columns, sum_of<M> factor) {
     for (int64_t key = s.first; key <= s.last; ++key, from += width) {
         if (s.blocks[(key - s.first) / block_keys] == BLOCK_UNMET) continue;
-        A *row = tensor_row<A>(to, s.b, s.kv_head, key);
+        auto *row = tensor_row<sum_of<M>>(to, s.b, s.kv_head, key);
         for (int64_t d = 0; d < columns; ++d) row[d] += from[d] * factor;
     }
 }
@@ -205,6 +214,15 @@ static void run_segment(const tw_problem *problem, const tw_gradients *gradients
         for (int64_t u = t; u < stop_tile; ++u)
             __atomic_fetch_or(segment->done + u, uint64_t(1) << segment->number, __ATOMIC_RELEASE);
     }
-    add_gradients(g.d_k, s, s.d_k, s.head_width, p.head_dim, A(p.scale));
-    add_gradients(g.d_v, s, s.d_v, s.value_width, p.value_dim, A(1));
+    const auto give = [&](const tw_tensor &to, const A *from, int64_t width, int64_t columns, A factor) {
+        if (!to.data) return;
+        if (g.adds)
+            add_rows_given(to, s, from, width, columns, factor);
+        else if (p.part)
+            give_rows<A>(to, s, from, width, columns, factor);
+        else
+            give_rows<T>(to, s, from, width, columns, factor);
+    };
+    give(g.d_k, s.d_k, s.head_width, p.head_dim, A(p.scale));
+    give(g.d_v, s.d_v, s.value_width, p.value_dim, A(1));
 }

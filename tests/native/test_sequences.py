@@ -149,7 +149,7 @@ def test_gradients(batch, threads) -> None:
     rng = np.random.default_rng(2)
     out, lse = _outputs(q)
     d_out = rng.standard_normal(out.shape).astype(q.dtype)
-    d_q, d_k, d_v = np.zeros_like(q), np.zeros(k.shape, np.float32), np.zeros(v.shape, np.float32)
+    d_q, d_k, d_v = np.ones_like(q), np.ones_like(k), np.ones_like(v)
     alive, arguments = _arguments(q, k, v, out, lse, q_len, k_len, causal=True)
     _native.forward(**arguments)
     gradients = {
@@ -157,7 +157,7 @@ def test_gradients(batch, threads) -> None:
         "d_sinks": 0,
     }  # fmt: skip
     _native.backward(**(arguments | {"threads": threads}), **gradients)
-    expected = [np.zeros_like(x) for x in (d_q, d_k, d_v)]
+    expected = [np.ones_like(x) for x in (d_q, d_k, d_v)]
     for n in range(len(q_len)):
         rows, keys = (slice(int(b[n]), int(b[n] + x[n])) for b, x in ((_begins(q_len), q_len), (_begins(k_len), k_len)))
         own = [x[part] for x, part in ((q, rows), (k, keys), (v, keys), (out, rows), (d_out, rows))]
@@ -169,6 +169,8 @@ def test_gradients(batch, threads) -> None:
         del alone["sequences"]
         _native.backward(**alone, **(gradients | places))
         alive += more
+        if not q_len[n]:  # gradients of keys that nobody sees are written, too
+            assert not any(x[keys].any() for x in (d_k, d_v))
     _same((d_q, d_k, d_v), expected)
     assert d_q.any() and d_k.any() and d_v.any()
 

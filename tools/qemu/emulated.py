@@ -225,19 +225,21 @@ def backward(
     d_q: tuple,
     d_k: tuple,
     d_v: tuple,
+    adds: bool = False,
     gather: tuple,
     d_sinks: int,
     **call: Any,
 ) -> None:
     """As tilewise._native.backward."""
-    g = _GRADIENTS(gather_count=len(gather))
+    g = _GRADIENTS(gather_count=len(gather), adds=adds)
     whole = _Call(g, **call, write=False, as_forward=False)
     p = whole.problem
     whole.tensor(g.d_out, d_out, whole.item, width=p.value_dim)
     whole.rows(g, "d_lse", d_lse)
     whole.tensor(g.d_q, d_q, whole.result, True, width=p.head_dim)
-    whole.tensor(g.d_k, d_k, whole.wide, True, width=p.head_dim, keys=True)
-    whole.tensor(g.d_v, d_v, whole.wide, True, width=p.value_dim, keys=True)
+    given = whole.wide if adds else whole.result
+    whole.tensor(g.d_k, d_k, given, True, width=p.head_dim, keys=True)
+    whole.tensor(g.d_v, d_v, given, True, width=p.value_dim, keys=True)
     for own, (address, *strides) in zip(g.gather, gather, strict=False):
         _set(own, _OVER_PAIRS, strides)
         whole.pairs(own, "data", address, whole.wide, strides, True)

@@ -43,7 +43,7 @@ def backward(
 ) -> list[Array]:
     """Gradients of the wanted leaves of `smooth` in their shapes, by the native kernel on the CPU.
 
-    All but that of q are in the accumulator's dtype.
+    Those of q, k and v are in the result's dtype, the others in the accumulator's.
     """
     call, operands = _Call.of(problem, smooth, facts)
     p, biases = problem, len(smooth.dense)
@@ -52,8 +52,8 @@ def backward(
     table, sinks = (x is not None and next(rest) for x in (smooth.table, smooth.sinks))
     bits = {
         1: q and call.tensor(p.q_heads, p.q_len, p.head_dim, p.result),
-        2: k and call.tensor(p.kv_heads, p.k_len, p.head_dim, p.accumulator),
-        4: v and call.tensor(p.kv_heads, p.k_len, p.value_dim, p.accumulator),
+        2: k and call.tensor(p.kv_heads, p.k_len, p.head_dim, p.result),
+        4: v and call.tensor(p.kv_heads, p.k_len, p.value_dim, p.result),
         16: table and jax.ShapeDtypeStruct((p.batch, p.q_heads, p.q_len + p.k_len - 1), p.accumulator),
         32: sinks and jax.ShapeDtypeStruct((p.q_heads,), p.accumulator),
         **{

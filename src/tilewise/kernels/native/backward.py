@@ -35,11 +35,14 @@ def backward(plan: Plan, operands: Operands, out: Array, lse: Array, d_out: Arra
 
     p, wanted = plan.problem, plan.problem.gradients
     alive: Alive = []
+    # Slabs of rows add to keys and values; one call writes them.
+    adds = operands.mask.lazy is not None
+    keys = _zeros if adds else empty_like_layout
+    dtype = p.accumulator if adds else p.result
     found = Gradients(
-        # Every row of q has its gradient written; to keys and values the core adds.
         q=empty_like_layout(p, operands.q, p.q_heads, p.q_len, p.head_dim, p.result) if "q" in wanted else None,
-        k=_filled(p, operands.k, p.kv_heads, p.k_len, p.head_dim, p.accumulator) if "k" in wanted else None,
-        v=_filled(p, operands.v, p.kv_heads, p.k_len, p.value_dim, p.accumulator) if "v" in wanted else None,
+        k=keys(p, operands.k, p.kv_heads, p.k_len, p.head_dim, dtype) if "k" in wanted else None,
+        v=keys(p, operands.v, p.kv_heads, p.k_len, p.value_dim, dtype) if "v" in wanted else None,
     )
     want_bias, want_table = "bias" in wanted, "table" in wanted and operands.table is not None
     sums = [_Sum.of_bias(p, tuple(bias.shape)) for bias in operands.dense] if want_bias else []
@@ -53,6 +56,7 @@ def backward(plan: Plan, operands: Operands, out: Array, lse: Array, d_out: Arra
         "d_q": _NOT_WANTED if found.q is None else tensor(found.q, alive),
         "d_k": _NOT_WANTED if found.k is None else tensor(found.k, alive),
         "d_v": _NOT_WANTED if found.v is None else tensor(found.v, alive),
+        "adds": adds,
         "gather": tuple(part.place for part in (*sums, *([table] if table else []))),
         "d_sinks": 0 if sinks is None else memory(sinks).address,
     }
@@ -109,8 +113,8 @@ class _Sum:
         return _like(self.array.sum(axes, keepdims=True) if axes else self.array, operand)
 
 
-def _filled(p: AttentionProblem, like: Array, heads: int, length: int, width: int, dtype: str) -> Array:
-    """Zeros in the problem's layout: what no pair reaches stays so."""
+def _zeros(p: AttentionProblem, like: Array, heads: int, length: int, width: int, dtype: str) -> Array:
+    """Zeros in the problem's layout."""
     array = empty_like_layout(p, like, heads, length, width, dtype)
     if family_of(array) == "torch":
         array.zero_()  # in one stroke, where an assignment copies a number many times

@@ -40,14 +40,14 @@ class Call:
     Attributes:
         keywords: of `_native.forward` and `_native.backward`; alive: what they point into.
         lengths: where the sequences stand.
-        gaps: whether the array of queries has rows that no sequence holds.
+        gaps: whether the arrays of queries, and of keys, have rows that no sequence holds.
         formula: the same results as a function of q, k and v that can be differentiated again.
     """
 
     keywords: dict[str, Any]
     alive: Alive
     lengths: Lengths
-    gaps: bool
+    gaps: tuple[bool, bool]
     formula: Formula | None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ class Call:
         rows, heads = q.shape[:2]
         out = in_large_pages(q.new_empty((rows, heads, v.shape[-1])))
         lse = in_large_pages(q.new_empty((heads, rows), dtype=_accumulator(q)))
-        if self.gaps:
+        if self.gaps[0]:
             out.zero_()
             lse.fill_(-torch.inf)
         q, k, v = (_with_rows(x) for x in (q, k, v))
@@ -79,19 +79,19 @@ class Call:
         from ... import _native  # pyright: ignore[reportAttributeAccessIssue]
 
         q, k, v = (_with_rows(x) for x in tensors)
-        wide = _accumulator(q)
-        sums = [
-            in_large_pages(x.new_empty(x.shape, dtype=dtype)).zero_() if want else None
-            for x, dtype, want in zip((q, k, v), (q.dtype, wide, wide), wanted, strict=True)
-        ]
-        d_out, d_lse = d_out.contiguous(), d_lse.to(wide).contiguous()
-        places = dict(zip(("d_q", "d_k", "d_v"), [(0, 0, 0, 0) if x is None else _place(x) for x in sums], strict=True))
+        found: list[Tensor | None] = []
+        for x, gaps, want in zip((q, k, v), (self.gaps[0], self.gaps[1], self.gaps[1]), wanted, strict=True):
+            like = in_large_pages(x.new_empty(x.shape)) if want else None
+            found.append(like.zero_() if like is not None and gaps else like)
+        d_out, d_lse = d_out.contiguous(), d_lse.to(_accumulator(q)).contiguous()
+        given = [(0, 0, 0, 0) if x is None else _place(x) for x in found]
+        places = dict(zip(("d_q", "d_k", "d_v"), given, strict=True))
         _native.backward(
             **self.keywords, threads=torch.get_num_threads(), q=_place(q), k=_place(k), v=_place(v), out=_place(out),
             lse=lse.data_ptr(), d_out=_place(d_out), d_lse=d_lse.data_ptr(), gather=(), d_sinks=0,
             **places,
         )  # fmt: skip
-        return [None if x is None else x.to(q.dtype) for x in sums]
+        return found
 
 
 class _Together(torch.autograd.Function):
@@ -174,7 +174,8 @@ def attend(
         "sequences": (*(memory(x).address if x.size else 0 for x in place), 0, q.shape[0]),
     }
     alive = [place, table, sinks, sights, tables, pages]
-    call = Call(keywords, alive, lengths, int(lengths.q_len.sum()) < q.shape[0], formula)
+    gaps = int(lengths.q_len.sum()) < q.shape[0], int(lengths.k_len.sum()) < k.shape[0]
+    call = Call(keywords, alive, lengths, gaps, formula)
     return _Together.apply(call, q, k, v) if recording((q, k, v)) else call.forward(q, k, v)
 
 
