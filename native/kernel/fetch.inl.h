@@ -29,8 +29,7 @@ template <class M> constexpr int64_t group_keys = M::tiled ? 32 : TW_GROUP_KEYS;
 
 // Rows of keys and values that will be wanted next: the next chunk's, the next block's, or those of the item that follows.
 // They are asked for along the sweep, since memory and the last cache are slow to begin and the processor's own
-// prefetchers end where an array's rows do. Without tile registers, for several tiles that share a chunk: what is read as it
-// is used comes faster by those prefetchers.
+// prefetchers end where an array's rows do.
 struct RowsAhead {
     const char *k, *v;
     int64_t k_stride, v_stride, k_bytes, v_bytes; // in bytes
@@ -124,6 +123,12 @@ static void ask_along(Sweep<M> &s, const tw_item *item, int64_t key, int64_t row
     s.ahead.v_bytes = p.value_dim * int64_t(sizeof(T));
     s.ahead.left = s.ahead.rows = item->key_end - key < rows ? item->key_end - key : rows;
     s.ahead.groups = groups;
+}
+
+// Whether an item asks for rows that it will want. Without tile registers a tile alone does not, unless nobody else reads the
+// head's keys: other items may have brought them near, from where they come faster as they are used.
+template <class M> TW_INLINE bool looks_ahead(const Sweep<M> &s) {
+    return M::tiled || s.tiles > 1 || s.item->row_end - s.item->row_begin == rows_in_call(*s.problem);
 }
 
 // Finds the rows that are wanted after a chunk that `tiles` tiles sweep. next: the first key of the chunk after it that any

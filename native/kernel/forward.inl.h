@@ -7,8 +7,6 @@ template <class M> TW_INLINE int vectors_for(int64_t rows) {
 }
 template <class A> constexpr int64_t tile_rows = TW_TILE_VECTORS * lanes<A>;
 
-// Query rows of a kv head that this call computes.
-TW_INLINE int64_t rows_in_call(const tw_problem &p) { return p.q_heads / p.kv_heads * (p.row_end - p.row_begin); }
 template <class A> TW_INLINE bool takes_few_rows(const tw_problem &p) {
     return !p.row_invariant && rows_of(p) <= few_rows<A>;
 }
@@ -117,7 +115,7 @@ static void sweep_all(Sweep<M> &s, Tile<M> *const *tiles, int64_t count, int64_t
         const int64_t first = next - next % s.span;
         key = first + s.span < end ? first + s.span : end;
         next = first_key(key);
-        if (!s.moving && s.chunk != first && (M::tiled || s.tiles >= 4)) {
+        if (!s.moving && s.chunk != first && looks_ahead(s)) {
             int64_t meeting = 0; // tiles that see some of the chunk
             for (int64_t t = 0; t < count; ++t) meeting += next_key(*tiles[t], first, end) < key;
             look_ahead<T>(s, next, count > 1 ? meeting : s.tiles);

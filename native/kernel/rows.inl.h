@@ -34,3 +34,6 @@ TW_INLINE Rows<T> key_rows(const tw_problem &p, const tw_tensor &x, int64_t b, i
     }
     return {first, 0, each};
 }
+
+// Query rows of a kv head that this call computes.
+TW_INLINE int64_t rows_in_call(const tw_problem &p) { return p.q_heads / p.kv_heads * (p.row_end - p.row_begin); }
