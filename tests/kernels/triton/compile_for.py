@@ -1,8 +1,8 @@
 """Compile every kernel that one call launches, for a GPU that need not be here, and print what came out as JSON.
 
 Run as `python compile_for.py ARCH PROBLEMS`, in a process of its own: a compiler that aborts takes its process along.
-The calls are real ones, on CPU tensors, with a driver that claims the architecture and a launch that only compiles, so
-what is compiled is what would run there.
+The calls are real ones, on CPU tensors, with a driver that claims the architecture, so what is compiled is what would run
+there. It launches nothing, but what a launch would pass is held against what the kernel takes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,46 @@ from tilewise.torch.ragged import pages_on_gpu
 from tilewise.validate import prepare
 
 
+class _Launcher:
+    """Holds the arguments of a launch, records within records, against the types that the kernel was compiled for."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.signature = tuple(source.signature.values())
+
+    def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
+        """rest: stream, function, two kinds of metadata, two hooks, and the kernel's arguments."""
+        assert 0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16, (x, y, z)
+        _check(self.signature, rest[6:])
+
+
+def _check(types: tuple[Any, ...], values: tuple[Any, ...]) -> None:
+    for kind, value in zip(types, values, strict=True):
+        if isinstance(kind, tuple):
+            _check(kind, value)
+        elif kind.startswith("*"):
+            assert isinstance(value, torch.Tensor), (kind, value)
+        elif kind.startswith("i"):
+            assert -(2 ** (int(kind[1:]) - 1)) <= value < 2 ** (int(kind[1:]) - 1), (kind, value)
+        else:
+            assert kind == "constexpr" or (kind == "fp32" and isinstance(value, float)), (kind, value)
+
+
+class _Utilities:
+    """Loads nothing."""
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
+        """Module and function; registers, spills, most threads."""
+        return 1, 1, 0, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """So much shared memory that the tests have to find what is too much."""
+        return {"max_shared_mem": 2**30}
+
+
 class _Driver:
     """Claims a target; can compile for it and never launches."""
+
+    launcher_cls, utils = _Launcher, _Utilities()
 
     def __init__(self, arch: str) -> None:
         number = arch.removeprefix("sm_")
@@ -52,15 +90,15 @@ class _Driver:
 
 @contextmanager
 def compiling() -> Iterator[list[dict[str, Any]]]:
-    """Kernels that would be launched are only compiled; a report for each stands in the list."""
+    """A report of each kernel that would be launched stands in the list."""
     reports: list[dict[str, Any]] = []
     run = JITFunction.run
 
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def reported(self: JITFunction, *args: Any, **kwargs: Any) -> None:
         name = self.__name__ + (" of far rows" if kwargs.get("FAR") else "")
-        reports.append(_report(name, run(self, *args, grid=grid, warmup=True, **kwargs)))
+        reports.append(_report(name, run(self, *args, **kwargs)))
 
-    JITFunction.run = compile_only
+    JITFunction.run = reported
     try:
         yield reports
     finally:
@@ -98,6 +136,7 @@ def _report(name: str, compiled: Any) -> dict[str, Any]:
     report = {"kernel": name, "shared": compiled.metadata.shared}
     if "ptx" in compiled.asm:
         ptx = compiled.asm["ptx"]
+        assert _taken(ptx) == [*_passed(tuple(compiled.src.signature.values())), 8, 8], name  # and two of Triton's own
         registers, stack = _resources(compiled.asm["cubin"])
         report |= {
             "wgmma": ptx.count("wgmma.mma_async"),
@@ -112,6 +151,23 @@ def _report(name: str, compiled: Any) -> dict[str, Any]:
     assert stack, code[-3000:]
     used = re.search(r"^\s*scratch_(load|store)", code, re.MULTILINE)
     return report | {"mfma": code.count("v_mfma"), "stack": int(stack[1]) if used else 0}
+
+
+def _taken(ptx: str) -> list[int]:
+    """Bytes of each parameter of the kernel."""
+    entry = ptx[ptx.index(".entry") :]
+    return [int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", entry[: entry.index(")")])]
+
+
+def _passed(types: tuple[Any, ...]) -> list[int]:
+    """Bytes of each argument that is passed; what is known to the compiler is not."""
+    found: list[int] = []
+    for kind in types:
+        if isinstance(kind, tuple):
+            found += _passed(kind)
+        elif kind != "constexpr":
+            found.append(8 if kind.startswith("*") else int(kind.lstrip("fpi")) // 8)
+    return found
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
