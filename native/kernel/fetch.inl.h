@@ -59,6 +59,7 @@ template <class M> struct Sweep {
     int64_t element_asked;    // bytes of an element of q and out where sweeps ask for their rows ahead, else 0
     int asked, ask_at_once;   // lanes of the tile whose rows are asked for; how many for each group of keys
     int64_t groups;           // of keys, that a tile which is finished alone may see
+    int half;                 // which vectors see the keys of the run (sweep.inl.h)
     int64_t span;             // keys that have places beside each other: the chunk's, or all held
     int64_t chunk, run_begin; // chunk: the first key of the span entered, or -1
     const tw_item *item;
