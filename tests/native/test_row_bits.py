@@ -82,3 +82,21 @@ def test_other_rows(call) -> None:
     changed = np.where(np.arange(q.shape[2])[:, None] == row, q, (50 * q).astype(q.dtype))
     got, got_lse = _run(changed, k, v, tw.intervals(other_starts, other_stops))
     _same((got[:, :, row], got_lse[:, :, row]), (out[:, :, row], lse[:, :, row]))
+
+
+@pytest.mark.parametrize("reach", [200, 70])
+def test_beside_a_diagonal(reach, dtype) -> None:
+    """Rows that see a group of keys have the same bits whether or not all of their half of the tile sees some of it."""
+    rng = np.random.default_rng(reach)
+    q, k, v = (rng.standard_normal((1, 2, 200, width)).astype(dtype) for width in (64, 64, 40))
+    v[:, :, 150] = np.nan
+    row = np.arange(200)
+    starts, stops = (np.broadcast_to(x[:, None], (1, 2, 200, 1)) for x in (np.maximum(row - reach, 0), row + 1))
+    out, lse = expected = _run(q, k, v, tw.intervals(starts, stops))
+    blind = (row < 150) | (starts[0, 0, :, 0] > 150)
+    assert (np.isfinite(out.astype("float32")).all((0, 1, 3)) == blind).all()
+    _same(_run(q[:, :, 5:], k, v, tw.intervals(starts[:, :, 5:], stops[:, :, 5:])), [x[:, :, 5:] for x in expected])
+    far = row // 4 % 2 == 1  # these see all, so every half sees all
+    wide = np.where(far[:, None], 0, starts), np.where(far[:, None], 200, stops)
+    got, got_lse = _run(q, k, v, tw.intervals(*wide))
+    _same((got[:, :, ~far], got_lse[:, :, ~far]), (out[:, :, ~far], lse[:, :, ~far]))

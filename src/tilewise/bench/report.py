@@ -84,6 +84,7 @@ def _picture(path: Path, results: list[Result], peaks: dict[str, float]) -> None
     from matplotlib import pyplot
 
     dtypes = list(dict.fromkeys(result.dtype for result in results))
+    names = list(dict.fromkeys(name for result in results for name in result.seconds))
     figure, axes = pyplot.subplots(1, len(dtypes), figsize=(6 * len(dtypes), 4), squeeze=False, layout="constrained")
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         chosen = [result for result in results if result.dtype == dtype]
@@ -93,14 +94,16 @@ def _picture(path: Path, results: list[Result], peaks: dict[str, float]) -> None
                 for result in chosen
                 if name in result.seconds
             ]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if name == "tilewise" else 1.2)
+            width, colour = 2.5 if name == "tilewise" else 1.2, f"C{names.index(name)}"
+            axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=width, color=colour)
         axis.axhline(peaks[dtype], color="grey", linestyle=":", label="peak of the machine")
         axis.set(
             xscale="log", xlabel="queries = keys", ylabel="GFLOP/s of visible pairs", title=f"causal, D 64, {dtype}"
         )
         axis.set_xticks([result.case.q_len for result in chosen], [str(result.case.q_len) for result in chosen])
         axis.set_ylim(bottom=0)
-        axis.legend()
+    entries = dict(entry[::-1] for axis in axes[0] for entry in zip(*axis.get_legend_handles_labels(), strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
     figure.suptitle(cpu_name())
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -1,8 +1,8 @@
 """Compile every kernel that one call launches, for a GPU that need not be here, and print what came out as JSON.
 
 Run as `python compile_for.py ARCH PROBLEMS`, in a process of its own: a compiler that aborts takes its process along.
-The calls are real ones, on CPU tensors, with a driver that claims the architecture, so what is compiled is what would run
-there. It launches nothing, but what a launch would pass is held against what the kernel takes.
+The calls are real ones, on CPU tensors, with a driver that claims the architecture, so what is compiled is what would
+run there. It launches nothing, but what a launch would pass is held against what the kernel takes.
 """
 
 from __future__ import annotations

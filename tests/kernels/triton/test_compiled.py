@@ -109,8 +109,9 @@ def fits(report: dict[str, Any]) -> bool:
     return bool(report["stack"] <= recorded)
 
 
-def test_hopper() -> None:
-    check("sm_90", tuple(QUICK))
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_quickly(arch: str) -> None:
+    check(arch, tuple(QUICK))
 
 
 def check_decode(arch: str, problems: tuple[str, ...]) -> None:
