@@ -139,35 +139,38 @@ TW_INLINE void narrow_by_mask(const tw_problem &p, int64_t b, const Tile<M> &til
                               uint64_t *words) {
     const tw_dense_mask &mask = p.mask;
     constexpr int eights = (TW_TILE_VECTORS * lanes<sum_of<M>> + 7) / 8, parts = block_keys / TW_VECTOR_BYTES;
-    uint8_t seen[eights][block_keys];
+    static const uint8_t nothing[block_keys] = {};
     const uint8_t *const first = mask.data + b * mask.stride_b + key * mask.stride_j;
-    for (int e = 0; e < eights; ++e) {
-        vu8 bits[parts] = {};
-        for (int l = 8 * e; l < 8 * (e + 1) && l < tile.width; ++l) {
-            const uint8_t *row = first + tile.h[l] * mask.stride_h + tile.i[l] * mask.stride_i;
-            uint8_t copy[block_keys] = {};
-            if (mask.stride_j == 0)
-                row = static_cast<const uint8_t *>(__builtin_memset(copy, *row, block_keys));
-            else if (mask.stride_j != 1 || n < block_keys) {
-                for (int j = 0; j < n; ++j) copy[j] = row[j * mask.stride_j];
-                row = copy;
-            }
-            const uint8_t lane = uint8_t(1 << l % 8);
-            TW_UNROLL(int v = 0; v < parts; ++v)
-                bits[v] |= (vu8)(*reinterpret_cast<const vu8 *>(row + v * TW_VECTOR_BYTES) != 0) & lane;
+    const uint8_t *rows[8 * eights], *bytes[8 * eights];
+    for (int l = 0; l < tile.width; ++l)
+        bytes[l] = rows[l] = first + tile.h[l] * mask.stride_h + tile.i[l] * mask.stride_i;
+    for (int l = tile.width; l < 8 * eights; ++l) bytes[l] = nothing;
+    uint8_t copies[8 * eights][block_keys]; // of rows whose bytes do not stand beside each other, or are fewer
+    if (mask.stride_j != 1 || n < block_keys)
+        for (int l = 0; l < tile.width; ++l) {
+            __builtin_memset(copies[l], *rows[l], block_keys);
+            if (mask.stride_j)
+                for (int j = 1; j < n; ++j) copies[l][j] = rows[l][j * mask.stride_j];
+            bytes[l] = copies[l];
         }
-        TW_UNROLL(int v = 0; v < parts; ++v) *reinterpret_cast<vu8 *>(seen[e] + v * TW_VECTOR_BYTES) = bits[v];
-    }
-    for (int j = 0; j < block_keys; ++j) {
+    uint8_t seen[eights][block_keys];
+    TW_UNROLL(int e = 0; e < eights; ++e)
+        TW_UNROLL(int v = 0; v < parts; ++v) {
+            vu8 bits = {};
+            TW_UNROLL(int l = 0; l < 8; ++l) {
+                const vu8 *row = reinterpret_cast<const vu8 *>(bytes[8 * e + l] + v * TW_VECTOR_BYTES);
+                bits |= (vu8)(*row != 0) & uint8_t(1 << l);
+            }
+            *reinterpret_cast<vu8 *>(seen[e] + v * TW_VECTOR_BYTES) = bits;
+        }
+    // Rows lie far apart, each a cache line that no other block reads: ask for those of the block run_keys ahead, once this
+    // block's are there.
+    for (int l = 0; l < tile.width; ++l) __builtin_prefetch(rows[l] + run_keys * mask.stride_j, 0, 2);
+    for (int j = 0; j < block_keys; ++j) { // of copies, words of keys that do not exist are 0 already
         uint64_t word = 0;
         TW_UNROLL(int e = 0; e < eights; ++e) word |= uint64_t(seen[e][j]) << 8 * e;
         words[j] &= word;
     }
-    // Rows lie far apart, each a cache line that no other block reads: ask for those of the block run_keys ahead, once this
-    // block's are there.
-    for (int l = 0; l < tile.width; ++l)
-        __builtin_prefetch(first + tile.h[l] * mask.stride_h + tile.i[l] * mask.stride_i + run_keys * mask.stride_j, 0,
-                           2);
 }
 
 // Narrows words[0..n) (bit = lane) by the labels. Disjoint or single labels are seen without comparing pairs.

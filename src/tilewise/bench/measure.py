@@ -1,6 +1,7 @@
 """Verified first, then timed in turn: every round asks each peer once, so that what disturbs one disturbs all.
 
-Each round begins with another peer, since who comes first finds threads asleep and caches filled with other things.
+Each round asks them in another order, drawn at random (always the same): who comes next finds the caches filled with
+other things, and threads asleep, or waiting in a loop on its cores.
 """
 
 from __future__ import annotations
@@ -81,11 +82,10 @@ def measure(
     tell(f"{case.name} {dtype}: timing")
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks: list[float] = []
-    begin, rounds = time.perf_counter(), 0
+    rng, begin, rounds = np.random.default_rng(7), time.perf_counter(), 0
     while rounds < 3 or (time.perf_counter() - begin < seconds and rounds < 200):
         peaks.append(peak())
-        first = rounds % max(1, len(runs))
-        for name in (*list(runs)[first:], *list(runs)[:first]):
+        for name in rng.permutation(list(runs)):
             times[name].append(_time(runs[name]))
         rounds += 1
     medians = {name: statistics.median(values) for name, values in times.items()}
