@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ._arrays import Array, family_of
 from .contract import Dropout, Plan
 from .kernels import forward_of
+from .kernels.native import again
 from .masks.algebra import Mask
 from .masks.biases import Bias
 from .plan.choose import choose
@@ -75,6 +76,12 @@ def attention(
             q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout,
             layout=layout, return_lse=return_lse, kernel=kernel, allow_quadratic=allow_quadratic, invariance=invariance,
         )  # fmt: skip
+    key = None
+    if family == "numpy":
+        options = layout, scale, softcap, bool(return_lse), kernel, bool(allow_quadratic), invariance
+        key = again.key_of(q, k, v, mask, (bias, sinks, dropout), options)
+        if (known := again.find(key)) is not None:
+            return known(q, k, v, again.booleans_of(mask))
     call = prepare(
         q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks,
         dropout=dropout, layout=layout, return_lse=return_lse, invariance=invariance,
@@ -84,7 +91,10 @@ def attention(
         from .jax.call import run  # imports jax
     else:
         run = forward_of(plan.kernel).forward
-    out, lse = restore(*run(plan, call.operands), layout)
+    out, lse = run(plan, call.operands)
+    if family == "numpy":
+        again.remember(key, plan, call.operands, out, lse, bool(return_lse))
+    out, lse = restore(out, lse, layout)
     return (out, lse) if return_lse else out
 
 

@@ -22,6 +22,7 @@ from torch.library import Library, register_fake
 
 from ..contract import Plan
 from ..kernels import backward_of, forward_of, tangent_of
+from ..kernels.native.call import LARGEST
 from ..masks.lower import LoweredMask
 from ..plan.choose import choose
 from ..problem import ACCUMULATOR
@@ -123,7 +124,7 @@ def _planned(
     call = told.operands(operands, mask, told.dropout(facts, integers))
     problem = told.problem(call, scale, frozenset(told.names[n] for n in wanted))
     plan = choose(problem, told.kernel, told.allow_quadratic)
-    if symbolic and (mask.ranges is None or mask.ranges.starts.nbytes <= quick.LARGEST):
+    if symbolic and (mask.ranges is None or mask.ranges.starts.nbytes <= LARGEST):
         if len(_plans) >= quick.MOST:
             _plans.pop(next(iter(_plans)), None)  # another thread may have been faster
         _plans[key] = mask, plan

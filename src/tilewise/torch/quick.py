@@ -10,17 +10,15 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..contract import Operands, Plan
 from ..kernels.native.buffers import in_large_pages
-from ..kernels.native.call import call_of
+from ..kernels.native.call import lasting
 from ..kernels.native.facts import Alive, mask_place
 
 MOST = 512  # calls remembered
-LARGEST = 1 << 20  # bytes of ranges that a remembered call may hold; where there are more, time goes elsewhere anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,29 +81,19 @@ def find(key: Hashable | None) -> Prepared | None:
 
 def remember(key: Hashable | None, plan: Plan, operands: Operands, out: Tensor, lse: Tensor) -> None:
     """Remember how the native kernel was called, where all that it needs is known from the key."""
-    mask, problem = operands.mask, plan.problem
-    if key is None or plan.kernel != "native" or mask.lazy is not None or problem.dropout or problem.sinks:
+    found = None if key is None else lasting(plan, operands)
+    if found is None:
         return
     if any(x.shape[-1] > 1 and x.stride(-1) != 1 for x in (operands.q, operands.k, operands.v)):
         return  # the kernel works on copies of these
-    if mask.ranges is not None and mask.ranges.starts.nbytes > LARGEST:
-        return
     from .. import _native  # pyright: ignore[reportAttributeAccessIssue]  # there, since the kernel ran
 
-    alive: Alive = []
-    rest = {**call_of(problem, operands, out, lse, alive), "rows": (0, problem.q_len), "bits": None}
-    for name in ("threads", "q", "k", "v", "out", "lse"):
-        del rest[name]
-    dense = mask.dense is not None
-    if dense:
-        del rest["mask"]
-    swapped = problem.layout == "bshd"
-    held = [found for found in alive if isinstance(found.array, np.ndarray)]
+    swapped = plan.problem.layout == "bshd"
     if len(_calls) >= MOST:
         _calls.pop(next(iter(_calls)), None)  # another thread may have been faster
     _calls[key] = Prepared(
-        _native.forward, rest, held, tuple(out.transpose(1, 2).shape if swapped else out.shape), tuple(lse.shape),
-        swapped, out.dtype, lse.dtype, dense,
+        _native.forward, *found, tuple(out.transpose(1, 2).shape if swapped else out.shape), tuple(lse.shape),
+        swapped, out.dtype, lse.dtype, operands.mask.dense is not None,
     )  # fmt: skip
 
 

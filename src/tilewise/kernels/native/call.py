@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from ..._arrays import Array
-from ...contract import Operands
+from ...contract import Operands, Plan
 from ...masks.lower import TILE, LoweredMask
 from ...problem import AttentionProblem
 from .buffers import DTYPE_CODES, empty, packed, rows
 from .card import BITS_BYTES, sizes_of, threads_of
 from .facts import Alive, call_facts, tile_bits
+
+LARGEST = 1 << 20  # bytes of ranges that a remembered call may hold; where there are more, time goes elsewhere anyway
 
 
 def call_of(problem: AttentionProblem, operands: Operands, out: Array, lse: Array, alive: Alive) -> dict[str, Any]:
@@ -24,19 +27,44 @@ def call_of(problem: AttentionProblem, operands: Operands, out: Array, lse: Arra
     logarithms = packed(lse, 3)
     alive.append(logarithms)
     return {
-        "dtype": DTYPE_CODES[problem.dtype],
+        **_settings(problem),
         "threads": threads_of(problem),
-        "sizes": sizes_of(problem),
         "q": tensor(operands.q, alive),
         "k": tensor(operands.k, alive),
         "v": tensor(operands.v, alive),
         "out": tensor(out, alive),
         "lse": logarithms.address,
+        **call_facts(operands, problem.accumulator, alive),
+    }
+
+
+def lasting(plan: Plan, operands: Operands) -> tuple[dict[str, Any], Alive] | None:
+    """What `_native.forward` is given in each call of the same shapes, strides and options, and what that points into.
+
+    A dense mask, which is read in place, is not among it. None where there is more that may change.
+    """
+    mask, problem = operands.mask, plan.problem
+    if plan.kernel != "native" or mask.lazy is not None or problem.dropout or problem.sinks:
+        return None
+    if operands.dense or operands.table is not None:
+        return None
+    if mask.ranges is not None and mask.ranges.starts.nbytes > LARGEST:
+        return None
+    alive: Alive = []
+    facts = call_facts(replace(operands, mask=replace(mask, dense=None)), problem.accumulator, alive)
+    if mask.dense is not None:
+        del facts["mask"]
+    return {**_settings(problem), **facts, "rows": (0, problem.q_len), "bits": None}, alive
+
+
+def _settings(problem: AttentionProblem) -> dict[str, Any]:
+    return {
+        "dtype": DTYPE_CODES[problem.dtype],
+        "sizes": sizes_of(problem),
         "scale": problem.scale,
         "softcap": problem.softcap or 0.0,
         "part": problem.part,
         "row_invariant": problem.invariance == "row",
-        **call_facts(operands, problem.accumulator, alive),
     }
 
 
