@@ -434,7 +434,7 @@ def test_what_torch_lets_through_and_we_do_not():
 @pytest.mark.parametrize("grad", [False, True])
 def test_remembered_calls_are_like_first_ones(options, grad, monkeypatch):
     """The second call of its kind goes a shorter way, to the same bits; any difference that matters makes a first."""
-    monkeypatch.setattr("tilewise.compat.torch_sdpa.again._ways", {})
+    monkeypatch.setattr("tilewise.torch.again._calls", {})
     heads = 2 if "enable_gqa" in options else 4
     q, k, v = (normal(2, n, 5, 6, dtype=torch.float32, requires_grad=grad) for n in (4, heads, heads))
     mask = None if "is_causal" in options else torch.arange(25).reshape(5, 5) % 3 > 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +32,7 @@ class Mask:
     """
 
     arrays: ClassVar[tuple[str, ...]] = ()
+    told: ClassVar[bool] = True  # whether its fields say all about it
 
     def __post_init__(self) -> None:
         introduce()
@@ -126,6 +128,11 @@ class Mask:
         """All that is not an array: type, static fields, and the shape and dtype of each operand. Hashable."""
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return (type(self).__name__, *(_static(value) for value in values))
+
+    @cached_property
+    def fixed(self) -> tuple[Any, ...] | None:
+        """`structure()` of a mask that is nothing else: without arrays and functions. None of others."""
+        return self.structure() if all(leaf.told for leaf in self.primitives()) and not self.operands() else None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask) or self.structure() != other.structure():

@@ -17,7 +17,7 @@ from .. import validate
 from .._arrays import torch_of
 from ..plan.choose import check_name
 from ..problem import Invariance
-from . import autograd, batching, legacy_batching, operator  # noqa: F401  (they register rules)
+from . import again, autograd, batching, legacy_batching, operator  # noqa: F401  (they register rules)
 from .options import write
 from .watch import nobody_else, recording
 
@@ -27,11 +27,20 @@ def attention(
     dropout: Any, layout: str, return_lse: bool, kernel: str | None, allow_quadratic: bool, invariance: str,
 ) -> Any:  # fmt: skip
     """As `tilewise.attention`, for torch tensors; q, k and v join the dtype of an autocast region."""
+    told = layout, scale, softcap, kernel, allow_quadratic, invariance
+    key = again.key_of(q, k, v, mask, (bias, sinks, dropout), told)
+    known = again.find(key)
+    if known is not None:
+        if layout == "bshd":
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out, lse = validate.restore(*again.attend(known, q, k, v, again.booleans_of(mask)), layout)
+        return (out, lse) if return_lse else out
     q, k, v = autocast(q, k, v)
     arrays = _arrays(q, k, v, layout)
     checked = validate.check_options(arrays, _tensor(mask), _tensor(bias), scale, softcap, sinks, dropout)
     same = validate.check_invariance(invariance, checked.dropout)
     out, lse = run(checked, layout, kernel, allow_quadratic, same)
+    again.remember(key, checked.scale, checked.mask, layout, checked.softcap, None, kernel, allow_quadratic, same)
     out, lse = validate.restore(out, lse, layout)
     return (out, lse) if return_lse else out
 

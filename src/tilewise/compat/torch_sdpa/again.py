@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...torch import autograd, operator
-from ...torch.options import write
-from ...torch.watch import nobody_else, recording
+from ...torch import again
+from ...torch.watch import nobody_else
 from .shapes import Folding
-
-_MOST = 512  # calls remembered
-_ways: dict[Hashable, tuple[float | None, list[int], str]] = {}  # the last arguments of the operator
 
 
 def key_of(
@@ -38,7 +34,7 @@ def key_of(
         return None
     mask = None if attn_mask is None else (attn_mask.shape, attn_mask.device)
     return (
-        query.shape, key.shape, value.shape, query.stride(), query.dtype, key.dtype, value.dtype,
+        "sdpa", query.shape, key.shape, value.shape, query.stride(), query.dtype, key.dtype, value.dtype,
         key.device, value.device, mask, is_causal, scale, enable_gqa,
     )  # fmt: skip
 
@@ -47,12 +43,8 @@ def attend(
     found: Hashable | None, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> Tensor | None:
     """The result, where such a call was remembered."""
-    way = _ways.get(found)
-    if way is None:
-        return None
-    operands, facts = [query, key, value], [] if attn_mask is None else [attn_mask]
-    run = autograd.recorded if recording(operands) else operator.compute
-    return run(operands, facts, way[1], way[0], way[2])[0]
+    known = again.find(found)
+    return None if known is None else again.attend(known, query, key, value, attn_mask)[0]
 
 
 def remember(
@@ -68,7 +60,4 @@ def remember(
         or (not query.is_contiguous() and query.transpose(1, 2).is_contiguous())
     ):
         return
-    _, integers, options = write("q,k,v", mask, "bhsd", None, None, None, False)
-    if len(_ways) >= _MOST:
-        _ways.pop(next(iter(_ways)))
-    _ways[found] = scale, integers, options
+    again.remember(found, scale, mask, "bhsd", None, None, None, False)

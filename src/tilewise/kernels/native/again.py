@@ -16,7 +16,6 @@ from ..._arrays import Array
 from ...contract import Operands, Plan
 from ...masks.algebra import Mask
 from ...masks.primitives.dense import Dense
-from ...masks.primitives.predicate import Predicate
 from .call import lasting
 from .facts import Alive, mask_place
 
@@ -73,12 +72,10 @@ def key_of(q: Any, k: Any, v: Any, mask: Any, arrays: tuple[Any, ...], options: 
     seen = booleans_of(mask)
     if seen is not None:
         told = ("dense", seen.shape, seen.strides)
-    elif isinstance(mask, Mask):
-        if mask.operands() or any(isinstance(leaf, Predicate) for leaf in mask.primitives()):
-            return None
-        told = mask.structure()
     elif mask is not None:
-        return None
+        told = mask.fixed if isinstance(mask, Mask) else None
+        if told is None:
+            return None
     shapes = [part for x in (q, k, v) for part in (x.dtype, x.shape, x.strides)]
     key = (told, *options, *map(type, options), *shapes)  # 1, 1.0 and True are equal, but not all are a scale
     try:

@@ -21,6 +21,7 @@ class Predicate(Mask):
     """See `predicate`."""
 
     function: Callable[..., Any]
+    told = False
 
     def __post_init__(self) -> None:
         """Name the mask, unless torch's compiler is just following its making and could not."""

@@ -5,7 +5,7 @@ What is refused here is served, or found to be wrong, sequence by sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -168,7 +168,7 @@ def _fits(mask: Mask, lengths: Lengths) -> bool:
     unnamed = isinstance(mask, Causal | Window) and mask.align is None and mask.offset is None
     if unnamed and (lengths.q_len != lengths.k_len).any():
         return False
-    for value in vars(mask).values():
+    for value in (getattr(mask, field.name) for field in fields(mask)):
         if isinstance(value, str | None):
             continue
         if isinstance(value, int):

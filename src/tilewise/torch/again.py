@@ -1,0 +1,89 @@
+"""Calls with the shapes and options of an earlier one: nothing is left to check or to spell."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..masks.algebra import Mask
+from ..masks.primitives.dense import Dense
+from . import autograd, operator
+from .options import write
+from .watch import nobody_else, recording
+
+MOST = 512  # calls remembered
+
+
+class Spelled(NamedTuple):
+    """The last arguments of the operator."""
+
+    integers: list[int]
+    scale: float | None
+    options: str
+
+
+_calls: dict[Hashable, Spelled] = {}
+
+
+def key_of(q: Any, k: Any, v: Any, mask: Any, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Hashable | None:
+    """What an earlier call must share with this one; None for calls that are not remembered.
+
+    Remembered are plain tensors of four axes on the CPU while nobody watches, without biases, sinks or dropout.
+
+    Args:
+        mask: remembered where it holds no arrays, or is one of booleans; arrays: bias, sinks and dropout.
+        options: all others.
+    """
+    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor):
+        return None
+    if any(array is not None for array in arrays) or any(x.is_nested or x.dim() != 4 for x in (q, k, v)):
+        return None
+    if not nobody_else((q, k, v)) or torch.is_autocast_enabled("cpu"):
+        return None
+    told: Hashable = None
+    seen = booleans_of(mask)
+    if seen is not None:
+        told = ("dense", seen.shape)
+    elif mask is not None:
+        told = mask.fixed if isinstance(mask, Mask) else None
+        if told is None:
+            return None
+    # 1, 1.0 and True are equal, but not all are a scale.
+    key = (told, *options, *map(type, options), q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
+    try:
+        hash(key)
+    except TypeError:  # an option that is wrong
+        return None
+    return key
+
+
+def booleans_of(mask: Any) -> Tensor | None:
+    """The tensor of a mask that is nothing but booleans."""
+    array = mask.array if type(mask) is Dense else mask
+    plain = type(array) is Tensor and array.dtype == torch.bool and array.is_cpu and array.dim() <= 4
+    return array if plain and not array.is_nested else None
+
+
+def find(key: Hashable | None) -> Spelled | None:
+    """What stands for a call that was remembered under the key."""
+    return _calls.get(key)
+
+
+def attend(known: Spelled, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq) of views (B, H, S, D); `seen`: the boolean mask."""
+    operands, facts = [q, k, v], [] if seen is None else [seen]
+    run = autograd.recorded if recording(operands) else operator.compute
+    return run(operands, facts, known.integers, known.scale, known.options)
+
+
+def remember(key: Hashable | None, scale: float | None, *told: Any) -> None:
+    """Remember a call of three operands that went well; `told` are the arguments of `options.write` but the names."""
+    if key is None:
+        return
+    _, integers, options = write("q,k,v", *told)
+    if len(_calls) >= MOST:
+        _calls.pop(next(iter(_calls)), None)  # another thread may have been faster
+    _calls[key] = Spelled(integers, scale, options)
