@@ -39,7 +39,9 @@ def key_of(q: Any, k: Any, v: Any, mask: Any, arrays: tuple[Any, ...], options: 
     """
     if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor):
         return None
-    if any(array is not None for array in arrays) or any(x.is_nested or x.dim() != 4 for x in (q, k, v)):
+    if any(array is not None for array in arrays):
+        return None
+    if any(x.layout is not torch.strided or x.is_nested or x.dim() != 4 for x in (q, k, v)):
         return None
     if not nobody_else((q, k, v)) or torch.is_autocast_enabled("cpu"):
         return None
@@ -64,7 +66,7 @@ def booleans_of(mask: Any) -> Tensor | None:
     """The tensor of a mask that is nothing but booleans."""
     array = mask.array if type(mask) is Dense else mask
     plain = type(array) is Tensor and array.dtype == torch.bool and array.is_cpu and array.dim() <= 4
-    return array if plain and not array.is_nested else None
+    return array if plain and array.layout is torch.strided and not array.is_nested else None
 
 
 def find(key: Hashable | None) -> Spelled | None:
