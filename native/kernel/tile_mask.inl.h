@@ -159,7 +159,8 @@ TW_INLINE void narrow_by_mask(const tw_problem &p, int64_t b, const Tile<M> &til
             vu8 bits = {};
             TW_UNROLL(int l = 0; l < 8; ++l) {
                 const vu8 *row = reinterpret_cast<const vu8 *>(bytes[8 * e + l] + v * TW_VECTOR_BYTES);
-                bits |= (vu8)(*row != 0) & uint8_t(1 << l);
+                const uint8_t lane = uint8_t(1 << l);
+                bits |= (vu8)(*row != 0) & lane;
             }
             *reinterpret_cast<vu8 *>(seen[e] + v * TW_VECTOR_BYTES) = bits;
         }

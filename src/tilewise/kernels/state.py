@@ -21,9 +21,18 @@ _MINUS_INF = float("-inf")
 FAR = 177.0
 
 
-def is_far(lse: Array) -> Array:
+def far_from(dropout: float, dtype: str) -> float:
+    """How far from 0 lse must be for a row to be taken for far: all rows are where dropout keeps a quarter or fewer.
+
+    There out has been multiplied by 4 and more before it was rounded to a half type, and what backward passes take from
+    it, d_out . out, would be wrong by as much. Of far rows that is summed anew.
+    """
+    return -1.0 if dropout >= 0.75 and dtype in ("float16", "bfloat16") else FAR
+
+
+def is_far(lse: Array, least: float = FAR) -> Array:
     """Booleans, which rows' lse is: not that of a row that sees nothing, nor what is no number. Of any framework."""
-    return (abs(lse) > FAR) & (abs(lse) < float("inf"))
+    return (abs(lse) > least) & (abs(lse) < float("inf"))
 
 
 def may_be_far(problem: AttentionProblem) -> bool:
@@ -33,6 +42,8 @@ def may_be_far(problem: AttentionProblem) -> bool:
     """
     if problem.part:
         return False
+    if far_from(problem.dropout, problem.dtype) < 0:
+        return True
     bound = inf if problem.softcap is None else problem.softcap + log(max(1, problem.k_len))
     return bool(problem.bias.dense) or problem.bias.table or problem.sinks or bound > FAR
 

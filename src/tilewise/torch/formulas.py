@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._arrays import dtype_name
 from ..contract import Operands
 from ..kernels.portable.axes import Axes, ungrouped
 from ..kernels.portable.backward import gradient_sums
 from ..kernels.portable.call import Call, make_call
 from ..kernels.portable.row_terms import lse_is_empty, row_terms
 from ..kernels.portable.tiles import default_tiles
-from ..kernels.state import is_far, may_be_far
+from ..kernels.state import FAR, far_from, is_far, may_be_far
 from ..masks.lower import LoweredMask
 from ..masks.site import Site
 from ..problem import ACCUMULATOR
@@ -58,7 +59,7 @@ def gradient_formula(
 
     chosen = frozenset(names[n] for n in wanted)
     terms = row_terms(call, out, lse, d_out, d_lse)
-    levels = _levels(call, given, rest, lse, terms.d_out)
+    levels = _levels(call, given, rest, lse, terms.d_out, far_from(rest.told.p, dtype_name(out)))
     if levels is not None:
         # The derivative stays that of the formula, from which what was found again differs in rounding alone.
         more = torch.where(levels.far, call.rows(d_lse) - levels.pull - terms.pull, 0.0).detach()
@@ -121,13 +122,15 @@ class _Levels(NamedTuple):
     pull: Tensor
 
 
-def _levels(call: Call, operands: Operands, rest: Rest, lse: Tensor, d_out: Tensor) -> _Levels | None:
-    """The levels of all rows, None where no row can be far.
+def _levels(
+    call: Call, operands: Operands, rest: Rest, lse: Tensor, d_out: Tensor, least: float = FAR
+) -> _Levels | None:
+    """The levels of all rows, None where no row can be far; `least`: how far from 0 the lse of such a row is.
 
     Their derivatives are those of level lse and share 1, which they are but for rounding. Whether there are such rows
     is asked inside the operator: a choice by data is none that a compiler could take.
     """
-    if not may_be_far(call.problem):
+    if least == FAR and not may_be_far(call.problem):
         return None
     level = torch.where(lse_is_empty(call, lse), 0.0, call.rows(lse))
     held = level.detach()
@@ -135,8 +138,9 @@ def _levels(call: Call, operands: Operands, rest: Rest, lse: Tensor, d_out: Tens
     if operands.sinks is not None:
         sinks = operands.sinks.detach().to(held.dtype).reshape(*call.q.shape[1:3], 1).expand(held.shape)
     inputs = [array.detach() for _, array in call.primals]
-    found, share, pull = _sum(Program("levels", (), _bands(call)), rest, [*inputs, held, sinks, d_out.detach()])
-    far = is_far(held)
+    far = is_far(call.rows(lse).detach(), least)
+    program = Program("levels", (), _bands(call))
+    found, share, pull = _sum(program, rest, [*inputs, held, far, sinks, d_out.detach()])
     return _Levels(level + torch.where(far, found - held, 0.0), share, far, pull)
 
 

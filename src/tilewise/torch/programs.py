@@ -41,8 +41,9 @@ class Program:
 
     Attributes:
         name: the method of `Local` it begins with, "sums" or "gradients"; or "levels", which is no such sum, has no
-            derivative and looks for rows whose lse is far from 0 (`far_rows`): of the operands, lse, the rows' sinks
-            and d_out it makes the level, the reciprocal of the sum and the weighed gradient of each row.
+            derivative and looks again at rows that are far (`far_rows`): of the operands, lse, which rows these are
+            (1 or 0), the rows' sinks and d_out it makes the level, the reciprocal of the sum and the weighed gradient
+            of each row.
         wanted: which gradients of q, k, v and the biases "gradients" makes.
         bands: for each bias, whether it is a table over j - i; else it is dense.
         steps: ("pull" or "push", numbers of the inputs with respect to which), in order.
@@ -83,7 +84,7 @@ class Program:
         if self.name == "sums":
             inputs, outputs = (*primals, Axes.ROWS), (Axes.ROWS, Axes.ROWS)
         elif self.name == "levels":
-            inputs, outputs = (*primals, Axes.ROWS, Axes.ROWS, Axes.ROWS), (Axes.ROWS,) * 3
+            inputs, outputs = (*primals, *(Axes.ROWS,) * 4), (Axes.ROWS,) * 3
         else:
             inputs = (*primals, Axes.ROWS, Axes.ROWS, Axes.ROWS)
             outputs = tuple(axes for axes, want in zip(primals, self.wanted, strict=True) if want)
@@ -138,7 +139,7 @@ class Program:
             biases = tuple(zip(self.biases, arrays[3:], strict=False))
             walk = Walk(problem, mask, dropout, verbs, default_tiles(problem), biases)
             if self.name == "levels":
-                return _levels(Call(problem, verbs, arrays[0], arrays[1], arrays[2], biases, walk), *arrays[-3:])
+                return _levels(Call(problem, verbs, arrays[0], arrays[1], arrays[2], biases, walk), *arrays[-4:])
             given = tuple(zip(layouts, arrays, strict=True))
             return tiled_sum(walk, self._local(verbs, problem), given, tuple(zip(outputs, shapes, strict=True)))
 
@@ -152,8 +153,8 @@ class Program:
         return local
 
 
-def _levels(call: Call, level: Tensor, sinks: Tensor, d_out: Tensor) -> list[Tensor]:
-    found = far_rows(call, level, sinks, d_out)
+def _levels(call: Call, level: Tensor, far: Tensor, sinks: Tensor, d_out: Tensor) -> list[Tensor]:
+    found = far_rows(call, level, far > 0, sinks, d_out)
     if found is None:
         return [level.clone(), torch.ones_like(level), torch.zeros_like(level)]
     return [found.level, 1 / found.total, torch.where(found.far, found.weighed / found.total, 0.0)]

@@ -23,7 +23,15 @@ from triton_cases import CASES  # noqa: E402
 # Two tiles an axis, the second one ragged.
 SIZE = 50
 QUICK = [case.name for case in CASES if not case.wide]
-HALVES = ["causal end", "three biases and a table", "dropout", "rubbish in a document", "width 1", "decode"]
+HALVES = [
+    "causal end",
+    "three biases and a table",
+    "dropout",
+    "dropout of most",
+    "rubbish in a document",
+    "width 1",
+    "decode",
+]
 
 
 PAGED_HALVES = ["pages of 7", "many queries", "dense mask and bias", "cache"]

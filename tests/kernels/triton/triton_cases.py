@@ -140,6 +140,11 @@ def _plant_one_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     k[1, 1, 2], v[1, 1, 3], q[1, 3, 0] = float("nan"), float("inf"), float("nan")
 
 
+def _plant_values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Values so large that the rounding of out to a half type is."""
+    v *= 1 if v.dtype == torch.float32 else 64
+
+
 def _plant_large(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Queries and keys whose scores carry lse far from 0, each key twice, so that rows do not see one key alone."""
     q.mul_(100)
@@ -185,6 +190,9 @@ CASES = (
     Case("dropout", lambda s: CAUSAL | {"dropout": tw.Dropout(0.3, seed=2**40 + 5, stream=3)}, batch=2, lengths=FEW),
     Case("dropout by a tensor's seed", lambda s: {
         "dropout": tw.Dropout(0.3, torch.tensor(2**40 + 5, device=s.device))}),
+    # A bias that a row's keys share moves lse alone: what is left of out's rounding, which dropout has multiplied by ten.
+    Case("dropout of most", lambda s: {"bias": torch.zeros(s.sq, 1, device=s.device), "dropout": tw.Dropout(0.9, 1)},
+         2, plant=_plant_values),
     Case("drop all", lambda s: {"dropout": tw.Dropout(1.0, seed=1)}),
     Case("one query", lambda s: CAUSAL, lengths=(0.0, 1.0), heads=(4, 1)),
     # Few queries: those of a group share a tile, and keys are split; two heads of queries more than a split has keys.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ...contract import Tiles
 from ...problem import AttentionProblem
-from ..state import State, is_far, may_be_far
+from ..state import FAR, State, far_from, is_far, may_be_far
 from .jax_products import pair_products
 from .jax_scan import (
     Facts,
@@ -59,7 +59,7 @@ def levels(
         return None
     held, lse_held, d_out = jax.lax.stop_gradient((accumulating(problem, smooth), lse, d_out))
     grid = Grid.of(problem, tiles)
-    far = is_far(lse_held)
+    far = is_far(lse_held, FAR if d_out is None else far_from(problem.dropout, problem.dtype))
     sinks = if_given(partial(per_row, grid), held.sinks)
 
     def weigh(weights: Array, tile: Tile, at: Smooth, seen: Array | None, d_out: Array | None) -> Array:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..._arrays import Array
 from ...contract import Operands
-from ..state import is_far, may_be_far
+from ..state import far_from, is_far, may_be_far
 from .axes import Axes
 from .call import Call
 from .forward import attend
@@ -63,9 +63,12 @@ def mended(call: Call, operands: Operands, terms: RowTerms, d_lse: Array | None)
     """The terms with those of far rows found again: their gradients, which are linear in d_out and pull as they are in
     their probabilities, are divided by the sum of these."""
     verbs, xp, sinks = call.verbs, call.verbs.xp, None
+    if not may_be_far(call.problem):
+        return terms
     if operands.sinks is not None:
         sinks = xp.broadcast_to(verbs.cast(operands.sinks).reshape(*call.q.shape[1:3], 1), tuple(terms.level.shape))
-    found = far_rows(call, terms.level, sinks, terms.d_out)
+    far = is_far(terms.level, far_from(call.problem.dropout, call.problem.dtype))
+    found = far_rows(call, terms.level, far, sinks, terms.d_out)
     if found is None:
         return terms
     pull = -found.weighed / found.total
@@ -75,17 +78,18 @@ def mended(call: Call, operands: Operands, terms: RowTerms, d_lse: Array | None)
     return RowTerms(found.level, terms.empty, d_out, xp.where(found.far, pull / found.total, terms.pull))
 
 
-def far_rows(call: Call, level: Array, sinks: Array | None, d_out: Array) -> FarRows | None:
+def far_rows(call: Call, level: Array, far: Array, sinks: Array | None, d_out: Array) -> FarRows | None:
     """Far rows by two passes over their keys, None where there are none; no derivative.
 
-    float32's 10^9 and its neighbour are 64 apart: there lse holds no logarithm of a sum.
+    float32's 10^9 and its neighbour are 64 apart: there lse holds no logarithm of a sum. And where dropout keeps few
+    pairs, all rows are far (`state.far_from`).
 
     Args:
-        level, sinks: (B, Hkv, G, Sq) in the accumulator's dtype, lse and the rows' sinks. d_out: (B, Hkv, G, Sq, Dv).
+        level, sinks: (B, Hkv, G, Sq) in the accumulator's dtype, lse and the rows' sinks. far: booleans; rows that see
+            nothing may be among them. d_out: (B, Hkv, G, Sq, Dv).
     """
     verbs, xp = call.verbs, call.verbs.xp
-    far = is_far(level)
-    if not may_be_far(call.problem) or (verbs.known and not bool(far.any())):
+    if verbs.known and not bool(far.any()):
         return None
     level = level + 0.0
     for block in call.walk.blocks():
@@ -93,9 +97,10 @@ def far_rows(call: Call, level: Array, sinks: Array | None, d_out: Array) -> Far
         if not verbs.known or bool(far[rows].any()):
             peak = attend(call, block).peak
             peak = peak if sinks is None else xp.maximum(peak, sinks[rows])
-            level[rows] = xp.where(far[rows], peak, level[rows])
+            level[rows] = xp.where(far[rows] & (peak > _MINUS_INF), peak, level[rows])
     inputs = *call.primals, (Axes.ROWS, level), (Axes.ROWS, d_out)
     total, weighed = tiled_sum(call.walk, call.local().row_sums, inputs, [(Axes.ROWS, tuple(level.shape))] * 2)
     if sinks is not None:
         total = total + xp.exp(sinks - level)
+    far = far & (total > 0)
     return FarRows(far, level, xp.where(far, total, 1.0), weighed)

@@ -12,7 +12,7 @@ from itertools import product
 import torch
 
 from ...contract import Gradients, Operands, Plan
-from ..state import is_far, may_be_far
+from ..state import far_from, is_far, may_be_far
 from .arguments import call_of, heads_together, unsound_of
 from .bias_kernels import d_dense_kernel, d_table_kernel
 from .careful_kernels import careful_d_kv_kernel, careful_d_q_kernel, unsound_d_q_kernel
@@ -179,7 +179,8 @@ class _Step:
         if self.shares is not None:
             # A far row's level is no rounded lse; sinks that overflow in units of log 2 are far above all others.
             of_far = torch.exp2((sinks[None, :, None] * LOG2E.value).clamp(-MOST.value, MOST.value) - self.level)
-            share = torch.where(is_far(lse), of_far * self.shares, share)
+            problem = self.plan.problem
+            share = torch.where(is_far(lse, far_from(problem.dropout, problem.dtype)), of_far * self.shares, share)
         return -(share * self.delta).sum((0, 2)).to(sinks.dtype)
 
 
@@ -226,7 +227,7 @@ def _begin(
                 view(operands.q), view(operands.k), view(operands.v), view(d_out), rows(lse), row_d_lse,
                 levels(level, shares, far), rows(delta), call._replace(mask=slab.mask), sinks,
                 slab.lists, slab.first, slab.tiles, heads_together(problem, problem.q_heads, masked),
-                LAST_FIRST=masked, blocks=blocks,
+                LAST_FIRST=masked, FAR_FROM=far_from(problem.dropout, problem.dtype), blocks=blocks,
             )  # fmt: skip
     tiles = (
         view(operands.q), view(operands.k), view(operands.v), view(d_out), levels(level, shares, far), rows(delta)

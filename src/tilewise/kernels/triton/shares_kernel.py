@@ -5,32 +5,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..state import FAR as _FAR
 from .device.arithmetic import INF, in_log2, is_finite, load_tile, product
 from .device.scores import score
 from .device.slopes import after_dropout, keeps, load_row
 from .device.walk import GRID, counts_of, nth_tile, place, row_of
 
-FAR = tl.constexpr(_FAR)
-
 
 @triton.jit(do_not_specialize=GRID)
 def shares_kernel(
     q, k, v, d_out, lse, d_lse, level, delta, call, sinks, lists, first_tile, tiles, together,
-    LAST_FIRST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    LAST_FIRST: tl.constexpr, FAR_FROM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Shares of all rows, (B, Hq, Sq) float32: 1, and of far rows 1 / their sum of 2^(score - level).
 
     Of far rows the level becomes the largest score, in units of log 2, and delta what all probabilities share in their
     gradient, summed in the arithmetic that they are summed with. `level.far` is set where there are any: programs
-    without read lse and write the shares, and no more.
+    without read lse and write the shares, and no more. FAR_FROM: see `far_from` in `kernels/state.py`.
     """
     tile, b, h = place(tiles, together, call.shape.q_heads, LAST_FIRST)
     first = (first_tile + tile) * BLOCK_Q
     position = first + tl.arange(0, BLOCK_Q)
     inside = position < call.shape.q_len
     held = load_row(lse, b, h, position, call.shape.q_len, 0.0)
-    far = (tl.abs(held) > FAR) & is_finite(held)
+    far = (tl.abs(held) > FAR_FROM) & is_finite(held)
     own = b.to(tl.int64) * level.b + h.to(tl.int64) * level.h + position.to(tl.int64) * level.row
     if tl.max(far.to(tl.int32), axis=0) == 0:
         tl.store(level.share + own, tl.full([BLOCK_Q], 1.0, tl.float32), mask=inside)
