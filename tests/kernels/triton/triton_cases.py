@@ -190,7 +190,7 @@ CASES = (
     Case("dropout", lambda s: CAUSAL | {"dropout": tw.Dropout(0.3, seed=2**40 + 5, stream=3)}, batch=2, lengths=FEW),
     Case("dropout by a tensor's seed", lambda s: {
         "dropout": tw.Dropout(0.3, torch.tensor(2**40 + 5, device=s.device))}),
-    # A bias that a row's keys share moves lse alone: what is left of out's rounding, which dropout has multiplied by ten.
+    # A bias that a row's keys share moves lse alone: it shows out's rounding, which dropout has multiplied by ten.
     Case("dropout of most", lambda s: {"bias": torch.zeros(s.sq, 1, device=s.device), "dropout": tw.Dropout(0.9, 1)},
          2, plant=_plant_values),
     Case("drop all", lambda s: {"dropout": tw.Dropout(1.0, seed=1)}),
