@@ -14,6 +14,7 @@ from torch.autograd import gradcheck  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
+from tilewise._remembered import Remembered  # noqa: E402
 from tilewise.compat.torch_sdpa import scaled_dot_product_attention as sdpa  # noqa: E402
 
 close = torch.testing.assert_close
@@ -434,7 +435,7 @@ def test_what_torch_lets_through_and_we_do_not():
 @pytest.mark.parametrize("grad", [False, True])
 def test_remembered_calls_are_like_first_ones(options, grad, monkeypatch):
     """The second call of its kind goes a shorter way, to the same bits; any difference that matters makes a first."""
-    monkeypatch.setattr("tilewise.torch.again._calls", {})
+    monkeypatch.setattr("tilewise.torch.again._calls", Remembered())
     heads = 2 if "enable_gqa" in options else 4
     q, k, v = (normal(2, n, 5, 6, dtype=torch.float32, requires_grad=grad) for n in (4, heads, heads))
     mask = None if "is_causal" in options else torch.arange(25).reshape(5, 5) % 3 > 0

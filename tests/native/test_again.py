@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import tilewise as tw
+from tilewise._remembered import MOST, Remembered
 from tilewise.kernels.native import again
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -27,7 +28,7 @@ MASKS = {
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(again, "_calls", {})
+    monkeypatch.setattr(again, "_calls", Remembered())
 
 
 def arrays(rng: np.random.Generator, layout: str = "bhsd", dtype: str = "float32") -> list[np.ndarray]:
@@ -46,7 +47,7 @@ def test_later_calls_are_as_the_first(kind: str, layout: str, dtype: str) -> Non
         mask = MASKS[kind](rng)
         out, lse = tw.attention(q, k, v, mask=mask, layout=layout, return_lse=True)
         copies = [np.stack([x, x])[0] for x in (q, k, v)]
-        again._calls, held = {}, again._calls
+        again._calls, held = Remembered(), again._calls
         want, want_lse = tw.attention(*copies, mask=mask, layout=layout, return_lse=True)
         again._calls = held
         assert out.flags.c_contiguous == want.flags.c_contiguous and out.strides == want.strides
@@ -144,7 +145,7 @@ def test_no_array_is_kept_and_the_number_of_calls_is_bounded() -> None:
     del q, k, v, out, seen
     gc.collect()
     assert not any(found() is not None for found in held)
-    for length in range(1, again.MOST + 5):
+    for length in range(1, MOST + 5):
         x = np.ones((1, 1, length, 1), np.float32)
         tw.attention(x, x, x)
-    assert len(again._calls) == again.MOST
+    assert len(again._calls) == MOST

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import tilewise as tw
+from tilewise._remembered import MOST, Remembered
 from tilewise.torch import again
 
 MASKS = {
@@ -22,7 +23,7 @@ MASKS = {
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(again, "_calls", {})
+    monkeypatch.setattr(again, "_calls", Remembered())
     torch.manual_seed(0)
 
 
@@ -122,7 +123,7 @@ def test_wrong_options_stay_wrong() -> None:
 
 
 def test_the_number_of_calls_is_bounded() -> None:
-    for length in range(1, again.MOST + 5):
+    for length in range(1, MOST + 5):
         x = torch.ones(1, 1, length, 1)
         tw.attention(x, x, x)
-    assert len(again._calls) == again.MOST
+    assert len(again._calls) == MOST

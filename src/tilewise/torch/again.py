@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._remembered import Remembered
 from ..masks.algebra import Mask
 from ..masks.primitives.dense import Dense
 from . import autograd, operator
 from .options import write
 from .watch import nobody_else, recording
-
-MOST = 512  # calls remembered
 
 
 class Spelled(NamedTuple):
@@ -25,7 +24,7 @@ class Spelled(NamedTuple):
     options: str
 
 
-_calls: dict[Hashable, Spelled] = {}
+_calls: Remembered[Hashable, Spelled] = Remembered()
 
 
 def key_of(q: Any, k: Any, v: Any, mask: Any, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Hashable | None:
@@ -86,6 +85,4 @@ def remember(key: Hashable | None, scale: float | None, *told: Any) -> None:
     if key is None:
         return
     _, integers, options = write("q,k,v", *told)
-    if len(_calls) >= MOST:
-        _calls.pop(next(iter(_calls)), None)  # another thread may have been faster
-    _calls[key] = Spelled(integers, scale, options)
+    _calls.keep(key, Spelled(integers, scale, options))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import validate
 from .._arrays import torch_of
+from .._remembered import Remembered
 from ..plan.choose import check_name
 from ..problem import Invariance
 from . import again, autograd, batching, legacy_batching, operator  # noqa: F401  (they register rules)
@@ -83,8 +84,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-_fine: dict[Hashable, None] = {}  # shapes, dtypes and devices that were checked before
-_MOST = 1024
+_fine: Remembered[Hashable, None] = Remembered()  # shapes, dtypes and devices that were checked before
 
 
 def _arrays(q: Tensor, k: Tensor, v: Tensor, layout: str) -> validate.Arrays:
@@ -97,9 +97,7 @@ def _arrays(q: Tensor, k: Tensor, v: Tensor, layout: str) -> validate.Arrays:
     key = (layout, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
     if key not in _fine:
         arrays = validate.check_arrays(q, k, v, layout)
-        if len(_fine) >= _MOST:
-            _fine.clear()
-        _fine[key] = None
+        _fine.keep(key, None)
         return arrays
     if layout == "bshd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

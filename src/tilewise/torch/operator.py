@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
+from .._remembered import Remembered
 from ..contract import Plan
 from ..kernels import backward_of, forward_of, tangent_of
 from ..kernels.native.call import LARGEST
@@ -106,7 +107,9 @@ def compute_tangent(
     return ordered(d_out, told, 0), d_lse
 
 
-_plans: dict[Hashable, tuple[LoweredMask, Plan]] = {}  # of calls without arrays in their masks, as in `quick.py`
+_plans: Remembered[Hashable, tuple[LoweredMask, Plan]] = (
+    Remembered()
+)  # of calls without arrays in their masks, as in `quick.py`
 
 
 def _planned(
@@ -125,9 +128,7 @@ def _planned(
     problem = told.problem(call, scale, frozenset(told.names[n] for n in wanted))
     plan = choose(problem, told.kernel, told.allow_quadratic)
     if symbolic and (mask.ranges is None or mask.ranges.starts.nbytes <= LARGEST):
-        if len(_plans) >= quick.MOST:
-            _plans.pop(next(iter(_plans)), None)  # another thread may have been faster
-        _plans[key] = mask, plan
+        _plans.keep(key, (mask, plan))
     return mask, plan
 
 

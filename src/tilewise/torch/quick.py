@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._remembered import Remembered
 from ..contract import Operands, Plan
 from ..kernels.native.buffers import in_large_pages
 from ..kernels.native.call import lasting
 from ..kernels.native.facts import Alive, mask_place
-
-MOST = 512  # calls remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class Prepared:
         return out, lse
 
 
-_calls: dict[Hashable, Prepared] = {}
+_calls: Remembered[Hashable, Prepared] = Remembered()
 
 
 def key_of(
@@ -89,12 +88,11 @@ def remember(key: Hashable | None, plan: Plan, operands: Operands, out: Tensor, 
     from .. import _native  # pyright: ignore[reportAttributeAccessIssue]  # there, since the kernel ran
 
     swapped = plan.problem.layout == "bshd"
-    if len(_calls) >= MOST:
-        _calls.pop(next(iter(_calls)), None)  # another thread may have been faster
-    _calls[key] = Prepared(
+    prepared = Prepared(
         _native.forward, *found, tuple(out.transpose(1, 2).shape if swapped else out.shape), tuple(lse.shape),
         swapped, out.dtype, lse.dtype, operands.mask.dense is not None,
     )  # fmt: skip
+    _calls.keep(key, prepared)
 
 
 def _place(x: Tensor) -> tuple[int, ...]:

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from ..._arrays import Array
+from ..._remembered import Remembered
 from ...contract import Operands, Plan
 from ...masks.algebra import Mask
 from ...masks.primitives.dense import Dense
 from .call import lasting
 from .facts import Alive, mask_place
-
-MOST = 512  # calls remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class Prepared:
         return (out, lse) if self.return_lse else out
 
 
-_calls: dict[Hashable, Prepared] = {}
+_calls: Remembered[Hashable, Prepared] = Remembered()
 
 
 def key_of(q: Any, k: Any, v: Any, mask: Any, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Hashable | None:
@@ -107,9 +106,7 @@ def remember(key: Hashable | None, plan: Plan, operands: Operands, out: Array, l
     strides = tuple(tuple(stride // x.itemsize for stride in x.strides[:3]) for x in arrays)
     seen = () if operands.mask.dense is None else mask_place(operands.mask.dense)[1:]
     memory = out.swapaxes(1, 2) if plan.problem.layout == "bshd" else out
-    if len(_calls) >= MOST:
-        _calls.pop(next(iter(_calls)), None)  # another thread may have been faster
-    _calls[key] = Prepared(*found, strides, seen, memory.shape, lse.shape, out.dtype, lse.dtype, return_lse)
+    _calls.keep(key, Prepared(*found, strides, seen, memory.shape, lse.shape, out.dtype, lse.dtype, return_lse))
 
 
 def _plain(x: Any) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.library import register_autograd, register_fake
 
+from ..._remembered import Remembered
 from ...distributed.schedule import Schedule
 from ...problem import Gradient
 from ..operator import LIBRARY, Tensors, empty_in_order, ordered
@@ -132,8 +133,7 @@ def compute_backward(
     return [ordered(flat[n].to(operands[n].dtype), job.told, n) for n in wanted]
 
 
-_schedules: dict[Hashable, Schedule] = {}  # of calls without arrays in their masks
-_MOST = 256
+_schedules: Remembered[Hashable, Schedule] = Remembered()  # of calls without arrays in their masks
 
 
 def _job(
@@ -150,9 +150,7 @@ def _job(
     if schedule is None:
         schedule = schedule_of(team.strategy, known, operands, q, k)
         if symbolic:
-            if len(_schedules) >= _MOST:
-                _schedules.clear()
-            _schedules[key] = schedule
+            _schedules.keep(key, schedule)
     circle = HeadsCircle.of(group, schedule, q_heads, kv_heads, device) if schedule.inner > 1 else None
     if circle is not None:
         known = replace(known, heads=circle.own)
