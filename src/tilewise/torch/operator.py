@@ -107,9 +107,8 @@ def compute_tangent(
     return ordered(d_out, told, 0), d_lse
 
 
-_plans: Remembered[Hashable, tuple[LoweredMask, Plan]] = (
-    Remembered()
-)  # of calls without arrays in their masks, as in `quick.py`
+# Of calls without arrays in their masks, as in `quick.py`.
+_plans: Remembered[Hashable, tuple[LoweredMask, Plan]] = Remembered()
 
 
 def _planned(
