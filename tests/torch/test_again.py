@@ -127,3 +127,31 @@ def test_the_number_of_calls_is_bounded() -> None:
         x = torch.ones(1, 1, length, 1)
         tw.attention(x, x, x)
     assert len(again._calls) == MOST
+
+
+def test_a_compiler_does_not_look_at_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would guard on each, and follow the call anew whenever another was made."""
+
+    class Closed(dict):
+        def get(self, *args: object) -> None:
+            raise AssertionError("looked at")
+
+        keep = get
+
+    given = tensors()
+    want = tw.attention(*given, mask=tw.causal("end"))
+    traced = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        traced.append(module)
+        return module.forward
+
+    compiled = torch.compile(
+        lambda q, k, v: tw.attention(q, k, v, mask=tw.causal("end")), backend=backend, fullgraph=True
+    )
+    monkeypatch.setattr(again, "_calls", Closed())
+    assert torch.equal(compiled(*given), want)
+    monkeypatch.setattr(again, "_calls", Remembered())
+    tw.attention(*given)
+    assert torch.equal(compiled(*given), want)
+    assert len(traced) == 1

@@ -70,7 +70,7 @@ def booleans_of(mask: Any) -> Tensor | None:
 
 def find(key: Hashable | None) -> Spelled | None:
     """What stands for a call that was remembered under the key."""
-    return _calls.get(key)
+    return None if key is None else _calls.get(key)  # torch's compiler would guard on all of them
 
 
 def attend(known: Spelled, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:

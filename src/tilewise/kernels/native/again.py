@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..._arrays import Array
+from ..._arrays import Array, traced_by_torch
 from ..._remembered import Remembered
 from ...contract import Operands, Plan
 from ...masks.algebra import Mask
@@ -65,7 +65,7 @@ def key_of(q: Any, k: Any, v: Any, mask: Any, arrays: tuple[Any, ...], options: 
         mask: as given; remembered where it holds no arrays, or is one of booleans.
         arrays: bias, sinks and dropout, with which no call is; options: all others.
     """
-    if any(array is not None for array in arrays) or not all(_plain(x) for x in (q, k, v)):
+    if traced_by_torch() or any(array is not None for array in arrays) or not all(_plain(x) for x in (q, k, v)):
         return None
     told: Hashable = None
     seen = booleans_of(mask)
@@ -92,7 +92,7 @@ def booleans_of(mask: Any) -> np.ndarray | None:
 
 def find(key: Hashable | None) -> Prepared | None:
     """The call that was remembered under the key."""
-    return _calls.get(key)
+    return None if key is None else _calls.get(key)
 
 
 def remember(key: Hashable | None, plan: Plan, operands: Operands, out: Array, lse: Array, return_lse: bool) -> None:
