@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from support.conformance import check  # noqa: E402
 
 import tilewise as tw  # noqa: E402
+from tilewise._remembered import Remembered  # noqa: E402
 from tilewise.plan.catalog import PRESETS  # noqa: E402
 from tilewise.plan.preset import Example, example  # noqa: E402
 
@@ -20,7 +21,7 @@ from tilewise.plan.preset import Example, example  # noqa: E402
 def any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel adds in an order that depends on the number of threads, which has to be allowed."""
     monkeypatch.setattr("tilewise.validate.call.DETERMINISTIC", False)
-    monkeypatch.setattr("tilewise.torch.operator._plans", {})  # of calls that were planned under the other rule
+    monkeypatch.setattr("tilewise.torch.operator._plans", Remembered())  # of the other rule
 
 
 @pytest.mark.usefixtures("loud_memory")
