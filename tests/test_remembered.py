@@ -13,6 +13,10 @@ def test_the_oldest_are_forgotten() -> None:
         found.keep(n, -n)
     assert len(found) == MOST
     assert found.get(2) is None and found.get(3) == -3 and found.get(MOST + 2) == -MOST - 2
+    few: Remembered[int, int] = Remembered(2)
+    for n in range(3):
+        few.keep(n, n)
+    assert list(few) == [1, 2]
 
 
 def test_threads_share_it() -> None:

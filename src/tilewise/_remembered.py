@@ -11,11 +11,15 @@ MOST = 512
 
 
 class Remembered(dict[Key, Value]):
-    """At most `MOST` values by key; the oldest are forgotten. Threads may share it."""
+    """At most `most` values by key; the oldest are forgotten. Threads may share it."""
+
+    def __init__(self, most: int = MOST) -> None:
+        super().__init__()
+        self.most = most
 
     def keep(self, key: Key, value: Value) -> None:
         """Remember the value under the key."""
-        while len(self) >= MOST:
+        while len(self) >= self.most:
             try:
                 self.pop(next(iter(self)), None)
             except (RuntimeError, StopIteration):  # another thread was faster

@@ -267,6 +267,28 @@ def test_transforms():
     close(per_sample, torch.stack([torch.func.grad(loss)(x) for x in many]))
 
 
+def test_lengths_may_change_in_place_between_calls():
+    q, k, v = packed(torch.float32, q_rows=24, k_rows=24, kv_heads=HEADS)
+    cu, used = torch.tensor([0, 8, 16, 24]), torch.tensor([8, 8, 8])
+
+    def call(mask=None):
+        return varlen_attention(q, k, v, cu, seqused_k=used, mask=mask, return_lse=True)
+
+    for bounds, lengths in (([0, 8, 16, 24], [8, 8, 8]), ([0, 2, 16, 22], [1, 8, 6]), ([0, 8, 16, 24], [8, 3, 8])):
+        cu.copy_(torch.tensor(bounds))
+        used.copy_(torch.tensor(lengths))
+        for mask in (tw.causal("start"), tw.window(2, 0, "start"), tw.causal("start") & tw.window(1, 1, "start")):
+            want, want_lse = torch.zeros(24, HEADS, 5), torch.full((HEADS, 24), -torch.inf)
+            for (start, stop), length in zip(pairwise(bounds), lengths, strict=True):
+                rows, keys = slice(start, stop), slice(start, start + length)
+                out, lse = tw.attention(
+                    q[None, rows], k[None, keys], v[None, keys], mask=mask, layout="bshd", return_lse=True
+                )
+                want[rows], want_lse[:, rows] = out[0], lse[0]
+            for _ in range(2):  # as found, and as remembered
+                assert all(map(torch.equal, call(mask), (want, want_lse)))
+
+
 @pytest.mark.parametrize("as_given", [torch.int32, torch.int64, "list", "numpy"], ids=str)
 def test_kinds_of_lengths(as_given):
     q, k, v = packed()

@@ -5,6 +5,7 @@ What is refused here is served, or found to be wrong, sequence by sequence.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._arrays import namespace, torch_of
+from ..._remembered import Remembered
 from ...kernels.native.buffers import broadcast_strides, memory
 from ...masks.algebra import And, Mask
 from ...masks.biases import Alibi, Bias, DenseBias, Relative, lower_bias
@@ -24,6 +26,10 @@ from .runs import Row, is_run, run_of
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FAR = 2**60  # sums of two numbers below it stay in 64 bits
+
+# The intervals of the last few batches, since the layers of a model share their lengths; up to 8 MB of them in all.
+_MOST_ROWS = 2**17
+_known: Remembered[Hashable, tuple[tuple[np.ndarray, np.ndarray] | None]] = Remembered(8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +56,10 @@ class Lengths:
     def longest(self) -> tuple[int, int]:
         """The longest q_len and k_len."""
         return int(self.q_len.max(initial=0)), int(self.k_len.max(initial=0))
+
+    def told(self) -> tuple[Hashable, ...]:
+        """All of it, to be compared."""
+        return (self.rows, *(x.tobytes() for x in (self.q_begin, self.q_len, self.k_begin, self.k_len)))
 
     def queries(self) -> tuple[np.ndarray, np.ndarray]:
         """For the queries of all sequences, one after another: the sequence, and the place in it."""
@@ -186,6 +196,17 @@ def _fits(mask: Mask, lengths: Lengths) -> bool:
 
 def _ranges(mask: Mask, lengths: Lengths) -> tuple[np.ndarray, np.ndarray] | None:
     """Starts and stops of all rows of the array of queries, in each sequence's own coordinates."""
+    if mask.fixed is None or lengths.rows > _MOST_ROWS or lengths.longest[1] >= 2**31:
+        return _found_ranges(mask, lengths)
+    key = (mask.fixed, *lengths.told())
+    known = _known.get(key)
+    if known is None:
+        known = (_found_ranges(mask, lengths),)
+        _known.keep(key, known)
+    return known[0]
+
+
+def _found_ranges(mask: Mask, lengths: Lengths) -> tuple[np.ndarray, np.ndarray] | None:
     sequence, place = lengths.queries()
     numbers = [torch.from_numpy(x) for x in (place, sequence, lengths.q_len[sequence], lengths.k_len[sequence])]
     keys = lengths.k_len[sequence]
