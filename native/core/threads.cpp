@@ -1,5 +1,6 @@
 #include "core/threads.h"
 
+#include "core/apart.h"
 #include "core/kept_tiles.h"
 #include "core/kernel_table.h"
 
@@ -10,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -26,6 +28,7 @@ namespace {
 
 constexpr int spins = 2000; // about 20 microseconds: longer than the gap between two calls of one layer
 constexpr int most_workers = 1023;
+constexpr int most_kept = 256; // of OpenMP's threads that a caller remembers
 // Less work than this is done before threads have come to help. torch's mostly spin still, those of the pool mostly sleep.
 constexpr double work_for_torch_threads = 2e6, work_for_pool = 12e6;
 constexpr std::chrono::milliseconds between_questions(100);
@@ -33,6 +36,14 @@ constexpr std::chrono::milliseconds between_questions(100);
 thread_local Interruptible *interruptible = nullptr; // whose work this thread does
 thread_local bool owns_region = false;               // has the pool; what it starts meanwhile runs on it alone
 thread_local int on_torch_threads = 0;               // how many they are
+
+// OpenMP's threads that work with this one: each caller has its own.
+struct Team {
+    Helper helpers[most_kept];
+    int count = 0;
+    std::chrono::steady_clock::time_point end; // of their last region
+};
+thread_local Team openmp_team;
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -108,6 +119,8 @@ struct Pool {
     Task task = nullptr;
     void *context = nullptr;
     Interruptible *caller = nullptr;
+    Helper own[most_workers + 1], openmp[most_kept]; // the pool's workers by number; OpenMP's in the region
+    std::chrono::steady_clock::time_point end;       // of the workers' last region
 
     void run(int worker) {
         for (int64_t i; !tw_given_up() && (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
@@ -137,14 +150,41 @@ struct Pool {
 
     // What each of OpenMP's threads does.
     static void take_part(void *pool) {
-        Pool &own = *static_cast<Pool *>(pool);
-        if (owns_region) return own.lead();
+        Pool &region = *static_cast<Pool *>(pool);
+        if (owns_region) return region.lead();
         DefaultMode mode;
-        own.help(own.joined.fetch_add(1) + 1, own.invited_openmp);
+        const int number = region.joined.fetch_add(1) + 1;
+        if (number <= most_kept) region.openmp[number - 1].note();
+        region.help(number, region.invited_openmp);
+    }
+
+    // Opens the region to OpenMP's threads.
+    void lead_openmp(OpenMP openmp_parallel) {
+        Team &team = openmp_team;
+        KeptApart apart;
+        apart.keep(team.helpers, team.count, team.end);
+        openmp_parallel(Pool::take_part, this, unsigned(on_torch_threads), 0); // all: it ends threads that are left out
+        team.count = std::min(joined.load(), most_kept);
+        for (int i = 0; i < team.count; ++i) team.helpers[i].copy(openmp[i]);
+        team.end = std::chrono::steady_clock::now();
+    }
+
+    // Opens it to the workers.
+    void lead_workers() {
+        KeptApart apart;
+        apart.keep(own + 1, invited, end);
+        {
+            std::lock_guard<std::mutex> sleepers(sleep);
+            epoch.fetch_add(1, std::memory_order_release);
+        }
+        wake.notify_all();
+        lead();
+        end = std::chrono::steady_clock::now();
     }
 
     void work(int number) {
         DefaultMode mode;
+        own[number].note();
         uint64_t seen = 0;
         for (;;) {
             for (int i = 0; i < spins && epoch.load(std::memory_order_acquire) == seen; ++i) pause_briefly();
@@ -153,6 +193,7 @@ struct Pool {
                 wake.wait(lock, [&] { return epoch.load(std::memory_order_acquire) != seen; });
             }
             seen = epoch.load(std::memory_order_acquire);
+            own[number].note();
             help(number, invited);
         }
     }
@@ -253,16 +294,7 @@ void parallel_for(int64_t count, int threads, Task task, void *context) {
     shared->joined.store(0, std::memory_order_relaxed);
     shared->open.store(true);
     owns_region = true;
-    if (openmp) {
-        openmp(Pool::take_part, shared, unsigned(on_torch_threads), 0); // all: it ends threads that are left out
-    } else {
-        {
-            std::lock_guard<std::mutex> sleepers(shared->sleep);
-            shared->epoch.fetch_add(1, std::memory_order_release);
-        }
-        shared->wake.notify_all();
-        shared->lead();
-    }
+    openmp ? shared->lead_openmp(openmp) : shared->lead_workers();
     owns_region = false;
 }
 
