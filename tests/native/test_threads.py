@@ -128,7 +128,7 @@ def test_a_helper_wakes_on_another_processor(kind) -> None:
         [sys.executable, "-c", _PAUSES, kind], env=environment, capture_output=True, text=True, timeout=90
     )
     assert result.returncode == 0, result.stderr
-    # Afterwards the system may move it again. Of the pool's 12 calls, 3 to 5 met it without the rule on a virtual machine.
+    # Afterwards the system may move it again. On a virtual machine 3 to 5 of the 12 calls met it without the rule.
     assert int(result.stdout) <= 1
 
 

@@ -1,9 +1,10 @@
-"""Calls with the shapes and options of an earlier one: nothing is left to check or to spell."""
+"""Calls with the shapes, strides and options of an earlier one: nothing is left to check, to spell or to plan."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,17 +12,19 @@ from torch import Tensor
 from .._remembered import Remembered
 from ..masks.algebra import Mask
 from ..masks.primitives.dense import Dense
-from . import autograd, operator
+from . import autograd, operator, quick
 from .options import write
 from .watch import nobody_else, recording
 
 
-class Spelled(NamedTuple):
-    """The last arguments of the operator."""
+@dataclass(slots=True)
+class Spelled:
+    """The last arguments of the operator; and the way that such a call takes through it, once that was found."""
 
     integers: list[int]
     scale: float | None
     options: str
+    prepared: quick.Prepared | None = None
 
 
 _calls: Remembered[Hashable, Spelled] = Remembered()
@@ -38,22 +41,27 @@ def key_of(q: Any, k: Any, v: Any, mask: Any, arrays: tuple[Any, ...], options: 
     """
     if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor):
         return None
-    if any(array is not None for array in arrays):
-        return None
-    if any(x.layout is not torch.strided or x.is_nested or x.dim() != 4 for x in (q, k, v)):
-        return None
+    for array in arrays:
+        if array is not None:
+            return None
+    for x in (q, k, v):
+        if x.layout is not torch.strided or x.is_nested or x.dim() != 4:
+            return None
     if not nobody_else((q, k, v)) or torch.is_autocast_enabled("cpu"):
         return None
     told: Hashable = None
     seen = booleans_of(mask)
     if seen is not None:
-        told = ("dense", seen.shape)
+        told = ("dense", seen.shape, seen.stride())
     elif mask is not None:
         told = mask.fixed if isinstance(mask, Mask) else None
         if told is None:
             return None
     # 1, 1.0 and True are equal, but not all are a scale.
-    key = (told, *options, *map(type, options), q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
+    key = (
+        told, *options, *map(type, options), q.dtype, k.dtype, v.dtype,
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(),
+    )  # fmt: skip
     try:
         hash(key)
     except TypeError:  # an option that is wrong
@@ -76,8 +84,14 @@ def find(key: Hashable | None) -> Spelled | None:
 def attend(known: Spelled, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq) of views (B, H, S, D); `seen`: the boolean mask."""
     operands, facts = [q, k, v], [] if seen is None else [seen]
-    run = autograd.recorded if recording(operands) else operator.compute
-    return run(operands, facts, known.integers, known.scale, known.options)
+    if recording(operands):
+        return autograd.recorded(operands, facts, known.integers, known.scale, known.options)
+    if known.prepared is not None:
+        return known.prepared(operands, facts)
+    rest = (operands, facts, known.integers, known.scale, known.options)
+    results = operator.compute(*rest)
+    known.prepared = quick.find(quick.key_of(*rest))
+    return results
 
 
 def remember(key: Hashable | None, scale: float | None, *told: Any) -> None:

@@ -32,10 +32,10 @@ def key_of(
         return None
     if type(is_causal) is not bool or type(enable_gqa) is not bool or not (scale is None or type(scale) is float):
         return None
-    mask = None if attn_mask is None else (attn_mask.shape, attn_mask.device)
+    mask = None if attn_mask is None else (attn_mask.shape, attn_mask.stride(), attn_mask.device)
     return (
-        "sdpa", query.shape, key.shape, value.shape, query.stride(), query.dtype, key.dtype, value.dtype,
-        key.device, value.device, mask, is_causal, scale, enable_gqa,
+        "sdpa", query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
+        query.dtype, key.dtype, value.dtype, key.device, value.device, mask, is_causal, scale, enable_gqa,
     )  # fmt: skip
 
 
