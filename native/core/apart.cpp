@@ -22,9 +22,7 @@ void Helper::note() {
     processor.store(sched_getcpu(), std::memory_order_relaxed);
 }
 
-KeptApart::KeptApart() = default;
-
-void KeptApart::keep(const Helper *helpers, int count, std::chrono::steady_clock::time_point end) {
+KeptApart::KeptApart(const Helper *helpers, int count, std::chrono::steady_clock::time_point end) {
     const int here = sched_getcpu();
     if (here < 0 || here >= CPU_SETSIZE) return;
     const auto is_here = [here](const Helper &helper) {
@@ -72,14 +70,8 @@ namespace tilewise {
 
 struct KeptApart::Kept {};
 void Helper::note() {}
-KeptApart::KeptApart() = default;
-void KeptApart::keep(const Helper *, int, std::chrono::steady_clock::time_point) {}
+KeptApart::KeptApart(const Helper *, int, std::chrono::steady_clock::time_point) {}
 KeptApart::~KeptApart() = default;
 
 } // namespace tilewise
 #endif
-
-void tilewise::Helper::copy(const Helper &other) {
-    thread.store(other.thread.load(std::memory_order_relaxed), std::memory_order_relaxed);
-    processor.store(other.processor.load(std::memory_order_relaxed), std::memory_order_relaxed);
-}

@@ -15,7 +15,6 @@ namespace tilewise {
 struct Helper {
     std::atomic<int> thread{0}, processor{-1}; // numbers of the system's; 0: unknown
     void note();                               // called by the thread
-    void copy(const Helper &other);
 };
 
 // While this lives, helpers that may be asleep, or that were last on the caller's processor, are kept off that one, and off
@@ -23,12 +22,11 @@ struct Helper {
 // system is another than Linux, or refuses.
 class KeptApart {
   public:
-    KeptApart();
+    // `end`: when they last worked together, after which they spin, or sleep soon.
+    KeptApart(const Helper *helpers, int count, std::chrono::steady_clock::time_point end);
     ~KeptApart();
     KeptApart(const KeptApart &) = delete;
     KeptApart &operator=(const KeptApart &) = delete;
-    // `end`: when they last worked together, after which they spin, or sleep soon.
-    void keep(const Helper *helpers, int count, std::chrono::steady_clock::time_point end);
 
   private:
     struct Kept;

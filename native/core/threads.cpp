@@ -119,8 +119,9 @@ struct Pool {
     Task task = nullptr;
     void *context = nullptr;
     Interruptible *caller = nullptr;
-    Helper own[most_workers + 1], openmp[most_kept]; // the pool's workers by number; OpenMP's in the region
-    std::chrono::steady_clock::time_point end;       // of the workers' last region
+    Helper own[most_workers + 1];              // the workers by number
+    std::chrono::steady_clock::time_point end; // of their last region
+    Team *team = nullptr;                      // of the caller, where OpenMP's threads do the work
 
     void run(int worker) {
         for (int64_t i; !tw_given_up() && (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
@@ -154,25 +155,22 @@ struct Pool {
         if (owns_region) return region.lead();
         DefaultMode mode;
         const int number = region.joined.fetch_add(1) + 1;
-        if (number <= most_kept) region.openmp[number - 1].note();
+        if (number <= most_kept) region.team->helpers[number - 1].note();
         region.help(number, region.invited_openmp);
     }
 
     // Opens the region to OpenMP's threads.
     void lead_openmp(OpenMP openmp_parallel) {
-        Team &team = openmp_team;
-        KeptApart apart;
-        apart.keep(team.helpers, team.count, team.end);
+        team = &openmp_team;
+        const KeptApart apart(team->helpers, team->count, team->end);
         openmp_parallel(Pool::take_part, this, unsigned(on_torch_threads), 0); // all: it ends threads that are left out
-        team.count = std::min(joined.load(), most_kept);
-        for (int i = 0; i < team.count; ++i) team.helpers[i].copy(openmp[i]);
-        team.end = std::chrono::steady_clock::now();
+        team->count = std::min(joined.load(), most_kept);
+        team->end = std::chrono::steady_clock::now();
     }
 
     // Opens it to the workers.
     void lead_workers() {
-        KeptApart apart;
-        apart.keep(own + 1, invited, end);
+        const KeptApart apart(own + 1, std::min(invited, workers), end);
         {
             std::lock_guard<std::mutex> sleepers(sleep);
             epoch.fetch_add(1, std::memory_order_release);
