@@ -16,6 +16,7 @@ from torch import Tensor
 from ..._arrays import namespace, torch_of
 from ..._remembered import Remembered
 from ...kernels.native.buffers import broadcast_strides, memory
+from ...kernels.native.call import LARGEST
 from ...masks.algebra import And, Mask
 from ...masks.biases import Alibi, Bias, DenseBias, Relative, lower_bias
 from ...masks.primitives.causal import Causal
@@ -27,8 +28,7 @@ from .runs import Row, is_run, run_of
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FAR = 2**60  # sums of two numbers below it stay in 64 bits
 
-# The intervals of the last few batches, since the layers of a model share their lengths; up to 8 MB of them in all.
-_MOST_ROWS = 2**17
+# The intervals of the last few batches, since the layers of a model share their lengths; none above LARGEST.
 _known: Remembered[Hashable, tuple[tuple[np.ndarray, np.ndarray] | None]] = Remembered(8)
 
 
@@ -196,13 +196,14 @@ def _fits(mask: Mask, lengths: Lengths) -> bool:
 
 def _ranges(mask: Mask, lengths: Lengths) -> tuple[np.ndarray, np.ndarray] | None:
     """Starts and stops of all rows of the array of queries, in each sequence's own coordinates."""
-    if mask.fixed is None or lengths.rows > _MOST_ROWS or lengths.longest[1] >= 2**31:
+    if mask.fixed is None:
         return _found_ranges(mask, lengths)
     key = (mask.fixed, *lengths.told())
     known = _known.get(key)
     if known is None:
         known = (_found_ranges(mask, lengths),)
-        _known.keep(key, known)
+        if known[0] is None or sum(side.nbytes for side in known[0]) <= LARGEST:
+            _known.keep(key, known)
     return known[0]
 
 
